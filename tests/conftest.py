@@ -1,0 +1,30 @@
+"""What every test shares: no network, a drawing backend without a screen, poisoned memory for the ops."""
+
+import os
+
+# Set before any test module imports the libraries that read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+OPS = Path(__file__).parent / "ops"
+
+
+@pytest.fixture(autouse=True)
+def nan_poison(request):
+    """In tests/ops, ``torch.empty`` comes filled with NaN, so that a row nobody wrote is seen."""
+    if OPS not in request.path.parents:
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
