@@ -1,0 +1,1 @@
+"""Preference data: from rows on disk to the tensors of a micro-batch."""
