@@ -1,0 +1,99 @@
+"""What a call of linear_logprob must look like; each refusal names the argument, what was got and what is expected."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("entropy", "mean_logit", "is_top1")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    outputs: Sequence[str],
+) -> None:
+    """Raise TypeError or ValueError unless the call is one that every backend understands.
+
+    Reads metadata only, so it costs no device synchronisation and traces under torch.compile.
+    """
+    _check_tensor("hidden", hidden, "(T, H)", 2)
+    _check_tensor("weight", weight, "(V, H)", 2)
+    _check_tensor("targets", targets, "(T,)", 1)
+    if hidden.dtype not in FLOATS:
+        raise TypeError(f"hidden has dtype {hidden.dtype}; expected one of {_names(FLOATS)}")
+    if weight.dtype != hidden.dtype:
+        raise TypeError(f"weight has dtype {weight.dtype}; expected that of hidden, {hidden.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets has dtype {targets.dtype}; expected torch.int64 or torch.int32")
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[1]}), "
+            f"because hidden has shape {tuple(hidden.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has shape (0, H); expected a vocabulary of at least one token")
+    if targets.shape[0] != hidden.shape[0]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}; expected ({hidden.shape[0]},), one id for each row of hidden"
+        )
+    named = {"weight": weight, "targets": targets}
+    if bias is not None:
+        _check_tensor("bias", bias, "(V,)", 1)
+        if bias.dtype != hidden.dtype:
+            raise TypeError(f"bias has dtype {bias.dtype}; expected that of hidden, {hidden.dtype}")
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one for each token id"
+            )
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is"
+            )
+    _check_number("logit_scale", logit_scale, positive=False)
+    _check_number("temperature", temperature, positive=True)
+    if softcap is not None:
+        _check_number("softcap", softcap, positive=True)
+    if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
+        raise ValueError(f"outputs is {outputs!r}; expected a sequence of names out of {OUTPUTS}")
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise ValueError if a target is not below the vocabulary's size. CPU tensors only: it reads the values."""
+    if targets.numel() and (largest := int(targets.max())) >= vocabulary:
+        row = int((targets >= vocabulary).nonzero()[0])
+        raise ValueError(
+            f"targets[{row}] is {int(targets[row])} (largest {largest}); expected ids below V = {vocabulary}, "
+            "or negative ids for rows that do not count"
+        )
+
+
+def _check_tensor(name: str, value: Tensor, shape: str, dims: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {shape}")
+    if value.dim() != dims:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; expected a strided tensor")
+
+
+def _check_number(name: str, value: float, *, positive: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(
+            f"{name} is {value}; expected a finite number{' above 0' if positive else ''}"
+        )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)
