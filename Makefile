@@ -1,0 +1,66 @@
+# Every word sets up what it needs, in .venv, at the versions of constraints.txt; a second run finds it done.
+#   make demo    the main job: trains a small model with KTO and writes a report
+#   make test    the whole test suite; ARGS="tests/ops -k kto" runs a part of it
+#   make lint    ruff and clang-format, without changing a file
+#   make bench   the benchmarks, then the table in README.md
+#   make build   the C++ extension, after a change in csrc/
+# PYTHON=python3.12 names another interpreter for .venv (3.11 to 3.13).
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-warn-script-location -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint bench build
+.DELETE_ON_ERROR:
+
+demo: .venv/.train .venv/.built
+	$(BIN)/prefopt demo $(ARGS)
+
+test: .venv/.dev .venv/.built
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.dev .venv/.built
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.table
+
+lint: .venv/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+build: .venv/.torch
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch .venv/.built
+
+# The stamps. Each is newer than everything that would change what it stands for.
+
+.venv/.made:
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+	  'constraints.txt covers Python 3.11 to 3.13, $(PYTHON) is %d.%d: make PYTHON=python3.12 ...' % v)"
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.torch: .venv/.made constraints.txt
+	$(PIP) torch setuptools wheel ninja
+	@touch $@
+
+# The extension is built by its own rule below, so that a change in csrc/ does not install anything again.
+.venv/.train .venv/.dev: .venv/.torch setup.py pyproject.toml
+	PREFOPT_BUILD=none $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@$(BIN)/python -c "import sys, torch; v = torch.__version__; sys.exit(None if v.split('+')[0] == '$(TORCH)' else \
+	  'torch $(TORCH) was asked for and torch ' + v + ' is installed: remove .venv and try again')"
+	@touch $@
+.venv/.train: EXTRAS := train
+.venv/.dev: EXTRAS := train,test,dev
+
+.venv/.built: .venv/.torch setup.py prefopt_kernels/ops/_sources.py $(CSRC)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+.venv/.lint: .venv/.made constraints.txt
+	$(PIP) ruff clang-format
+	@touch $@

@@ -1,0 +1,122 @@
+"""Finds the C++ extension and loads it once, at its first use; says why not.
+
+The installed library is taken where it was built from the sources at hand. In a checkout whose library is
+missing or older than csrc/, it is built on the fly, once, into torch's cache of extensions.
+"""
+
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import torch
+
+from prefopt_kernels.ops import _sources
+
+_lock = threading.Lock()
+_tried = False
+_reason: str | None = None
+_library: Path | None = None
+
+
+def why_not() -> str | None:
+    """Why the C++ kernels cannot be used; None where they are loaded (this call loads them).
+
+    >>> reason = why_not()
+    >>> reason is None or isinstance(reason, str)
+    True
+    """
+    if not _tried:
+        _load_once()
+    return _reason
+
+
+def library() -> Path | None:
+    """The shared library that ``why_not`` loaded, if it did."""
+    return _library
+
+
+def installed_library() -> Path | None:
+    """The library that the installation left beside the package, current or not; None where it left none."""
+    return next(iter(sorted(_sources.PACKAGE.glob("_C_cpu*.so"))), None)
+
+
+def _load_once() -> None:
+    global _tried, _reason, _library
+    with _lock:
+        if _tried:
+            return
+        _library, _reason = _find_and_load()
+        _tried = True
+        if _reason is not None and os.environ.get("PREFOPT_BUILD") != "none":
+            warnings.warn(f"prefopt_kernels runs without its C++ kernels: {_reason}", stacklevel=3)
+
+
+def _find_and_load() -> tuple[Path | None, str | None]:
+    """The library loaded and None, or None and the reason."""
+    installed = installed_library()
+    if installed is not None and (not _sources.sources() or _sources.is_current(installed)):
+        try:
+            torch.ops.load_library(installed)
+        except OSError as error:  # built for another torch or another machine
+            return None, f"{installed} does not load: {error}"
+        return installed, None
+    missing = (
+        "the installation has none"
+        if installed is None
+        else f"{installed.name} is older than csrc/"
+    )
+    reason = why_not_build()
+    if reason is not None:
+        return None, f"{missing}, and it cannot be built now: {reason}"
+    try:
+        return _build(missing), None
+    except (RuntimeError, OSError) as error:
+        return None, f"{missing}, and its build failed: {error}"
+
+
+def why_not_build() -> str | None:
+    """Why the library cannot be built on the fly; None where it can."""
+    try:
+        choice = _sources.build_choice()
+    except ValueError as error:
+        return str(error)
+    if choice == "none":
+        return "PREFOPT_BUILD=none"
+    reason = _sources.why_not_compile()
+    if reason is not None:
+        return reason
+    if importlib.util.find_spec("setuptools") is None:
+        return "torch needs setuptools for it, which is not installed"
+    from torch.utils.cpp_extension import is_ninja_available
+
+    return None if is_ninja_available() else "ninja is not installed"
+
+
+def _build(missing: str) -> Path:
+    """Compiles csrc/ into torch's cache and loads it. The digest in the name keeps two versions apart."""
+    from torch.utils import cpp_extension
+
+    name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    folder = Path(cache) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    built = folder / f"{name}.so"
+    if not built.exists():
+        print(
+            f"prefopt_kernels: building the C++ kernels, because {missing}: once, about a minute, in {folder}",
+            file=sys.stderr,
+            flush=True,
+        )
+    cpp_extension.load(
+        name,
+        [str(path) for path in _sources.sources()],
+        extra_cflags=list(_sources.CXX_FLAGS),
+        extra_ldflags=_sources.link_flags(),
+        extra_include_paths=[str(_sources.CSRC)],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    return built

@@ -1,0 +1,71 @@
+"""What the C++ extension is built from, for setup.py and for the build on the fly (standard library only).
+
+setup.py loads this file by its path, before the package is installed and before torch is needed.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+BUILD_CHOICES = ("auto", "none", "cpu", "cuda")  # values of PREFOPT_BUILD
+
+PACKAGE = Path(__file__).resolve().parents[1]
+CSRC = PACKAGE.parent / "csrc"  # beside the package in a checkout; not there in an installed wheel
+
+# Stable ABI of torch 2.10: one build serves every later torch. No -march: kernels name their
+# instruction sets themselves, and the choice is made at run time.
+CXX_FLAGS = (
+    "-O3",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)
+
+
+def sources() -> list[Path]:
+    """Every C++ source under csrc/, in a fixed order."""
+    return sorted(CSRC.glob("**/*.cpp"))
+
+
+def digest() -> str:
+    """Hash of every source, header and flag (40 hexadecimal digits): two equal digests, one library."""
+    sha = hashlib.sha1("\0".join(CXX_FLAGS).encode(), usedforsecurity=False)
+    for path in sorted([*CSRC.glob("**/*.cpp"), *CSRC.glob("**/*.h")]):
+        content = path.read_bytes()
+        sha.update(f"{path.relative_to(CSRC).as_posix()}\0{len(content)}\0".encode())
+        sha.update(content)
+    return sha.hexdigest()
+
+
+def link_flags() -> list[str]:
+    """The linker writes ``digest()`` into the library as its build id, where ``is_current`` reads it."""
+    return [f"-Wl,--build-id=0x{digest()}"]
+
+
+def is_current(library: Path) -> bool:
+    """Whether ``library`` was built from the sources that lie in csrc/ now."""
+    return bytes.fromhex(digest()) in library.read_bytes()
+
+
+def build_choice() -> str:
+    """The value of PREFOPT_BUILD; ValueError with the list of values where it is not one of them."""
+    choice = os.environ.get("PREFOPT_BUILD", "auto")
+    if choice not in BUILD_CHOICES:
+        raise ValueError(f"PREFOPT_BUILD={choice!r} is not one of {', '.join(BUILD_CHOICES)}")
+    return choice
+
+
+def why_not_compile() -> str | None:
+    """Why the C++ sources cannot be compiled on this machine; None where they can."""
+    if sys.platform != "linux":
+        return f"the C++ kernels are built on Linux only, this is {sys.platform}"
+    if not sources():
+        return f"there are no C++ sources in {CSRC}"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[:1]
+    if not compiler or shutil.which(compiler[0]) is None:
+        name = compiler[0] if compiler else "''"
+        return f"no C++ compiler: {name} is not on the PATH (set CXX to name another)"
+    return None

@@ -1,0 +1,128 @@
+"""What the distribution is called, needs and builds.
+
+PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler is found,
+``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Nothing is downloaded here.
+"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = "0.1.0"
+
+TRAIN = [
+    "transformers>=5,<6",
+    "peft>=0.18",
+    "datasets>=4",
+    "accelerate>=1.10",
+    "huggingface_hub>=1",
+    "jsonargparse>=4.40",
+    "matplotlib>=3.11",
+    "pyyaml>=6",
+    "safetensors>=0.6",
+]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "trl==1.16.0", "liger-kernel==0.8.5"]
+DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
+
+
+def _load_sources():
+    """prefopt_kernels/ops/_sources.py by its path: the package itself needs torch."""
+    path = ROOT / "prefopt_kernels" / "ops" / "_sources.py"
+    spec = importlib.util.spec_from_file_location("_sources", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SOURCES = _load_sources()
+
+
+def why_no_cpu_build() -> str | None:
+    """Why the C++ kernels cannot be built here; None where they can."""
+    reason = SOURCES.why_not_compile()
+    if reason is None and importlib.util.find_spec("torch") is None:
+        reason = (
+            "torch is not installed in the environment that builds (pip's --no-build-isolation)"
+        )
+    return reason
+
+
+def decide(choice: str) -> bool:
+    """Whether to build the C++ kernels; prints the decision, SystemExit where the choice cannot be kept."""
+    if choice == "cuda":
+        nvcc = shutil.which("nvcc") or shutil.which(
+            "nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"
+        )
+        if nvcc is None:
+            raise SystemExit("PREFOPT_BUILD=cuda: nvcc is not on the PATH and not in CUDA_HOME/bin")
+        raise SystemExit(
+            f"PREFOPT_BUILD=cuda: there is no CUDA source in csrc/ yet (nvcc is {nvcc})"
+        )
+    reason = "PREFOPT_BUILD=none" if choice == "none" else why_no_cpu_build()
+    if reason is None:
+        print(
+            f"prefopt_kernels: builds the C++ kernels from {len(SOURCES.sources())} sources",
+            flush=True,
+        )
+    elif choice == "cpu":
+        raise SystemExit(f"PREFOPT_BUILD=cpu: {reason}")
+    else:
+        print(f"prefopt_kernels: installs without the C++ kernels: {reason}", flush=True)
+    return reason is None
+
+
+def extension_arguments() -> dict:
+    """The arguments of ``setup`` that build the C++ kernels."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    os.environ.setdefault("CXX", "c++")  # the compiler that was looked for is the one that is used
+    inside = [path.relative_to(ROOT).as_posix() for path in SOURCES.sources()]
+    headers = [path.relative_to(ROOT).as_posix() for path in sorted(SOURCES.CSRC.glob("**/*.h"))]
+    extension = CppExtension(
+        "prefopt_kernels._C_cpu",
+        inside,
+        depends=headers,
+        include_dirs=[str(SOURCES.CSRC)],
+        extra_compile_args=list(SOURCES.CXX_FLAGS),
+        extra_link_args=SOURCES.link_flags(),
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+def main() -> None:
+    """Calls ``setup``."""
+    try:
+        choice = SOURCES.build_choice()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    data = ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css", "**/*.md"]
+    setup(
+        name="prefopt-kernels",
+        version=VERSION,
+        description="Fused per-token log-probabilities and preference losses for PyTorch, with a trainer",
+        long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+        long_description_content_type="text/markdown",
+        license="Apache-2.0",
+        license_files=["LICENSE"],
+        python_requires=">=3.10",
+        install_requires=["torch>=2.10"],
+        extras_require={"train": TRAIN, "test": TEST, "dev": DEV},
+        packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
+        package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
+        package_data={"prefopt_kernels": data, "prefopt": data},
+        entry_points={"console_scripts": ["prefopt = prefopt.cli:main"]},
+        **(extension_arguments() if decide(choice) else {}),
+    )
+
+
+if __name__ == "__main__":
+    main()
