@@ -1,0 +1,334 @@
+"""Head, op, loss and reduction in one ``nn.Module``: what a training loop calls.
+
+A module owns no parameters and no state. Tokens come packed: the hidden states of all sequences one after
+the other, and ``cu_seqlens`` (B + 1,) with the row at which each begins, so that no padding is scored.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from prefopt_kernels.losses import apo_zero_loss, kto_loss
+from prefopt_kernels.losses._checks import check_positive, check_weight
+from prefopt_kernels.ops.linear_logprob import linear_logprob
+
+METHODS = ("kto", "apo_zero")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def sequence_logps(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
+    r"""Sum per-token log-probabilities over each sequence.
+
+    .. math:: \mathrm{logps}_i = \sum_{t = c_i}^{c_{i+1} - 1} \mathrm{logp}_t
+
+    Sums are taken in fp64 and rounded once, because KTO subtracts two sums of thousands of tokens; the
+    order is fixed, so runs repeat bit for bit. Differentiable in ``logp``; nothing waits for a device.
+
+    Args:
+        logp: (T,) floating point, nats per token, 0 where a token does not count.
+        cu_seqlens: (B + 1,) int32 or int64, non-decreasing from 0 to T. Row at which each sequence
+            begins, and T last. Checked on the CPU only, where reading it is free.
+
+    Returns:
+        (B,) fp32, nats. An empty sequence gives 0.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or, on the CPU, value.
+
+    Example:
+        >>> import torch
+        >>> from prefopt_kernels.modules import sequence_logps
+        >>> sequence_logps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 2, 3]))
+        tensor([-3.,  0., -4.])
+    """
+    _check_packing(logp, cu_seqlens)
+    offsets = cu_seqlens.long().clamp(0, logp.shape[0])  # a wrong one must not read past the end
+    # unsafe=True leaves out torch's own check, which would read the offsets back to the host.
+    sums = torch.segment_reduce(logp.double(), "sum", offsets=offsets, initial=0.0, unsafe=True)
+    return sums.float()
+
+
+@dataclass(frozen=True)
+class KTOMetrics:
+    """What a step can log; tensors on the step's device, detached, so that logging decides when to wait.
+
+    The three sums over a sequence's tokens are None unless ``outputs`` asked for them.
+    """
+
+    losses: Tensor  # (B,) fp32, before the reduction
+    logps: Tensor  # (B,) fp32, nats, policy
+    ref_logps: Tensor  # (B,) fp32, nats, reference model
+    log_ratios: Tensor  # (B,) fp32, logps - ref_logps
+    rewards: Tensor  # (B,) fp32, beta * log_ratios
+    labels: Tensor  # (B,) bool
+    reference_point: Tensor  # 0-dim fp32, nats, the z0 of this step
+    token_count: Tensor  # 0-dim int64, tokens that count
+    entropy_sum: Tensor | None = None  # (B,) fp32, nats
+    mean_logit_sum: Tensor | None = None  # (B,) fp32
+    is_top1_sum: Tensor | None = None  # (B,) fp32, tokens whose target no logit exceeds
+
+
+class FusedLinearKTOLoss(nn.Module):
+    r"""KTO or APO-zero straight from hidden states and the head, without materialising the logits.
+
+    Equivalent to ``log_softmax(hidden @ weight.T)`` at the targets, summed over each sequence, less the
+    same under the reference model, through :func:`prefopt_kernels.kto_loss` and the reduction.
+
+    Args:
+        beta: inverse temperature, 1/nats, finite and above 0.
+        method: "kto" or "apo_zero".
+        desirable_weight, undesirable_weight: finite, 0 or above.
+        logit_scale, softcap, temperature, backend: as :func:`prefopt_kernels.linear_logprob`, for policy
+            and reference model alike.
+        outputs: names out of "entropy", "mean_logit", "is_top1", summed over each sequence of the policy
+            into the metrics.
+        reduction: "mean" or "sum" over the B rows, or "none" for (B,).
+
+    Example:
+        >>> import torch
+        >>> from prefopt_kernels.modules import FusedLinearKTOLoss
+        >>> hidden, weight = torch.zeros(3, 2, requires_grad=True), torch.zeros(4, 2)
+        >>> loss, metrics = FusedLinearKTOLoss(beta=0.1)(
+        ...     hidden, weight, targets=torch.tensor([3, 0, 1]), cu_seqlens=torch.tensor([0, 2, 3]),
+        ...     labels=torch.tensor([True, False]), ref_hidden=torch.zeros(3, 2),
+        ...     reference_point=torch.tensor(0.0))
+        >>> loss
+        tensor(0.5000, grad_fn=<MeanBackward0>)
+        >>> metrics.logps.exp() * 16  # two tokens, then one, each with probability 1/4
+        tensor([1., 4.])
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float,
+        method: str = "kto",
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        outputs: tuple[str, ...] = (),
+        backend: str = "auto",
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"method is {method!r}; expected one of {METHODS}")
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {reduction!r}; expected one of {REDUCTIONS}")
+        check_positive("beta", beta)
+        check_weight("desirable_weight", desirable_weight)
+        check_weight("undesirable_weight", undesirable_weight)
+        self.beta = beta
+        self.method = method
+        self.weights = {
+            "desirable_weight": desirable_weight,
+            "undesirable_weight": undesirable_weight,
+        }
+        self.head = {
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "temperature": temperature,
+            "backend": backend,
+        }
+        self.outputs = tuple(outputs)
+        self.reduction = reduction
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
+        reference_point: Tensor | None = None,
+        kl_log_ratio: Tensor | None = None,
+    ) -> tuple[Tensor, KTOMetrics]:
+        """Loss of B packed sequences.
+
+        Args:
+            hidden: (T, H) fp32 | bf16 | fp16. Policy's hidden states that predict the targets.
+            weight: (V, H), dtype of ``hidden``. Policy's head; no gradient work where it is frozen.
+            targets: (T,) int64 | int32, below V; negative where a token does not count.
+            cu_seqlens: (B + 1,) int32 | int64, as :func:`sequence_logps`.
+            labels: (B,) bool. True is desirable.
+            bias: (V,), dtype of ``hidden``, or None.
+            ref_logps: (B,) nats, from an earlier pass. Exactly one of this and ``ref_hidden``.
+            ref_hidden: (T, H') hidden states of the reference model for the same targets; scored here
+                without gradient.
+            ref_weight: (V, H') head of the reference model. Left out, it shares the policy's head and
+                bias, which must then be frozen.
+            ref_bias: (V,) bias of ``ref_weight``, or None.
+            reference_point: 0-dim, nats, already clamped. "kto" takes exactly one of this and
+                ``kl_log_ratio``; "apo_zero" takes neither.
+            kl_log_ratio: (n,) nats, log-ratios of mismatched completions of this process; z0 is their
+                mean, clamped at 0, without gradient. n = 0 gives 0.
+
+        Returns:
+            The loss, 0-dim fp32 (or (B,) for reduction "none"), and :class:`KTOMetrics`.
+
+        Raises:
+            TypeError, ValueError: an argument is missing, superfluous or of the wrong type, dtype, shape
+            or device; found before any product is computed.
+        """
+        _check_packing(targets, cu_seqlens, name="targets")
+        B = cu_seqlens.shape[0] - 1
+        _check_vector("labels", labels, B)
+        if labels.dtype != torch.bool:
+            raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool")
+        z0 = self._reference_point(reference_point, kl_log_ratio, hidden)
+        _check_reference(weight, bias, targets, B, ref_logps, ref_hidden, ref_weight, ref_bias)
+
+        tokens = linear_logprob(hidden, weight, targets, bias, outputs=self.outputs, **self.head)
+        logps = sequence_logps(tokens.logp, cu_seqlens)  # (B,)
+        if ref_logps is None:
+            if ref_weight is None:
+                ref_weight, ref_bias = weight, bias
+            with torch.no_grad():
+                ref = linear_logprob(ref_hidden, ref_weight, targets, ref_bias, **self.head)
+                ref_logps = sequence_logps(ref.logp, cu_seqlens)
+        ref_logps = ref_logps.detach().float()
+
+        rows = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": self.beta}
+        if self.method == "kto":
+            losses = kto_loss(**rows, reference_point=z0, **self.weights)
+        else:
+            losses = apo_zero_loss(**rows, **self.weights)
+
+        log_ratios = logps.detach() - ref_logps
+        sums = {
+            f"{name}_sum": sequence_logps(getattr(tokens, name).detach().float(), cu_seqlens)
+            for name in self.outputs
+        }
+        metrics = KTOMetrics(
+            losses=losses.detach(),
+            logps=logps.detach(),
+            ref_logps=ref_logps,
+            log_ratios=log_ratios,
+            rewards=self.beta * log_ratios,
+            labels=labels,
+            reference_point=z0,
+            token_count=(targets >= 0).sum(),
+            **sums,
+        )
+        reduced = losses if self.reduction == "none" else getattr(losses, self.reduction)()
+        return reduced, metrics
+
+    def _reference_point(
+        self, reference_point: Tensor | None, kl_log_ratio: Tensor | None, hidden: Tensor
+    ) -> Tensor:
+        """The step's z0: the given one, the clamped mean, or APO-zero's 0."""
+        given = [
+            name
+            for name, value in (
+                ("reference_point", reference_point),
+                ("kl_log_ratio", kl_log_ratio),
+            )
+            if value is not None
+        ]
+        if self.method == "apo_zero":
+            if given:
+                raise ValueError(f"{given[0]} is given; expected none, apo_zero's is always 0")
+            return hidden.new_zeros((), dtype=torch.float32)
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'neither'} given; "
+                "expected exactly one of reference_point and kl_log_ratio for method 'kto'"
+            )
+        if kl_log_ratio is not None:
+            _check_vector("kl_log_ratio", kl_log_ratio)
+            kl_log_ratio = kl_log_ratio.detach().float()
+            return (kl_log_ratio.sum() / max(kl_log_ratio.shape[0], 1)).clamp(min=0.0)
+        if not isinstance(reference_point, Tensor) or reference_point.ndim != 0:
+            got = (
+                f"has shape {tuple(reference_point.shape)}"
+                if isinstance(reference_point, Tensor)
+                else f"is a {type(reference_point).__name__}"
+            )
+            raise ValueError(f"reference_point {got}; expected a 0-dim tensor in nats")
+        return reference_point.detach().float()
+
+
+def _check_reference(
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    B: int,
+    ref_logps: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> None:
+    """Raise unless exactly one complete description of the reference model is there."""
+    if (ref_logps is None) == (ref_hidden is None):
+        got = "neither" if ref_logps is None else "both"
+        raise ValueError(f"{got} given; expected exactly one of ref_logps and ref_hidden")
+    if ref_logps is not None:
+        _check_vector("ref_logps", ref_logps, B)
+        for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+            if value is not None:
+                raise ValueError(f"{name} is given with ref_logps; expected it with ref_hidden")
+        return
+    if ref_weight is None:
+        if ref_bias is not None:
+            raise ValueError("ref_bias is given without ref_weight; expected both or neither")
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            raise ValueError(
+                "ref_weight is None while the policy's head is trained; expected the reference "
+                "model's own head, because the shared one would move with the policy"
+            )
+        ref_weight = weight
+    for name, value, expected in (
+        ("ref_hidden", ref_hidden, (targets.shape[0], ref_weight.shape[-1])),
+        ("ref_weight", ref_weight, (weight.shape[0], ref_weight.shape[-1])),
+    ):
+        if value.shape != expected:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
+
+
+def _check_packing(tokens: Tensor, cu_seqlens: Tensor, name: str = "logp") -> None:
+    _check_vector(name, tokens)
+    _check_vector("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or int64")
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B + 1,) with at least one sequence"
+        )
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(
+            f"cu_seqlens is on {cu_seqlens.device}; expected {tokens.device}, as {name}"
+        )
+    # Only where reading values neither waits for a device nor breaks a traced graph.
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        T, bounds = tokens.shape[0], cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != T:
+            raise ValueError(
+                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {T}, the "
+                f"rows of {name}"
+            )
+        for i, (begin, end) in enumerate(pairwise(bounds)):
+            if end < begin:
+                raise ValueError(
+                    f"cu_seqlens[{i + 1}] is {end}, below cu_seqlens[{i}] = {begin}; expected "
+                    "non-decreasing values"
+                )
+
+
+def _check_vector(name: str, value: Tensor, length: int | None = None) -> None:
+    expected = "(n,)" if length is None else f"({length},)"
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; expected a tensor of shape {expected}"
+        )
+    if value.ndim != 1 or (length is not None and value.shape[0] != length):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
