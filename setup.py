@@ -1,18 +1,24 @@
 """What the distribution is called, needs and builds.
 
-PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler is found,
-``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Nothing is downloaded here.
+PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler is
+found, ``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Nothing is
+downloaded here.
 """
 
 import importlib.util
 import os
+import re
 import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-VERSION = "0.1.0"
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "prefopt_kernels" / "__init__.py").read_text(encoding="utf-8"),
+    re.MULTILINE,
+).group(1)
 
 TRAIN = [
     "transformers>=5,<6",
@@ -52,7 +58,7 @@ def why_no_cpu_build() -> str | None:
 
 
 def decide(choice: str) -> bool:
-    """Whether to build the C++ kernels; prints the decision, SystemExit where the choice cannot be kept."""
+    """Whether to build the C++ kernels; prints the decision, stops where it cannot be kept."""
     if choice == "cuda":
         nvcc = shutil.which("nvcc") or shutil.which(
             "nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"
@@ -85,7 +91,7 @@ def extension_arguments() -> dict:
     extension = CppExtension(
         "prefopt_kernels._C_cpu",
         inside,
-        depends=headers,
+        depends=[*headers, "prefopt_kernels/ops/_sources.py"],
         include_dirs=[str(SOURCES.CSRC)],
         extra_compile_args=list(SOURCES.CXX_FLAGS),
         extra_link_args=SOURCES.link_flags(),
@@ -108,7 +114,7 @@ def main() -> None:
     setup(
         name="prefopt-kernels",
         version=VERSION,
-        description="Fused per-token log-probabilities and preference losses for PyTorch, with a trainer",
+        description="Fused log-probabilities and preference losses for PyTorch, with a trainer",
         long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
         long_description_content_type="text/markdown",
         license="Apache-2.0",

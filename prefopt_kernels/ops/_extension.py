@@ -1,7 +1,8 @@
 """Finds the C++ extension and loads it once, at its first use; says why not.
 
-The installed library is taken where it was built from the sources at hand. In a checkout whose library is
-missing or older than csrc/, it is built on the fly, once, into torch's cache of extensions.
+The installed library is taken where it was built from the sources at hand. In a checkout whose
+library is missing or built from other sources, it is built on the fly, once, into torch's cache of
+extensions.
 """
 
 import importlib.util
@@ -39,7 +40,7 @@ def library() -> Path | None:
 
 
 def installed_library() -> Path | None:
-    """The library that the installation left beside the package, current or not; None where it left none."""
+    """The library that the installation left beside the package, current or not."""
     return next(iter(sorted(_sources.PACKAGE.glob("_C_cpu*.so"))), None)
 
 
@@ -54,6 +55,11 @@ def _load_once() -> None:
             warnings.warn(f"prefopt_kernels runs without its C++ kernels: {_reason}", stacklevel=3)
 
 
+# torch.compile runs the loading and does not trace it. The mark is the one that
+# torch.compiler.assume_constant_result sets; that call would import torch._dynamo at every start.
+_load_once._dynamo_marked_constant = True
+
+
 def _find_and_load() -> tuple[Path | None, str | None]:
     """The library loaded and None, or None and the reason."""
     installed = installed_library()
@@ -66,7 +72,7 @@ def _find_and_load() -> tuple[Path | None, str | None]:
     missing = (
         "the installation has none"
         if installed is None
-        else f"{installed.name} is older than csrc/"
+        else f"{installed.name} was built from other sources than csrc/ holds"
     )
     reason = why_not_build()
     if reason is not None:
@@ -96,7 +102,7 @@ def why_not_build() -> str | None:
 
 
 def _build(missing: str) -> Path:
-    """Compiles csrc/ into torch's cache and loads it. The digest in the name keeps two versions apart."""
+    """Compiles csrc/ into torch's cache, one folder per version of the sources, and loads it."""
     from torch.utils import cpp_extension
 
     name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
@@ -106,7 +112,7 @@ def _build(missing: str) -> Path:
     built = folder / f"{name}.so"
     if not built.exists():
         print(
-            f"prefopt_kernels: building the C++ kernels, because {missing}: once, about a minute, in {folder}",
+            f"prefopt_kernels: building the C++ kernels, once, because {missing}: in {folder}",
             file=sys.stderr,
             flush=True,
         )

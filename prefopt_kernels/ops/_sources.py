@@ -1,6 +1,6 @@
-"""What the C++ extension is built from, for setup.py and for the build on the fly (standard library only).
+"""What the C++ extension is built from, for setup.py and for the build on the fly.
 
-setup.py loads this file by its path, before the package is installed and before torch is needed.
+Standard library only: setup.py loads this file by its path, before torch is needed.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ def sources() -> list[Path]:
 
 
 def digest() -> str:
-    """Hash of every source, header and flag (40 hexadecimal digits): two equal digests, one library."""
+    """SHA-1 of every source, header and flag: equal digests, the same library."""
     sha = hashlib.sha1("\0".join(CXX_FLAGS).encode(), usedforsecurity=False)
     for path in sorted([*CSRC.glob("**/*.cpp"), *CSRC.glob("**/*.h")]):
         content = path.read_bytes()
@@ -41,7 +41,7 @@ def digest() -> str:
 
 
 def link_flags() -> list[str]:
-    """The linker writes ``digest()`` into the library as its build id, where ``is_current`` reads it."""
+    """Makes the linker write ``digest()`` into the library, as its build id, for ``is_current``."""
     return [f"-Wl,--build-id=0x{digest()}"]
 
 
@@ -51,7 +51,7 @@ def is_current(library: Path) -> bool:
 
 
 def build_choice() -> str:
-    """The value of PREFOPT_BUILD; ValueError with the list of values where it is not one of them."""
+    """The value of PREFOPT_BUILD; ValueError where it is not in BUILD_CHOICES."""
     choice = os.environ.get("PREFOPT_BUILD", "auto")
     if choice not in BUILD_CHOICES:
         raise ValueError(f"PREFOPT_BUILD={choice!r} is not one of {', '.join(BUILD_CHOICES)}")
