@@ -1,0 +1,233 @@
+"""Checked rows of preferences: read, judged one by one, unpaired, counted, and every bad one reported."""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+from datasets import Dataset, Features, Value
+
+from prefopt.data.rows import (
+    OPTIONAL_FIELDS,
+    PAIRED_FIELDS,
+    RATED_FIELDS,
+    REFUSED_FIELDS,
+    BadRow,
+    DataError,
+    RowError,
+    bad_rows_error,
+    group_of,
+    rated_rows,
+)
+from prefopt.data.sources import open_rows
+
+logger = logging.getLogger(__name__)
+
+KNOWN_FIELDS = {*RATED_FIELDS, *PAIRED_FIELDS, *OPTIONAL_FIELDS, *REFUSED_FIELDS}
+ON_BAD_ROW = ("stop", "skip")
+CHUNK_ROWS = 10_000  # rows held as Python objects before they are packed into Arrow
+
+
+@dataclass(frozen=True)
+class LoadedRows:
+    """Checked rows and what was found on the way.
+
+    ``rows`` has the columns prompt, completion, label, source, line and group. ``counts`` has ``read`` (rows in the
+    source), ``rows`` (kept, each pair counting two), ``desirable``, ``undesirable``, ``groups``, ``pairs``, ``bad`` and
+    ``blank_lines``. ``ignored`` counts the fields that had no use. ``fingerprint`` depends on the rows' content alone.
+    """
+
+    rows: Dataset
+    bad: list[BadRow] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+    name: str = ""
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the rows are chat messages rather than text."""
+        return not isinstance(self.rows.features["prompt"], Value)
+
+
+def load_rows(
+    source: Dataset | str | Path | Sequence[Mapping],
+    *,
+    on_bad_row: str = "stop",
+    split: str | None = None,
+    revision: str | None = None,
+) -> LoadedRows:
+    """Read and check every row of a source; pairs become two rated rows, one after the other.
+
+    Args:
+        source: a map-style ``datasets.Dataset``, a list of rows, the path of a .jsonl or .parquet file, or "owner/name"
+            on the hub.
+        on_bad_row: "stop" raises ``DataError`` with the count and the first ten bad rows; "skip" leaves them out and
+            lists them in ``bad``.
+        split, revision: of a hub dataset; split "train" if not given.
+
+    Returns:
+        ``LoadedRows``. Blank lines of a JSONL file are passed over and counted.
+
+    Raises:
+        DataError: bad rows, no rows, rows of both kinds (text and chat), a file or dataset that cannot be read.
+
+    Example:
+        >>> loaded = load_rows([{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}])
+        >>> loaded.rows["completion"][:], loaded.counts["desirable"]
+        (['4', '5'], 1)
+    """
+    if on_bad_row not in ON_BAD_ROW:
+        raise ValueError(f"on_bad_row is {on_bad_row!r}; expected {' or '.join(ON_BAD_ROW)}")
+    name, raws = open_rows(source, split, revision)
+    table, bad, counts, ignored = _Table(name), [], Counter(), Counter()
+    for line, raw in raws:
+        if raw is None:
+            counts["blank_lines"] += 1
+            continue
+        counts["read"] += 1
+        try:
+            if isinstance(raw, RowError):
+                raise raw
+            counts["pairs"] += table.add(line, raw) - 1
+            ignored.update(key for key in raw if key not in KNOWN_FIELDS)
+        except RowError as error:
+            bad.append(BadRow(name, line, str(error)))
+    counts["bad"] = len(bad)
+    if bad and on_bad_row == "stop":
+        raise bad_rows_error(bad, counts["read"], name)
+    if ignored:
+        logger.warning("%s: fields without use: %s", name, ", ".join(sorted(ignored)))
+    if not table.count:
+        reason = f"; all {len(bad)} are bad, the first: {bad[0]}" if bad else ""
+        raise DataError(f"{name} has no rows to train on{reason}", bad)
+    return _loaded(table.finish(), bad, counts, dict(ignored), table.fingerprint(), name)
+
+
+def split_by_group(
+    loaded: LoadedRows, fraction: float, seed: int = 0
+) -> tuple[LoadedRows, LoadedRows]:
+    """Set aside about ``fraction`` of the groups for evaluation.
+
+    A row goes by the hash of its group alone, so both answers to a prompt land on the same side, and rows stay where
+    they are when the file is reordered or grows.
+
+    Raises:
+        DataError: if one side would be empty.
+
+    Example:
+        >>> loaded = load_rows([{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(100)])
+        >>> train, held_out = split_by_group(loaded, 0.2)
+        >>> train.counts["groups"] + held_out.counts["groups"], set(train.rows["group"]) & set(held_out.rows["group"])
+        (100, set())
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"eval_fraction is {fraction}; expected a number between 0 and 1")
+    held_out = [_unit_hash(f"{seed}|{group}") < fraction for group in loaded.rows["group"]]
+    sides = []
+    for want, side in ((False, "train"), (True, "eval")):
+        chosen = [row for row, out in enumerate(held_out) if out is want]
+        if not chosen:
+            raise DataError(
+                f"eval_fraction {fraction} leaves the {side} side of {loaded.name} without rows "
+                f"({loaded.counts['groups']} different prompts)"
+            )
+        key = hashlib.sha256(f"{loaded.fingerprint}|{fraction}|{seed}|{side}".encode()).hexdigest()
+        rows = loaded.rows.select(chosen)
+        sides.append(_loaded(rows, [], Counter(), {}, key, loaded.name))
+    return sides[0], sides[1]
+
+
+def _loaded(
+    rows: Dataset,
+    bad: list[BadRow],
+    found: Mapping[str, int],
+    ignored: dict,
+    fingerprint: str,
+    name: str,
+) -> LoadedRows:
+    desirable = sum(rows["label"])
+    counts = {
+        "read": found.get("read", len(rows)),
+        "rows": len(rows),
+        "desirable": desirable,
+        "undesirable": len(rows) - desirable,
+        "groups": len(set(rows["group"])),
+        "pairs": found.get("pairs", 0),
+        "bad": len(bad),
+        "blank_lines": found.get("blank_lines", 0),
+    }
+    return LoadedRows(rows, bad, counts, ignored, fingerprint, name)
+
+
+class _Table:
+    """Rows packed into Arrow a chunk at a time; the first good row decides between text and chat."""
+
+    def __init__(self, name: str):
+        self.name, self.count = name, 0
+        self.features: Features | None = None
+        self._pending: list[dict] = []
+        self._chunks: list[pyarrow.Table] = []
+        self._hash = hashlib.sha256()
+
+    def add(self, line: int, raw: Mapping[str, Any]) -> int:
+        """Check a row and keep what it gives; how many rated rows that is (2 for a pair)."""
+        rated = rated_rows(raw)
+        source = raw.get("source")
+        if source is not None and not isinstance(source, str):
+            raise RowError(f"source is {source!r}; expected text")
+        group = group_of(raw, rated[0].prompt)
+        chat = isinstance(rated[0].prompt, list)
+        if self.features is None:
+            self.features = _features(chat)
+        elif chat == isinstance(self.features["prompt"], Value):
+            kinds = ("chat messages", "text") if chat else ("text", "chat messages")
+            raise RowError(
+                f"is {kinds[0]}, while the rows before it are {kinds[1]}; expected one kind"
+            )
+        for row in rated:
+            record = row._asdict() | {"source": source or self.name, "line": line, "group": group}
+            self._pending.append(record)
+            content = json.dumps([row.prompt, row.completion, row.label, group])
+            self._hash.update(content.encode() + b"\n")
+        self.count += len(rated)
+        if len(self._pending) >= CHUNK_ROWS:
+            self._pack()
+        return len(rated)
+
+    def _pack(self) -> None:
+        schema = self.features.arrow_schema
+        self._chunks.append(pyarrow.Table.from_pylist(self._pending, schema=schema))
+        self._pending = []
+
+    def finish(self) -> Dataset:
+        if self._pending:
+            self._pack()
+        return Dataset(pyarrow.concat_tables(self._chunks))
+
+    def fingerprint(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _features(chat: bool) -> Features:
+    text = [{"role": Value("string"), "content": Value("string")}] if chat else Value("string")
+    return Features(
+        {
+            "prompt": text,
+            "completion": text,
+            "label": Value("bool"),
+            "source": Value("string"),
+            "line": Value("int64"),
+            "group": Value("int64"),
+        }
+    )
+
+
+def _unit_hash(key: str) -> float:
+    """A number in [0, 1) that depends on the key alone."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

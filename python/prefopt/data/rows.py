@@ -1,0 +1,249 @@
+"""What a preference row must look like, and the one sentence said about a row that does not.
+
+A row rates one answer, {prompt, completion, label}, or compares two, {prompt, chosen, rejected}. Its texts are plain
+strings or chat messages ({role, content}), not both. A pair becomes two rated rows here, so that everything behind this
+module knows only one kind.
+
+A label is ``true`` or ``false`` and nothing else: 0 and 1, or the word "true", are refused, because numbers in such a
+column are as often a rank, a score, or "which of the two is better" as they are a verdict.
+"""
+
+import difflib
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant")
+RATED_FIELDS = ("prompt", "completion", "label")
+PAIRED_FIELDS = ("prompt", "chosen", "rejected")
+OPTIONAL_FIELDS = ("group", "source")
+# They change what the model is shown, so a row that has one cannot be trained on without it.
+REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
+
+Text = str | list[dict[str, str]]
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be used: where it stands (``line`` counts from 1) and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message is meant for the person who wrote it. ``bad`` lists the rows."""
+
+    def __init__(self, message: str, bad: Sequence[BadRow] = ()):
+        super().__init__(message)
+        self.bad = list(bad)
+
+
+class RowError(ValueError):
+    """The reason why one row is bad, raised where it is found."""
+
+
+class Rated(NamedTuple):
+    """One rated answer; ``prompt`` and ``completion`` are both text or both lists of chat messages."""
+
+    prompt: Text
+    completion: Text
+    label: bool
+
+
+def bad_rows_error(bad: Sequence[BadRow], total: int, name: str) -> DataError:
+    """The error that stops before training: how many rows are bad, and the first ten of them."""
+    shown = "\n".join(f"  {row}" for row in bad[:10])
+    rest = "" if len(bad) <= 10 else f"\n  ... and {len(bad) - 10} more"
+    return DataError(
+        f"{len(bad)} of {total} rows of {name} cannot be used:\n{shown}{rest}\n"
+        "Correct them, or leave them out with --data.on_bad_row skip, which lists them in the run folder.",
+        bad,
+    )
+
+
+def rated_rows(raw: Mapping[str, Any]) -> list[Rated]:
+    """The row itself if it is rated, both its halves (desirable first) if it is a pair.
+
+    Raises:
+        RowError: with the reason, if the row cannot be used.
+
+    Example:
+        >>> rated_rows({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+        [Rated(prompt='2 + 2?', completion='4', label=True), Rated(prompt='2 + 2?', completion='5', label=False)]
+    """
+    row = {name: value for name, value in raw.items() if value is not None}
+    for name in REFUSED_FIELDS:
+        if name in row:
+            raise RowError(f"field {name!r} is not supported and changes what the model sees")
+    paired = "chosen" in row or "rejected" in row
+    if paired and ("completion" in row or "label" in row):
+        raise RowError(
+            "has fields of a rated row (completion, label) and of a pair (chosen, rejected)"
+        )
+    if paired:
+        _require(row, ("chosen", "rejected"), PAIRED_FIELDS)
+        return _unpaired(row)
+    _require(row, RATED_FIELDS, (*RATED_FIELDS, *PAIRED_FIELDS))
+    if not isinstance(row["label"], bool):
+        raise RowError(f"label is {_show(row['label'])}; expected true or false")
+    return [_checked(row["prompt"], row["completion"], "completion", row["label"])]
+
+
+def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
+    """The group of a row: rows of one group share a prompt (or whatever the field ``group`` says they share).
+
+    A 63-bit hash of the prompt, the same in every run and on every machine. Spelling counts, but not case, spacing or
+    the choice between equivalent Unicode forms.
+    """
+    given = raw.get("group")
+    if given is None:
+        turns = (
+            [("text", prompt)]
+            if isinstance(prompt, str)
+            else [(m["role"], m["content"]) for m in prompt]
+        )
+        key = "prompt\x1e" + "\x1e".join(f"{role}\x1f{_folded(text)}" for role, text in turns)
+    elif isinstance(given, (str, int)) and not isinstance(given, bool):
+        key = f"group\x1e{given}"
+    else:
+        raise RowError(f"group is {_show(given)}; expected text or an integer")
+    digest = hashlib.sha256(_utf8(key, "group")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same")
+    prompt = row.get("prompt")
+    if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
+        _messages(chosen, "chosen")
+        _messages(rejected, "rejected")
+        asked = prompt
+        prompt, chosen, rejected = _common_prefix(chosen, rejected)
+        # Some sets repeat the question as text beside whole conversations: it then has to be the question asked there.
+        questions = [m["content"] for m in prompt if m["role"] == "user"]
+        if isinstance(asked, str) and asked not in questions:
+            raise RowError("prompt is text that is not a user turn shared by chosen and rejected")
+    elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
+        prompt, chosen, rejected = _common_words(chosen, rejected)
+    return [
+        _checked(prompt, chosen, "chosen", True),
+        _checked(prompt, rejected, "rejected", False),
+    ]
+
+
+def _common_prefix(chosen: list, rejected: list) -> tuple[list, list, list]:
+    length = 0
+    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+        length += 1
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _common_words(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The common beginning of two texts, cut where a word begins: "is blue", "is black" share "is", not "is bl"."""
+    length = 0
+    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
+        length += 1
+    while length > 0 and not chosen[length - 1 : length].isspace():
+        length -= 1
+    if length > 0 and chosen[length - 1] == " ":  # the space belongs to the answer, as in tokens
+        length -= 1
+    return chosen[:length], chosen[length:], rejected[length:]
+
+
+def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
+    """The row, if both texts are of one kind and none is empty or in the wrong order."""
+    for field, value in (("prompt", prompt), (name, completion)):
+        if not isinstance(value, (str, list)):
+            raise RowError(f"{field} is {_show(value)}; expected text or a list of messages")
+    if isinstance(prompt, str) != isinstance(completion, str):
+        kinds = [
+            "text" if isinstance(value, str) else "chat messages" for value in (prompt, completion)
+        ]
+        raise RowError(f"prompt is {kinds[0]} but {name} is {kinds[1]}; expected both of one kind")
+    if isinstance(prompt, str):
+        for field, value in (("prompt", prompt), (name, completion)):
+            _utf8(value, field)
+            if not value.strip():
+                raise RowError(f"{field} is empty")
+        return Rated(prompt, completion, label)
+    prompt, completion = _messages(prompt, "prompt"), _messages(completion, name)
+    _check_turns(prompt)
+    roles = [message["role"] for message in completion]
+    if roles != ["assistant"]:
+        raise RowError(f"{name} has the roles {', '.join(roles)}; expected one assistant message")
+    return Rated(prompt, completion, label)
+
+
+def _check_turns(prompt: list[dict[str, str]]) -> None:
+    """system?, user, assistant, user, ..., user."""
+    roles = [message["role"] for message in prompt]
+    turns = roles[1:] if roles[0] == "system" else roles
+    expected = ["assistant" if turn % 2 else "user" for turn in range(len(turns))]
+    if turns != expected or not turns or turns[-1] != "user":
+        raise RowError(
+            f"prompt has the roles {', '.join(roles)}; expected system (optional), then user and assistant in turn, "
+            "with user last"
+        )
+
+
+def _messages(value: list, field: str) -> list[dict[str, str]]:
+    """Messages with exactly role and content, checked one by one."""
+    if not value:
+        raise RowError(f"{field} is empty")
+    checked = []
+    for number, message in enumerate(value, start=1):
+        where = f"message {number} of {field}"
+        if not isinstance(message, Mapping):
+            raise RowError(f"{where} is {_show(message)}; expected {{role, content}}")
+        message = {key: part for key, part in message.items() if part is not None}
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise RowError(f"{where} has {key} {_show(message.get(key))}; expected text")
+        extra = sorted(set(message) - {"role", "content"})
+        if extra:
+            raise RowError(
+                f"{where} has {extra[0]!r}, which is not supported; expected role and content"
+            )
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise RowError(f"{where} has the unknown role {role!r}; expected {', '.join(ROLES)}")
+        _utf8(content, where)
+        if not content.strip() and role != "system":
+            raise RowError(f"{where} is empty")
+        checked.append({"role": role, "content": content})
+    return checked
+
+
+def _require(row: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]) -> None:
+    for name in needed:
+        if name not in row:
+            spare = [other for other in row if other not in known]
+            near = difflib.get_close_matches(name, spare, n=1)
+            hint = f" (found {near[0]!r})" if near else ""
+            raise RowError(f"field {name!r} is missing{hint}")
+
+
+def _utf8(text: str, field: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            f"{field} holds half of a surrogate pair at character {error.start}"
+        ) from None
+
+
+def _folded(text: str) -> str:
+    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().casefold()
+
+
+def _show(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

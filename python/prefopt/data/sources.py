@@ -1,0 +1,152 @@
+"""Where rows come from: a dataset in memory, a list, a JSONL or Parquet file, or the hub.
+
+Each source gives its rows with their line numbers, counted from 1, and for a line that is no row the reason why.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from prefopt.data.rows import RATED_FIELDS, DataError, RowError
+
+BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a time
+
+Raws = Iterator[
+    tuple[int, Mapping[str, Any] | RowError | None]
+]  # (line, row | why it is none | blank)
+
+
+def open_rows(source: Any, split: str | None, revision: str | None) -> tuple[str, Raws]:
+    """The name under which rows are reported, and the rows with their line numbers (from 1)."""
+    if isinstance(source, Dataset):
+        return "dataset", _columnar(source, "dataset")
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        return "rows", _listed(source)
+    if not isinstance(source, (str, Path)):
+        raise DataError(
+            f"the data source is a {type(source).__name__}; expected a map-style datasets.Dataset, a list of rows, "
+            "a path or a hub id"
+        )
+    path, name = Path(source), str(source)
+    if path.is_dir():
+        raise DataError(f"{name} is a folder; expected a .jsonl or .parquet file, or a hub id")
+    if not path.exists():
+        if path.suffix.lower() in (".jsonl", ".json", ".parquet", ".csv") or not _is_hub_id(name):
+            raise DataError(f"there is no file {name}")
+        return name, _hub(name, split or "train", revision)
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return name, _jsonl(path)
+    if suffix == ".parquet":
+        return name, _parquet(path)
+    raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
+
+
+def _listed(rows: Sequence) -> Raws:
+    for line, raw in enumerate(rows, start=1):
+        yield line, raw if isinstance(raw, Mapping) else RowError(f"is {raw!r}; expected an object")
+
+
+def _jsonl(path: Path) -> Raws:
+    """Line by line from bytes, so that a line that is not UTF-8 has a number and does not hide the others."""
+    with (
+        path.open("rb") as file,
+        tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, delay=1) as bar,
+    ):
+        for line, data in enumerate(file, start=1):
+            bar.update(len(data))
+            if line == 1:
+                if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError(f"{path} is UTF-16; save it as UTF-8")
+                data = data.removeprefix(b"\xef\xbb\xbf")
+            yield line, _parsed(data)
+
+
+def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
+    if not data.strip():
+        return None
+    try:
+        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        return RowError(
+            f"is not UTF-8 (byte {error.start + 1} of the line, 0x{data[error.start]:02x})"
+        )
+    except RowError as error:
+        return error
+    except json.JSONDecodeError as error:
+        return RowError(f"is not JSON: {error.msg} at column {error.colno}")
+    except (RecursionError, ValueError) as error:
+        return RowError(
+            f"cannot be read as JSON: {error}"
+        )  # nested a thousand deep, a number of 5,000 digits
+    return (
+        raw if isinstance(raw, dict) else RowError(f"is a {type(raw).__name__}; expected an object")
+    )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RowError(f"has the key {twice!r} twice")
+    return found
+
+
+def _parquet(path: Path) -> Raws:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}") from None
+    _check_columns(file.schema_arrow.names, str(path))
+    line = 0
+    with tqdm(total=file.metadata.num_rows, unit="row", desc=path.name, delay=1) as bar:
+        try:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for raw in batch.to_pylist():
+                    line += 1
+                    bar.update()
+                    yield line, raw
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read after row {line}: {error}") from None
+
+
+def _columnar(dataset: Dataset, name: str) -> Raws:
+    _check_columns(dataset.column_names, name)
+    rows = dataset.with_format(None)
+    yield from enumerate(tqdm(rows, desc=name, unit="row", delay=1), start=1)
+
+
+def _check_columns(columns: Sequence[str], name: str) -> None:
+    """One sentence for a column that is missing everywhere, instead of one for each row."""
+    needed = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise DataError(
+            f"{name} has no column {', '.join(missing)}; found {', '.join(columns) or 'none'}. "
+            "Expected prompt, completion, label, or prompt (optional), chosen, rejected"
+        )
+
+
+def _hub(name: str, split: str, revision: str | None) -> Raws:
+    try:
+        dataset = datasets.load_dataset(name, split=split, revision=revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"cannot load {name} (split {split}, revision {revision or 'newest'}); it is neither a file here nor a "
+            f"dataset that can be fetched: {first}"
+        ) from None
+    yield from _columnar(dataset, name)
