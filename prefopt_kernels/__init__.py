@@ -1,7 +1,21 @@
 """Fused losses for preference optimisation: per-token log-probabilities straight from hidden states and the LM head."""
 
+from prefopt_kernels.losses import apo_zero_loss, kto_loss
+from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
+from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
 
 __version__ = "0.1.0"
 
-__all__ = ["TokenLogprobs", "explain", "linear_logprob"]
+__all__ = [
+    "FusedLinearKTOLoss",
+    "KTOMetrics",
+    "MicrobatchKL",
+    "TokenLogprobs",
+    "WindowKL",
+    "apo_zero_loss",
+    "explain",
+    "kto_loss",
+    "linear_logprob",
+    "sequence_logps",
+]
