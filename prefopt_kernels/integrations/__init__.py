@@ -1,0 +1,1 @@
+"""How other libraries' models and trainers reach the op; nothing inside the package imports these."""
