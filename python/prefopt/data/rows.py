@@ -127,8 +127,12 @@ def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
         _messages(rejected, "rejected")
         asked = prompt
         prompt, chosen, rejected = _common_prefix(chosen, rejected)
+        if not len(chosen) == len(rejected) == 1:
+            raise RowError(
+                "chosen and rejected part before their last message; expected one other answer at the end"
+            )
         # Some sets repeat the question as text beside whole conversations: it then has to be the question asked there.
-        questions = [m["content"] for m in prompt if m["role"] == "user"]
+        questions = [message["content"] for message in prompt if message["role"] == "user"]
         if isinstance(asked, str) and asked not in questions:
             raise RowError("prompt is text that is not a user turn shared by chosen and rejected")
     elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
