@@ -1,7 +1,187 @@
-"""The C++ kernels of csrc/linear_logprob."""
+"""The C++ kernels of csrc/linear_logprob: allocates every buffer, calls them, combines the splits of the vocabulary."""
 
+from functools import cache
+
+import torch
 from torch import Tensor
+
+from prefopt_kernels.ops import _extension
+from prefopt_kernels.ops.linear_logprob.transform import Transform
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    return "not built yet"
+    if hidden.device.type != "cpu":
+        return f"hidden is on {hidden.device}, the C++ kernels run on the CPU"
+    return _extension.why_not()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Those of this machine that have kernels, best first."""
+    return tuple(torch.ops.prefopt_kernels_cpu.isas())
+
+
+@cache
+def instruction_set() -> str:
+    return instruction_sets()[0]
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    want: dict[str, bool],
+    unit_gradient: bool,
+) -> dict[str, Tensor]:
+    T = hidden.shape[0]
+    names = ["logp", "lse", *(name for name, wanted in want.items() if wanted)]
+    out = {name: hidden.new_zeros(T, dtype=torch.float32) for name in names}
+    if unit_gradient:
+        out["unit"] = hidden.new_zeros(hidden.shape)
+    rows = (targets >= 0).nonzero().squeeze(-1)  # (N,)
+    if rows.numel():
+        call = _Call(hidden, weight, targets, bias, transform, rows)
+        for name, values in call.forward(want, out.get("unit")).items():
+            out[name][rows] = values
+    if want["is_top1"]:
+        out["is_top1"] = out["is_top1"].bool()
+    return out
+
+
+def backward(
+    dlogp: Tensor | None,
+    dlse: Tensor | None,
+    dentropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    transform: Transform,
+    need: dict[str, bool],
+) -> dict[str, Tensor]:
+    rows = (targets >= 0).nonzero().squeeze(-1)  # (N,)
+    if not rows.numel():
+        operands = {"hidden": hidden, "weight": weight, "bias": bias}
+        return {name: operands[name].new_zeros(operands[name].shape) for name in need if need[name]}
+    call = _Call(hidden, weight, targets, bias, transform, rows)
+    return call.backward(dlogp, dlse, dentropy, lse, entropy, need)
+
+
+class _Call:
+    """The operands of one call as the kernels take them: N rows that count, rows of unit stride, fp32 bias."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, rows: Tensor
+    ):
+        self.rows = rows  # (N,)
+        self.targets = targets[rows].long()  # (N,)
+        self.hidden = _unit_stride(hidden)
+        self.weight = _unit_stride(weight)
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.transform = transform
+        self.isa = instruction_set()
+        self.operands = (self.hidden, self.rows, self.weight, self.targets)
+        self.transform_numbers = (transform.scale, transform.softcap or 0.0, transform.temperature)
+
+    def plan(self, product: bool) -> list[int]:
+        N = self.rows.numel()
+        return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(self.hidden, self.weight, N, product, self.isa)
+
+    def forward(self, want: dict[str, bool], unit: Tensor | None) -> dict[str, Tensor]:
+        """Each output for the N rows; fills ``unit`` in place."""
+        N, V = self.rows.numel(), self.weight.shape[0]
+        padded_tokens, padded_hidden, splits, groups, _chunk, workspace_bytes, _ = self.plan(unit is not None)
+        partials = self._empty(5, splits, padded_tokens)
+        product = None if unit is None else self._empty(splits, N, padded_hidden)
+        torch.ops.prefopt_kernels_cpu.linear_logprob_forward(
+            *self.operands,
+            self.bias,
+            *self.transform_numbers,
+            want["entropy"],
+            want["mean_logit"],
+            partials,
+            product,
+            torch.empty(workspace_bytes, dtype=torch.uint8),
+            splits,
+            groups,
+            self.isa,
+        )
+        largest, total, spread, logits, target = partials[:, :, :N]  # each (splits, N)
+        top = largest.amax(0)  # (N,)
+        share = (largest - top).exp()  # (splits, N)
+        log_sum = (share * total).sum(0).log()  # (N,), 0 or more
+        z_target = target.sum(0)
+        # top and lse cancel to the last bit where the target is the top and alone
+        values = {"logp": (z_target - top) - log_sum, "lse": top + log_sum}
+        if want["entropy"]:  # lse - E[z]
+            shifted = share * (spread + (largest - top) * total)
+            values["entropy"] = log_sum - shifted.sum(0) * (-log_sum).exp()
+        if want["mean_logit"]:
+            values["mean_logit"] = logits.sum(0) / V
+        if want["is_top1"]:
+            values["is_top1"] = (z_target >= top).float()
+        if unit is not None:
+            factor = self.transform.scale / self.transform.temperature
+            slope = torch.as_tensor(self.transform.slope_at(z_target)).expand(N).float().contiguous()
+            torch.ops.prefopt_kernels_cpu.linear_logprob_finish_unit(
+                *self.operands, product, (largest - values["lse"]).exp() * factor, slope, unit, self.isa
+            )
+        return values
+
+    def backward(
+        self,
+        dlogp: Tensor | None,
+        dlse: Tensor | None,
+        dentropy: Tensor | None,
+        lse: Tensor,
+        entropy: Tensor | None,
+        need: dict[str, bool],
+    ) -> dict[str, Tensor]:
+        N, (V, H), dtype = self.rows.numel(), self.weight.shape, self.weight.dtype
+        padded_tokens, padded_hidden, _splits, _groups, chunk, _, workspace_bytes = self.plan(False)
+        coefficients = torch.zeros(5, padded_tokens)
+        for row, values in enumerate((lse, None, dlogp, dentropy, entropy)):
+            if values is not None:
+                coefficients[row, :N] = values[self.rows]
+        coefficients[1] = -coefficients[2]
+        if dlse is not None:
+            coefficients[1, :N] += dlse[self.rows]
+        target_ids = torch.full((padded_tokens,), -1, dtype=torch.int32)
+        target_ids[:N] = self.targets
+        dhidden = self._empty(N, padded_hidden) if need["hidden"] else None
+        grads = {}
+        if need["weight"]:
+            grads["weight"] = torch.empty(V, H, dtype=dtype)
+        if need["bias"]:
+            grads["bias"] = self._empty(V)
+        torch.ops.prefopt_kernels_cpu.linear_logprob_backward(
+            *self.operands,
+            self.bias,
+            *self.transform_numbers,
+            coefficients,
+            target_ids,
+            dentropy is not None,
+            dhidden,
+            grads.get("weight"),
+            grads.get("bias"),
+            torch.empty(workspace_bytes, dtype=torch.uint8),
+            chunk,
+            self.isa,
+        )
+        if need["hidden"]:
+            grads["hidden"] = self.hidden.new_zeros(self.hidden.shape)
+            grads["hidden"][self.rows] = dhidden[:, :H].to(dtype)
+        if need["bias"]:
+            grads["bias"] = grads["bias"].to(dtype)
+        return grads
+
+    @staticmethod
+    def _empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32)
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -203,34 +203,13 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    (
-        hidden,
-        weight,
-        targets,
-        bias,
-        *transform,
-        want_entropy,
-        _mean,
-        _top1,
-        ctx.want_unit,
-        ctx.backend,
-    ) = inputs
-    logp, lse, entropy, mean_logit, is_top1, unit = output
+    hidden, weight, targets, bias, *transform, want_entropy, _mean, _top1, want_unit, ctx.backend = inputs
+    _logp, lse, entropy, mean_logit, is_top1, unit = output
     ctx.transform = transform
     ctx.mark_non_differentiable(mean_logit, is_top1, unit)
     ctx.set_materialize_grads(False)  # None says which of logp, lse and entropy the caller left out
-    # the unit gradient replaces hidden (same size), unless entropy's gradient may need the logits again
-    keeps_hidden = want_entropy or not ctx.want_unit
-    ctx.save_for_backward(
-        hidden if keeps_hidden else None,
-        weight,
-        targets,
-        bias,
-        logp,
-        lse,
-        entropy if want_entropy else None,
-        unit if ctx.want_unit else None,
-    )
+    entropy, unit = entropy if want_entropy else None, unit if want_unit else None
+    ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, unit)  # O(T H), never (T, V)
 
 
 def _backward(ctx, dlogp, dlse, dentropy, _dmean_logit, _dis_top1, _dunit):
@@ -253,11 +232,10 @@ def _linear_logprob_backward(
     dlogp: Tensor | None,
     dlse: Tensor | None,
     dentropy: Tensor | None,
-    hidden: Tensor | None,
+    hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     bias: Tensor | None,
-    logp: Tensor,
     lse: Tensor,
     entropy: Tensor | None,
     unit: Tensor | None,
@@ -270,9 +248,8 @@ def _linear_logprob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     transform = Transform(logit_scale, softcap, temperature)
-    if unit is not None and dentropy is None:
-        dhidden = _scale_unit(dlogp, dlse, weight, targets, logp, lse, unit, transform)
-        return dhidden, weight.new_empty(0), weight.new_empty(0)
+    if unit is not None and dlse is None and dentropy is None:
+        return (dlogp[:, None] * unit).to(unit.dtype), weight.new_empty(0), weight.new_empty(0)
     need = {"hidden": need_hidden, "weight": need_weight, "bias": need_bias}
     grads = BACKENDS[backend].backward(
         dlogp, dlse, dentropy, hidden, weight, targets, bias, lse, entropy, transform, need
@@ -289,7 +266,6 @@ def _(
     weight,
     targets,
     bias,
-    logp,
     lse,
     entropy,
     unit,
@@ -317,22 +293,3 @@ def _no_double_backward(ctx, *grads):
 
 _linear_logprob_backward.register_autograd(_no_double_backward)
 
-
-def _scale_unit(
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
-    weight: Tensor,
-    targets: Tensor,
-    logp: Tensor,
-    lse: Tensor,
-    unit: Tensor,
-    transform: Transform,
-) -> Tensor:
-    """``dhidden`` from the unit gradient D = slope_y W_y - M, where M = d lse / d hidden: dlogp D + dlse M."""
-    if dlse is None:
-        return (dlogp[:, None] * unit).to(unit.dtype)
-    counts = targets >= 0
-    through_lse = torch.where(counts, dlse * transform.slope_at(logp + lse), 0)
-    factor = -dlse if dlogp is None else dlogp - dlse
-    rows = weight[targets.clamp(min=0)]  # (T, H)
-    return (factor[:, None] * unit + through_lse[:, None] * rows).to(unit.dtype)

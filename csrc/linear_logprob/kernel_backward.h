@@ -1,0 +1,128 @@
+// The backward of a trainable head, of the bias and through the entropy: the logits of a chunk of the vocabulary are computed
+// again, turned into dz, and multiplied with W (hidden's gradient) and with hidden (the head's gradient).
+#pragma once
+#include "kernel_common.h"
+
+namespace prefopt::PREFOPT_ISA {
+
+template <class Dot, class Element>
+struct BackwardPass : Common<Dot, Element> {
+  using Base = Common<Dot, Element>;
+  using typename Base::Scratch;
+  using typename Base::Tile;
+  using Base::kStep;
+  using Base::units;
+  static constexpr int64_t kUnitBytes = 4 / kStep;  // of one element in a packed unit
+
+  static void pack_weight(const Backward& call, int64_t worker, int64_t workers) {
+    const int64_t groups = call.layout.padded_hidden / kGroup;
+    pack_columns<Dot, kGroup>(Base::weight_rows(call.in, call.begin), call.end - call.begin, call.in.H,
+                              groups * worker / workers, groups * (worker + 1) / workers,
+                              reinterpret_cast<int32_t*>(call.weight_packed));
+  }
+
+  static void logit_gradient(const Backward& call, int64_t worker, int64_t workers) {
+    const Panels panels(call.in.T);
+    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden);
+    const int64_t tasks = divide_up(call.end - call.begin, kTileRows) * panels.count;
+    int64_t loaded = -1;
+    Tile tile{};
+    for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
+      const int64_t v = call.begin + task / panels.count * kTileRows, panel = task % panels.count;
+      const int64_t count = call.end - v < kTileRows ? call.end - v : kTileRows;
+      if (v != loaded) tile = Base::weight_tile(call.in, v, count, scratch.weight);
+      loaded = v;
+      panels.visit(panel, [&](auto width) {
+        gradient_panel<decltype(width)::value>(call, scratch, tile, v, count, panel, panels.first_vector(panel) * kLanes);
+      });
+    }
+  }
+
+  template <int N>
+  static void gradient_panel(const Backward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count, int64_t panel,
+                             int64_t token) {
+    constexpr int kWidth = N * kLanes;
+    const Operands& in = call.in;
+    const int64_t rows = call.end - call.begin, row = v - call.begin;
+    Base::template logits<N>(in, tile, v, count, call.hidden_packed + token * units(in.H) * 4, scratch.z);
+    int32_t* by_token = reinterpret_cast<int32_t*>(call.dz_by_token) + token * units(rows) + row / kStep * kWidth;
+    char* by_row = call.dz_by_row + (row * call.layout.padded_tokens + token) * kUnitBytes;
+    float* dbias = call.dbias_parts + panel * rows + row;
+    for (int64_t r = 0; r < count; r += kStep, by_token += kWidth) {
+      for (int n = 0; n < N; n++) {
+        vf dz[2] = {splat(0.f), splat(0.f)};
+        for (int s = 0; s < kStep && r + s < count; s++) {
+          dz[s] = gradient(call, load(scratch.z + (r + s) * kWidth + n * kLanes), v + r + s, token + n * kLanes);
+          if (call.dz_by_row) {
+            Dot::put_row(by_row + ((r + s) * call.layout.padded_tokens + n * kLanes) * kUnitBytes, dz[s]);
+          }
+          if (call.dbias_parts) dbias[r + s] = (n ? dbias[r + s] : 0) + sum_of(dz[s]);
+        }
+        if (call.dz_by_token) Dot::put(by_token + n * kLanes, dz[0], dz[1]);
+      }
+    }
+  }
+
+  // Gradient in the raw logits of vocabulary row v, for the register of tokens that starts at `token`.
+  static PREFOPT_INLINE vf gradient(const Backward& call, vf z, int64_t v, int64_t token) {
+    const vf log_p = z - load(call.lse + token);
+    vf factor = load(call.factor + token);
+    if (call.dentropy) {
+      // exp(-100) is 0 here: the bound keeps 0 * -inf out
+      const vf spread = max_of(splat(-100.f), log_p) + load(call.entropy + token);
+      factor = factor - load(call.dentropy + token) * spread;
+    }
+    vi target;
+    __builtin_memcpy(&target, call.target_ids + token, sizeof target);
+    const vi hit = (vi)(target == splat_bits(static_cast<int32_t>(v)));
+    const vf dz = exp_of(log_p) * factor + select(hit, load(call.dlogp + token), splat(0.f));
+    const vf slope = splat(call.in.scale / call.in.temperature);
+    return call.in.softcap == 0 ? dz * slope : dz * slope * Base::slope_of(call.in, z);
+  }
+
+  // dhidden (T, H) += dz^T W over the chunk
+  static void add_dhidden(const Backward& call, int64_t worker, int64_t workers) {
+    const Panels panels(call.in.T);
+    const int64_t groups = call.layout.padded_hidden / kGroup, K = units(call.end - call.begin);
+    const int64_t tasks = panels.count * groups;
+    for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
+      const int64_t panel = task / groups, g = task % groups;
+      const int64_t token = panels.first_vector(panel) * kLanes, width = panels.width(panel) * kLanes;
+      const int64_t valid = call.in.T - token < width ? call.in.T - token : width;
+      multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, call.dz_by_token + token * K * 4, 4, width * 4,
+                                                reinterpret_cast<const float*>(call.weight_packed) + g * K * kGroup,
+                                                call.dhidden + token * call.layout.padded_hidden + g * kGroup,
+                                                call.layout.padded_hidden, call.begin > 0);
+    }
+  }
+
+  // dweight (V, H) and dbias (V,) of the chunk: every row is finished here, summed in fp32 over all tokens and rounded once
+  static void write_head_gradient(const Backward& call, int64_t worker, int64_t workers) {
+    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden);
+    const int64_t rows = call.end - call.begin, panels = Panels(call.in.T).count;
+    const int64_t first = rows * worker / workers, last = rows * (worker + 1) / workers;
+    for (int64_t r = first; r < last && call.dbias; r++) {
+      float sum = 0;
+      for (int64_t panel = 0; panel < panels; panel++) sum += call.dbias_parts[panel * rows + r];
+      call.dbias[call.begin + r] = sum;
+    }
+    for (int64_t r = first; r < last && call.dweight; r += kHeadRows) {
+      const int64_t count = last - r < kHeadRows ? last - r : kHeadRows;
+      for (int64_t g = 0; g < call.layout.padded_hidden / kGroup; g++) head_block(call, scratch.head, r, count, g);
+    }
+  }
+
+  static void head_block(const Backward& call, float* sums, int64_t row, int64_t count, int64_t g) {
+    const int64_t K = units(call.in.T), H = call.in.H, stride = call.layout.padded_tokens * kUnitBytes;
+    multiply<Dot, kTokenRows, kHiddenVectors>(count, K, call.dz_by_row + row * stride, stride, 4,
+                                              reinterpret_cast<const float*>(call.tokens_packed) + g * K * kGroup, sums, kGroup,
+                                              false);
+    const int64_t width = H - g * kGroup < kGroup ? H - g * kGroup : kGroup;
+    for (int64_t r = 0; r < count; r++) {
+      Element* out = static_cast<Element*>(call.dweight) + (call.begin + row + r) * H + g * kGroup;
+      for (int64_t h = 0; h < width; h++) from_float(sums[r * kGroup + h], out + h);
+    }
+  }
+};
+
+}  // namespace prefopt::PREFOPT_ISA

@@ -1,0 +1,165 @@
+// The forward: online softmax over tiles of the vocabulary and, for a frozen head, the unit gradient in the same pass.
+#pragma once
+#include "kernel_common.h"
+
+namespace prefopt::PREFOPT_ISA {
+
+template <class Dot, class Element>
+struct ForwardPass : Common<Dot, Element> {
+  using Base = Common<Dot, Element>;
+  using typename Base::Scratch;
+  using typename Base::Tile;
+  using Base::kStep;
+  using Base::units;
+
+  static void forward(const Forward& call, int64_t worker, int64_t workers) {
+    const Operands& in = call.in;
+    const Panels panels(in.T);
+    const Scratch scratch(call.scratch + worker * call.layout.forward_bytes, in.H, call.layout.padded_hidden);
+    for (int64_t task = worker; task < call.splits * call.groups; task += workers) {
+      const int64_t split = task % call.splits, group = task / call.splits;
+      const int64_t tiles = divide_up(in.V, kVocabularyRows);
+      const int64_t begin = tiles * split / call.splits * kVocabularyRows;
+      int64_t end = tiles * (split + 1) / call.splits * kVocabularyRows;
+      if (end > in.V) end = in.V;
+      const int64_t first_panel = panels.count * group / call.groups;
+      const int64_t last_panel = panels.count * (group + 1) / call.groups;
+      for (int64_t v = begin; v < end; v += kTileRows) {
+        const int64_t count = end - v < kTileRows ? end - v : kTileRows;
+        const Tile tile = Base::weight_tile(in, v, count, scratch.weight);
+        if (call.out.product) {
+          pack_columns<Dot, kGroup>(Base::weight_rows(in, v), count, in.H, 0, call.layout.padded_hidden / kGroup,
+                                    reinterpret_cast<int32_t*>(scratch.packed));
+        }
+        for (int64_t panel = first_panel; panel < last_panel; panel++) {
+          panels.visit(panel, [&](auto width) {
+            forward_panel<decltype(width)::value>(call, scratch, tile, v, count, v == begin, split,
+                                                  panels.first_vector(panel) * kLanes);
+          });
+        }
+      }
+    }
+  }
+
+  template <int N>
+  static void forward_panel(const Forward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count, bool first_tile,
+                            int64_t split, int64_t token) {
+    constexpr int kWidth = N * kLanes;
+    const Operands& in = call.in;
+    float* z = scratch.z;
+    Base::template logits<N>(in, tile, v, count, call.hidden_packed + token * units(in.H) * 4, z);
+
+    const int64_t at = split * call.layout.padded_tokens + token;
+    float *max = call.out.max + at, *sum = call.out.sum + at, *target = call.out.target + at;
+    const int64_t valid = in.T - token < kWidth ? in.T - token : kWidth;
+    for (int64_t i = 0; i < valid; i++) {
+      const int64_t y = in.targets[token + i] - v;
+      if (first_tile) target[i] = 0;
+      if (y >= 0 && y < count) target[i] = z[y * kWidth + i];
+    }
+
+    vf top[N], before[N], moved[N];
+    for (int n = 0; n < N; n++) top[n] = splat(-3.4028235e38f);  // finite, so that a tile of -inf gives 0 and not NaN
+    for (int64_t r = 0; r < count; r++)
+      for (int n = 0; n < N; n++) top[n] = max_of(top[n], load(z + r * kWidth + n * kLanes));
+    for (int n = 0; n < N; n++) {
+      before[n] = first_tile ? top[n] : load(max + n * kLanes);
+      top[n] = max_of(before[n], top[n]);
+      moved[n] = exp_of(before[n] - top[n]);
+    }
+
+    if (call.want_spread) add_spread<N>(call, z, count, first_tile, at, before, top, moved);
+    if (call.want_total) {
+      vf total[N];
+      for (int n = 0; n < N; n++) total[n] = splat(0.f);
+      for (int64_t r = 0; r < count; r++)
+        for (int n = 0; n < N; n++) total[n] += load(z + r * kWidth + n * kLanes);
+      for (int n = 0; n < N; n++) {
+        float* to = call.out.total + at + n * kLanes;
+        store(to, first_tile ? total[n] : load(to) + total[n]);
+      }
+    }
+
+    // a sum of its own per tile: one running sum over 150,000 terms would lose 1e-5 of itself to rounding
+    vf tile_sum[N];
+    for (int n = 0; n < N; n++) tile_sum[n] = splat(0.f);
+    const bool capped = in.softcap != 0, product = call.out.product;
+    int32_t* p = reinterpret_cast<int32_t*>(scratch.p);
+    for (int64_t r = 0; r < count; r += kStep, p += kWidth) {
+      for (int n = 0; n < N; n++) {
+        vf e[2] = {splat(0.f), splat(0.f)};
+        for (int s = 0; s < kStep; s++) {
+          if (r + s >= count) break;
+          const vf logit = load(z + (r + s) * kWidth + n * kLanes);
+          e[s] = exp_of(logit - top[n]);
+          tile_sum[n] += e[s];
+          if (capped && product) e[s] = e[s] * Base::slope_of(in, logit);
+        }
+        if (product) Dot::put(p + n * kLanes, e[0], e[1]);
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      float* to = sum + n * kLanes;
+      store(to, first_tile ? tile_sum[n] : load(to) * moved[n] + tile_sum[n]);
+      store(max + n * kLanes, top[n]);
+    }
+    if (product) add_product<N>(call, scratch, count, first_tile, split, token, valid, moved);
+  }
+
+  // sum exp(z - m) (z - m) after the maximum went from `before` to `top`; reads the old sum
+  template <int N>
+  static void add_spread(const Forward& call, const float* z, int64_t count, bool first_tile, int64_t at, const vf* before,
+                         const vf* top, const vf* moved) {
+    vf spread[N];
+    for (int n = 0; n < N; n++) spread[n] = splat(0.f);
+    for (int64_t r = 0; r < count; r++) {
+      for (int n = 0; n < N; n++) {
+        const vf d = load(z + r * N * kLanes + n * kLanes) - top[n];
+        spread[n] += exp_of(d) * max_of(splat(-100.f), d);  // exp(-100) is 0 here: keeps 0 * -inf out
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      float* to = call.out.spread + at + n * kLanes;
+      const vf sum = load(call.out.sum + at + n * kLanes);
+      store(to, first_tile ? spread[n] : (load(to) + (before[n] - top[n]) * sum) * moved[n] + spread[n]);
+    }
+  }
+
+  // product (tokens, H) = product * moved + P^T W
+  template <int N>
+  static void add_product(const Forward& call, const Scratch& scratch, int64_t count, bool first_tile, int64_t split,
+                          int64_t token, int64_t valid, const vf* moved) {
+    const int64_t columns = call.layout.padded_hidden, K = units(count);
+    float* product = call.out.product + (split * call.in.T + token) * columns;
+    for (int64_t i = 0; i < valid && !first_tile; i++) {
+      const float factor = moved[i / kLanes][i % kLanes];
+      if (factor == 1) continue;
+      for (int64_t h = 0; h < columns; h += kLanes) {
+        float* to = product + i * columns + h;
+        store(to, load(to) * splat(factor));
+      }
+    }
+    for (int64_t g = 0; g < columns / kGroup; g++) {
+      const float* packed = reinterpret_cast<const float*>(scratch.packed) + g * K * kGroup;
+      multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, scratch.p, 4, N * kLanes * 4, packed, product + g * kGroup, columns,
+                                                !first_tile);
+    }
+  }
+
+  // unit = slope W[y] - sum over splits of share * product, subtracted in fp32 and rounded once
+  static void finish_unit(const FinishUnit& call, int64_t worker, int64_t workers) {
+    const Operands& in = call.in;
+    for (int64_t i = in.T * worker / workers; i < in.T * (worker + 1) / workers; i++) {
+      const Element* target = Base::weight_rows(in, in.targets[i])[0];
+      Element* out = static_cast<Element*>(call.unit) + in.rows[i] * in.H;
+      for (int64_t h = 0; h < in.H; h++) {
+        float value = call.slope[i] * to_float(target[h]);
+        for (int64_t s = 0; s < call.splits; s++)
+          value -= call.share[s * in.T + i] * call.product[(s * in.T + i) * call.layout.padded_hidden + h];
+        from_float(value, out + h);
+      }
+    }
+  }
+};
+
+}  // namespace prefopt::PREFOPT_ISA
