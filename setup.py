@@ -117,7 +117,7 @@ def main() -> None:
         description="Fused log-probabilities and preference losses for PyTorch, with a trainer",
         long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
         long_description_content_type="text/markdown",
-        license="Apache-2.0",
+        license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],

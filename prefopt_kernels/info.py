@@ -11,6 +11,7 @@ import torch
 import prefopt_kernels
 from prefopt_kernels import explain
 from prefopt_kernels.ops import _extension
+from prefopt_kernels.ops.linear_logprob import backend_cpu
 
 # The instruction sets that the kernels have a use for, by their names in /proc/cpuinfo.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
@@ -41,7 +42,8 @@ def extension() -> str:
         return f"no: {reason}"
     installed = _extension.library() == _extension.installed_library()
     origin = "installed" if installed else "built on the fly"
-    return f"{_extension.library()} ({origin}), chooses {torch.ops.prefopt_kernels_cpu.isa()}"
+    chosen, *others = backend_cpu.instruction_sets()
+    return f"{chosen} chosen, here are also {', '.join(others)}; {_extension.library()} ({origin})"
 
 
 def backends(device: torch.device) -> dict[str, str | None]:

@@ -80,7 +80,13 @@ def _find_and_load() -> tuple[Path | None, str | None]:
     try:
         return _build(missing), None
     except (RuntimeError, OSError) as error:
-        return None, f"{missing}, and its build failed: {error}"
+        return None, f"{missing}, and its build failed (`make build` shows all): {_first(error)}"
+
+
+def _first(error: Exception) -> str:
+    """The compiler's first error out of the whole log that torch puts into its exception."""
+    lines = str(error).splitlines()
+    return next((line for line in lines if "error:" in line), lines[0])
 
 
 def why_not_build() -> str | None:
