@@ -42,8 +42,8 @@ def extension() -> str:
         return f"no: {reason}"
     installed = _extension.library() == _extension.installed_library()
     origin = "installed" if installed else "built on the fly"
-    chosen, *others = backend_cpu.instruction_sets()
-    return f"{chosen} chosen, here are also {', '.join(others)}; {_extension.library()} ({origin})"
+    sets = backend_cpu.instruction_sets()
+    return f"{sets[0]}, the first of {', '.join(sets)}; {_extension.library()} ({origin})"
 
 
 def backends(device: torch.device) -> dict[str, str | None]:

@@ -54,7 +54,7 @@ def test_a_loaded_extension_is_told_with_its_place_and_instruction_set():
         pytest.skip(f"needs the C++ kernels: {_extension.why_not()}")
     line = dict(info.report())["C++ kernels"]
     assert str(_extension.library()) in line
-    assert line.startswith(f"{backend_cpu.instruction_set()} chosen, ")
+    assert line.startswith(f"{backend_cpu.instruction_set()}, the first of ")
     assert "generic" in line
 
 
