@@ -139,7 +139,11 @@ def split_by_group(
             )
         key = hashlib.sha256(f"{loaded.fingerprint}|{fraction}|{seed}|{side}".encode()).hexdigest()
         rows = loaded.rows.select(chosen)
-        sides.append(_loaded(rows, [], Counter(), {}, key, loaded.name))
+        if side == "train":  # what was found in the source is told once
+            found = loaded.counts | {"held_out": len(loaded.rows) - len(rows)}
+            sides.append(_loaded(rows, loaded.bad, found, loaded.ignored, key, loaded.name))
+        else:
+            sides.append(_loaded(rows, [], {}, {}, key, loaded.name))
     return sides[0], sides[1]
 
 
@@ -152,15 +156,13 @@ def _loaded(
     name: str,
 ) -> LoadedRows:
     desirable = sum(rows["label"])
-    counts = {
-        "read": found.get("read", len(rows)),
+    counts = {"read": len(rows), "pairs": 0, "blank_lines": 0} | dict(found)
+    counts |= {
         "rows": len(rows),
         "desirable": desirable,
         "undesirable": len(rows) - desirable,
         "groups": len(set(rows["group"])),
-        "pairs": found.get("pairs", 0),
         "bad": len(bad),
-        "blank_lines": found.get("blank_lines", 0),
     }
     return LoadedRows(rows, bad, counts, ignored, fingerprint, name)
 

@@ -27,7 +27,8 @@ class Tokenized:
 
     ``dataset`` has the columns ``prompt_ids``, ``completion_ids`` (with the end of turn, and not yet cut to
     ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group`` and
-    ``row``, the position in ``LoadedRows.rows``. ``counts`` has ``rows``, ``desirable``, ``undesirable``, ``bad``,
+    ``row``, the position in ``LoadedRows.rows``. ``bad`` has the rows that had to leave here. ``counts`` is that of
+    ``LoadedRows``, with ``rows``, ``desirable``, ``undesirable``, ``groups`` and ``bad`` brought up to date, and
     ``truncated`` (rows that lose the end of their completion), ``truncated_tokens``, ``prompt_cut`` (rows whose prompt
     ends in tokens that the rendered conversation has not), ``prompt_tokens`` and ``completion_tokens`` (within
     ``max_length``). ``fingerprint`` depends on the rows, the tokenizer, its template and ``max_length`` alone.
@@ -125,11 +126,12 @@ def _judged(
             cut,
             len(good),
         )
-    counts = {
+    counts = loaded.counts | {
         "rows": len(good),
         "desirable": int(labels.sum()),
         "undesirable": int((~labels).sum()),
-        "bad": len(bad),
+        "groups": len(set(np.asarray(loaded.rows["group"][:])[good].tolist())),
+        "bad": len(loaded.bad) + len(bad),
         "truncated": int((lost > 0).sum()),
         "truncated_tokens": int(lost.sum()),
         "prompt_cut": cut,
