@@ -1,0 +1,165 @@
+"""What a run says when it goes wrong quietly: a warning with the reason and the remedy, once each."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+SATURATED_REWARD = 10.0  # sigmoid'(10) is 5e-5: such a row has next to no gradient left
+KL_LOGS = 20  # logs in a row, and optimizer steps, for which the reference point may be 0
+FLAT_MARGIN = (
+    1e-3  # reward units; sampling noise of the margin is far above it once anything is learnt
+)
+WEIGHT_RANGE = (1.0, 4 / 3)  # arXiv:2402.01306, eq. 8
+NO_PARTNER_SHARE = 0.5
+
+
+class TrainingWarning(UserWarning):
+    """A run that is not going to give what was asked for."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One diagnosis, as run.json keeps it."""
+
+    name: str
+    step: int
+    reason: str
+    remedy: str
+
+
+class Diagnostics:
+    """Watches the logged values; counters and findings are part of the checkpoint.
+
+    Example:
+        >>> import warnings
+        >>> diagnostics = Diagnostics(max_steps=100)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     diagnostics.observe(7, {"rewards/chosen": -31.0, "rewards/rejected": -40.0})
+        >>> diagnostics.findings[0].name
+        'exploding_rewards'
+    """
+
+    def __init__(self, max_steps: int = 0):
+        self.max_steps = max_steps
+        self.findings: list[Finding] = []
+        self.zero_kl_logs = 0
+        self.zero_kl_since: int | None = None
+        self.still_logs = 0
+
+    def state_dict(self) -> dict:
+        """JSON-ready."""
+        return vars(self) | {"findings": [asdict(finding) for finding in self.findings]}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue from ``state_dict``, with this run's own ``max_steps``."""
+        vars(self).update(state, max_steps=self.max_steps)
+        self.findings = [Finding(**finding) for finding in state["findings"]]
+
+    def add(self, name: str, step: int, reason: str, remedy: str) -> None:
+        """Warn, and remember; a name is reported once."""
+        if any(finding.name == name for finding in self.findings):
+            return
+        self.findings.append(Finding(name, step, reason, remedy))
+        warnings.warn(f"step {step}: {reason}. {remedy}.", TrainingWarning, stacklevel=3)
+
+    def observe_data(
+        self, desirable: int, undesirable: int, desirable_weight: float, undesirable_weight: float
+    ) -> None:
+        """Before the first step: both labels there, and their weights in proportion."""
+        if not desirable or not undesirable:
+            missing = "undesirable" if desirable else "desirable"
+            self.add(
+                "one_class",
+                0,
+                f"The training data have no {missing} rows, so the loss only pushes likelihoods "
+                f"{'up' if desirable else 'down'}",
+                "Add rows of the other label; with desirable answers alone, supervised fine-tuning does the same for less",
+            )
+            return
+        balance = desirable * desirable_weight / max(undesirable * undesirable_weight, 1e-12)
+        low, high = WEIGHT_RANGE
+        if not 0.95 * low <= balance <= 1.05 * high:
+            suggested = undesirable * undesirable_weight / desirable
+            self.add(
+                "class_weights",
+                0,
+                f"{desirable} desirable and {undesirable} undesirable rows with weights {desirable_weight:g} and "
+                f"{undesirable_weight:g} give the labels a weight of {balance:.2f} to 1",
+                f"KTO's authors advise 1 to 1.33: set desirable_weight between {suggested:.2f} and "
+                f"{suggested * high:.2f}, unless the tilt is meant",
+            )
+
+    def observe(self, step: int, logged: Mapping[str, float]) -> None:
+        """One log of the training loop."""
+        rewards = [logged[key] for key in ("rewards/chosen", "rewards/rejected") if key in logged]
+        self._rewards(step, logged, rewards)
+        if "kl" in logged:
+            self._kl(step, logged["kl"])
+
+    def observe_partners(self, step: int, rows: float, without_partner: float) -> None:
+        """How many of the rows since the last log had no mismatched completion."""
+        if rows and without_partner / rows >= NO_PARTNER_SHARE:
+            self.add(
+                "no_partner",
+                step,
+                f"{without_partner:g} of {rows:g} rows had no row of another prompt in their optimizer step, so KTO's "
+                "reference point rests on few rows or none",
+                "Use a larger batch or more accumulation, or a sampler that does not put one prompt's answers together",
+            )
+
+    def _rewards(self, step: int, logged: Mapping[str, float], rewards: list[float]) -> None:
+        if any(abs(reward) > SATURATED_REWARD for reward in rewards):
+            shown = ", ".join(f"{reward:.1f}" for reward in rewards)
+            self.add(
+                "exploding_rewards",
+                step,
+                f"Mean rewards are {shown}: that far from the reference the sigmoid is flat and the rows that went "
+                "wrong no longer pull back",
+                "Lower the learning rate (LoRA often 1e-5 to 5e-5, full fine-tuning 1e-6), or raise max_grad_norm's "
+                "grip by lowering it, and start again from the reference",
+            )
+        still = bool(rewards) and not any(rewards)
+        self.still_logs = self.still_logs + 1 if still and step > 1 else 0
+        if self.still_logs >= 2 or (step > 1 and logged.get("grad_norm") == 0.0):
+            rate = logged.get("learning_rate")
+            why = (
+                "the learning rate is 0"
+                if rate == 0
+                else "no gradient reaches the trainable parameters, or the steps are too small for their dtype"
+            )
+            self.add(
+                "no_learning",
+                step,
+                f"After {step} steps the policy still equals the reference exactly, or its gradient is 0: {why}",
+                "Check learning_rate and its warm-up, which parameters require a gradient, and that bf16 weights are "
+                "not trained directly (train an adapter, or keep fp32 weights under bf16 autocast)",
+            )
+        margin = logged.get("rewards/margins")
+        if (
+            margin is not None
+            and step >= max(50, self.max_steps // 2)
+            and abs(margin) < FLAT_MARGIN
+        ):
+            self.add(
+                "flat_margin",
+                step,
+                f"After {step} steps desirable and undesirable rows are still {abs(margin):.1g} apart in reward",
+                "Raise the learning rate, check that the labels are right, or train longer",
+            )
+
+    def _kl(self, step: int, kl: float) -> None:
+        if kl > 0.0 or step <= 1:
+            self.zero_kl_logs, self.zero_kl_since = 0, None
+            return
+        self.zero_kl_since = step if self.zero_kl_since is None else self.zero_kl_since
+        self.zero_kl_logs += 1
+        if self.zero_kl_logs >= KL_LOGS and step - self.zero_kl_since >= KL_LOGS - 1:
+            self.add(
+                "kl_stuck",
+                step,
+                f"KTO's reference point has been 0 since step {self.zero_kl_since}: the policy finds other prompts' "
+                "completions less likely than the reference does, and the mean is clamped at 0",
+                "Harmless while rewards/chosen stays near 0 or rises; if it falls, lower the learning rate. With the "
+                "point at 0 the loss is apo_zero's, which saves the passes over mismatched completions",
+            )

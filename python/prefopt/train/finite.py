@@ -1,0 +1,74 @@
+"""Stops a run at the first loss or gradient that is not finite, and says where."""
+
+import math
+
+import torch
+from torch import Tensor
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient was NaN or infinite. ``step`` counts from 1; ``rows`` are positions in the training data."""
+
+    def __init__(self, message: str, step: int, rows: list[int]):
+        super().__init__(message)
+        self.step = step
+        self.rows = rows
+
+
+class FiniteWatch:
+    """Remembers every micro-batch's row losses and every step's gradient norm until somebody looks.
+
+    Looking means waiting for the device. On the CPU that is free, so it happens before each optimizer step; elsewhere
+    with each log and before each checkpoint, so that no checkpoint ever holds what came after.
+    """
+
+    def __init__(self, output_dir: str):
+        self.output_dir = output_dir
+        self._losses: list[tuple[int, list[int], Tensor]] = []  # step, rows, (B,) per-row values
+        self._norms: list[tuple[int, Tensor]] = []  # step, 0-dim
+
+    def add_rows(self, step: int, rows: list[int], values: Tensor) -> None:
+        """A micro-batch of optimizer step ``step``: something of each row that is finite if the row is."""
+        self._losses.append((step, rows, values))
+
+    def add_gradient(self, step: int, norm: Tensor | float) -> None:
+        """The gradient norm of optimizer step ``step``, before clipping."""
+        self._norms.append((step, torch.as_tensor(norm)))
+
+    def check(self) -> None:
+        """Look at everything added since the last look.
+
+        Raises:
+            NonFiniteError: naming the first bad step.
+        """
+        losses, self._losses = self._losses, []
+        norms, self._norms = self._norms, []
+        if not losses and not norms:
+            return
+        flat = torch.cat([values for _, _, values in losses] or [torch.zeros(0)]).tolist()  # waits
+        for step, rows, values in losses:
+            here, flat = flat[: len(values)], flat[len(values) :]
+            bad = [
+                (row, value)
+                for row, value in zip(rows, here, strict=True)
+                if not math.isfinite(value)
+            ]
+            if bad:
+                self._stop(step, "loss", bad[0][1], [row for row, _ in bad])
+        values = torch.stack([norm for _, norm in norms]).tolist() if norms else []
+        for (step, _), value in zip(norms, values, strict=True):
+            if not math.isfinite(value):
+                rows = [row for at, window, _ in losses if at == step for row in window]
+                self._stop(step, "gradient norm", value, rows)
+
+    def _stop(self, step: int, what: str, value: float, rows: list[int]) -> None:
+        last = get_last_checkpoint(self.output_dir)
+        shown = ", ".join(str(row) for row in rows[:32]) + (", ..." if len(rows) > 32 else "")
+        raise NonFiniteError(
+            f"step {step}: the {what} is {value}, with rows [{shown}] of the training data. "
+            f"Last good checkpoint: {last or 'none yet'}. "
+            "Look at these rows, lower the learning rate, or train in fp32 or bf16 rather than fp16.",
+            step,
+            rows,
+        )

@@ -1,0 +1,142 @@
+"""What is logged, as sums and counts: added up on the device, reduced over ranks and read once per log.
+
+A mean of means is wrong as soon as the micro-batches differ in their number of rows, of desirable rows or of tokens. So
+nothing is divided before the log: every key below is one quotient of two sums over all rows since the last log. TRL
+averages the values of the micro-batches instead; where those have equal counts the two agree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CLASSES = ("chosen", "rejected")  # desirable, undesirable: the names TRL logs under
+PER_CLASS = ("rows", "rewards", "logps", "logits", "tokens")
+SCALARS = ("loss", "steps", "kl", "kl_estimates", "entropy", "num_tokens", "rows_without_partner")
+SLOTS = (*SCALARS, *(f"{quantity}/{side}" for side in CLASSES for quantity in PER_CLASS))
+
+
+@dataclass(frozen=True)
+class RowMetrics:
+    """A micro-batch, row by row; detached, on its device."""
+
+    losses: Tensor  # (B,) fp32
+    shares: Tensor  # (B,) fp32, part of each row in the step's mean loss; 0 for a repeated row
+    labels: Tensor  # (B,) bool
+    rewards: Tensor  # (B,) fp32, beta * log-ratio
+    logps: Tensor  # (B,) fp32, nats
+    mean_logits: Tensor  # (B,) fp32, summed over the completion's tokens
+    entropies: Tensor  # (B,) fp32, nats, summed likewise
+    completion_tokens: Tensor  # (B,) int64
+    tokens: Tensor  # (B,) int64, prompt and completion
+
+
+class MetricSums:
+    """The sums since the last log, one fp64 vector on the device; nothing here waits for it until ``read``.
+
+    Example:
+        >>> import torch
+        >>> from prefopt.train.metrics import MetricSums
+        >>> sums = MetricSums(torch.device("cpu"))
+        >>> sums.add_estimate(torch.tensor(3.0), rows_without_partner=1)
+        >>> sums.add_estimate(torch.tensor(1.0))
+        >>> quotients(sums.read(), loss_count=0)["kl"]
+        2.0
+    """
+
+    def __init__(self, device: torch.device):
+        # fp64 keeps token counts exact and sums of thousands of rows as good as their terms; Apple's GPUs lack it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.vector = torch.zeros(len(SLOTS), dtype=dtype, device=device)
+
+    def add_rows(self, rows: RowMetrics, world_size: int = 1) -> None:
+        """Add one micro-batch; ``shares`` carry a factor ``world_size`` that DDP's mean takes out of the gradient."""
+        counted = rows.shares > 0  # (B,)
+        dtype = self.vector.dtype
+        quantities = torch.stack(
+            [
+                column.to(dtype)
+                for column in (
+                    torch.ones_like(rows.rewards),
+                    rows.rewards,
+                    rows.logps,
+                    rows.mean_logits,
+                    rows.completion_tokens,
+                )
+            ],
+            dim=1,
+        )  # (B, 5)
+        sides = torch.stack([counted & rows.labels, counted & ~rows.labels])  # (2, B)
+        # where, not a product: a repeated row that is not finite must not reach the sums as 0 * inf
+        per_class = torch.where(sides[:, :, None], quantities, 0).sum(1)  # (2, 5)
+        scalars = {
+            "loss": torch.where(counted, rows.losses * rows.shares, 0).sum() / world_size,
+            "entropy": torch.where(counted, rows.entropies, 0).sum(),
+            "num_tokens": torch.where(counted, rows.tokens, 0).sum(),
+        }
+        zero = self.vector.new_zeros(())
+        head = torch.stack(
+            [scalars[name].to(dtype) if name in scalars else zero for name in SCALARS]
+        )
+        self.vector += torch.cat([head, per_class.flatten()])
+
+    def add_step(self, world_size: int = 1) -> None:
+        """Count one optimizer step, of which every rank counts its part."""
+        self.vector[SLOTS.index("steps")] += 1.0 / world_size
+
+    def add_estimate(self, reference_point: Tensor, rows_without_partner: int = 0) -> None:
+        """Count one estimate of the reference point, in nats, and the rows that had no part in it."""
+        for name, value in (
+            ("kl", reference_point),
+            ("kl_estimates", 1),
+            ("rows_without_partner", rows_without_partner),
+        ):
+            self.vector[SLOTS.index(name)] += value
+
+    def read(self) -> dict[str, float]:
+        """All ranks' sums: one all-reduce, one wait for the device."""
+        vector = self.vector
+        if dist.is_available() and dist.is_initialized():
+            vector = vector.clone()
+            dist.all_reduce(vector)
+        return dict(zip(SLOTS, vector.tolist(), strict=True))
+
+    def reset(self) -> None:
+        """Start over after a log."""
+        self.vector.zero_()
+
+    def load(self, values: Sequence[float]) -> None:
+        """Continue from sums saved in a checkpoint."""
+        self.vector.copy_(torch.tensor(list(values), dtype=self.vector.dtype))
+
+
+def quotients(sums: dict[str, float], loss_count: float) -> dict[str, float]:
+    """The logged values; a key is left out where nothing was counted for it.
+
+    Args:
+        sums: of ``MetricSums.read``.
+        loss_count: what ``loss`` is divided by: the optimizer steps in training, the rows in evaluation.
+
+    Returns:
+        ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` in units of beta nats, per row; ``entropy``
+        (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; and
+        ``rows_without_partner``, a count.
+    """
+    logged = {}
+    if loss_count:
+        logged["loss"] = sums["loss"] / loss_count
+    if sums["kl_estimates"]:
+        logged["kl"] = sums["kl"] / sums["kl_estimates"]
+        logged["rows_without_partner"] = round(sums["rows_without_partner"])
+    tokens = sum(sums[f"tokens/{side}"] for side in CLASSES)
+    if tokens:
+        logged["entropy"] = sums["entropy"] / tokens
+    for quantity, count in (("logits", "tokens"), ("logps", "rows"), ("rewards", "rows")):
+        for side in CLASSES:
+            if sums[f"{count}/{side}"]:
+                logged[f"{quantity}/{side}"] = sums[f"{quantity}/{side}"] / sums[f"{count}/{side}"]
+    if "rewards/chosen" in logged and "rewards/rejected" in logged:
+        logged["rewards/margins"] = logged["rewards/chosen"] - logged["rewards/rejected"]
+    return logged

@@ -1,0 +1,87 @@
+"""KTO's reference point: which prompts meet which completions, and how far the policy has drifted on those.
+
+The passes over mismatched completions carry no gradient. With ``kl_estimator="window"`` they run once per optimizer
+step, before its first micro-batch, in pieces of the micro-batches' size.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prefopt.data import pair_mismatched
+from prefopt.train.precompute import rotated
+from prefopt.train.scoring import PackingCollator
+from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
+
+ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL}
+PAIRINGS = {"window": pair_mismatched, "microbatch": rotated}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A reference point and how many rows had no mismatched completion to give to it."""
+
+    value: Tensor  # 0-dim fp32, nats, clamped at 0, the same on all ranks
+    rows_without_partner: int  # of this rank
+
+
+class MismatchedRows:
+    """Estimates the reference point from the rows of a window or a micro-batch.
+
+    Args:
+        kl_estimator: "window" or "microbatch": the pairing and the reduction over ranks.
+        collator: builds the mismatched sequences.
+        log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
+        device: where an estimate from no rows lies.
+    """
+
+    def __init__(
+        self,
+        kl_estimator: str,
+        collator: PackingCollator,
+        log_ratios: Callable[[dict], Tensor],
+        device: torch.device,
+    ):
+        self.pair = PAIRINGS[kl_estimator]
+        self.estimator = ESTIMATORS[kl_estimator]()
+        self.collator = collator
+        self.log_ratios = log_ratios
+        self.device = device
+
+    def estimate(self, pieces: Sequence[Sequence[dict]], *, update: bool) -> Estimate:
+        """One estimate from all rows of all pieces, which are scored piece by piece.
+
+        Args:
+            pieces: rows of each micro-batch. Rows with a fixed ``kl_partner`` keep it; others are paired here.
+            update: False in evaluation.
+        """
+        rows = [row for piece in pieces for row in piece]
+        fixed = bool(rows) and "kl_partner" in rows[0]
+        partners = [] if fixed else self.pair([row["group"] for row in rows])
+        ratios, start = [torch.zeros(0, device=self.device)], 0
+        for piece in pieces:
+            if fixed:
+                batch = self._fixed(piece)
+            else:
+                here = range(start, start + len(piece))
+                masked = [p if row in here else -1 for row, p in enumerate(partners)]
+                batch = self.collator.mismatched(rows, masked)
+            start += len(piece)
+            if batch is not None:
+                ratios.append(self.log_ratios(batch))
+        log_ratios = torch.cat(ratios)  # (n,)
+        value = self.estimator.estimate(log_ratios, update=update)
+        return Estimate(value, len(rows) - len(log_ratios))
+
+    def _fixed(self, piece: Sequence[dict]) -> dict | None:
+        """The sequences whose reference scores were computed beforehand."""
+        n = len(piece)
+        others = [{"prompt_ids": [], "completion_ids": row["kl_completion_ids"]} for row in piece]
+        partners = [n + i if row["kl_partner"] >= 0 else -1 for i, row in enumerate(piece)]
+        batch = self.collator.mismatched([*piece, *others], partners + [-1] * n)
+        if batch is not None:
+            known = [piece[i]["ref_kl_logps"] for i in batch["index"].tolist()]
+            batch["ref_logps"] = torch.tensor(known)
+        return batch

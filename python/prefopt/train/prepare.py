@@ -1,0 +1,68 @@
+"""What happens to a model before it is trained: checks, its adapter, its dropout."""
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from prefopt.train.config import PreferenceConfig
+
+
+def check_arguments(model: object, args: object, train_dataset: object) -> None:
+    """Raise ``TypeError`` for the arguments that everything else relies on."""
+    if not isinstance(args, PreferenceConfig):
+        raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a PreTrainedModel, loaded, or a PeftModel of one"
+        )
+    if train_dataset is None:
+        raise TypeError("train_dataset is None; expected rows to train on")
+    args.check()
+
+
+def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
+    """The model inside a new adapter; the same seed gives the same one."""
+    from peft import PeftConfig, PeftModel, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config is a {type(peft_config).__name__}; expected a peft.PeftConfig such as LoraConfig"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "model is a PeftModel and peft_config is given; expected one of the two: merge the adapter first, or "
+            "leave peft_config out"
+        )
+    set_seed(seed)
+    return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of the model to 0: layers, and the probabilities that attention modules keep as numbers.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1))
+        >>> disable_dropout(model)
+        >>> model[1].p
+        0.0
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: nn.Module) -> int:
+    """The id to fill rows up with: masked everywhere, so the end of sequence does if there is no other."""
+    config = model.config.get_text_config()
+    for source in (tokenizer, config):
+        for name in ("pad_token_id", "eos_token_id"):
+            value = getattr(source, name, None)
+            if isinstance(value, list):
+                value = value[0]
+            if value is not None:
+                return int(value)
+    return 0
