@@ -53,9 +53,10 @@ build: .venv/.torch
 	PREFOPT_BUILD=none $(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@$(BIN)/python -c "import sys, torch; v = torch.__version__; sys.exit(None if v.split('+')[0] == '$(TORCH)' else \
 	  'torch $(TORCH) was asked for and torch ' + v + ' is installed: remove .venv and try again')"
-	@touch $@
+	@touch $@ $(ALSO)
 .venv/.train: EXTRAS := train
 .venv/.dev: EXTRAS := train,test,dev
+.venv/.dev: ALSO := .venv/.train
 
 .venv/.built: .venv/.torch setup.py prefopt_kernels/ops/_sources.py $(CSRC)
 	$(BIN)/python setup.py -q build_ext --inplace

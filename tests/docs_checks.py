@@ -8,7 +8,6 @@ import inspect
 import io
 import re
 import shlex
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -125,32 +124,31 @@ def make_problem(words: list[str]) -> str | None:
 
 
 @cache
-def prefopt_help(*subcommands: str) -> str | None:
-    """What ``prefopt SUBCOMMANDS --help`` prints; None where the command line refuses it."""
+def prefopt_help(*commands: str) -> str | None:
+    """What ``prefopt COMMANDS --help`` prints; None where the command line refuses the commands."""
     cli = importlib.import_module("prefopt.cli")
     out = io.StringIO()
-    argv = sys.argv
-    sys.argv = ["prefopt", *subcommands, "--help"]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            cli.main()
-    except SystemExit as stop:
-        return out.getvalue() if stop.code in (0, None) else None
-    finally:
-        sys.argv = argv
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            cli.main([*commands, "--help"])
+        except SystemExit as stop:
+            return out.getvalue() if stop.code in (0, None) else None
     return out.getvalue()
 
 
 def prefopt_problem(words: list[str]) -> str | None:
-    if not words or words[0].startswith("-"):
-        return "no subcommand"
-    listed = re.search(r"\{([\w,-]+)\}", prefopt_help() or "")
-    if listed is None or words[0] not in listed.group(1).split(","):
-        return f"prefopt has no subcommand {words[0]}"
-    text = prefopt_help(words[0])
-    for flag in (word.split("=")[0] for word in words[1:] if word.startswith("--")):
-        if not re.search(rf"(?<![\w.-]){re.escape(flag)}(?![\w.-])", text or ""):
-            return f"prefopt {words[0]} has no flag {flag}"
+    commands: list[str] = []
+    text = prefopt_help()
+    while text is not None and "COMMAND" in text.split("\n\n")[0]:  # the usage asks for one more
+        if len(commands) == len(words):
+            return f"prefopt {' '.join(commands)} lacks its command"
+        commands.append(words[len(commands)])
+        text = prefopt_help(*commands)
+    if text is None:
+        return f"there is no command prefopt {' '.join(commands)}"
+    for flag in (word.split("=")[0] for word in words if word.startswith("--")):
+        if not re.search(rf"(?<![\w.-]){re.escape(flag)}(?![\w.-])", text):
+            return f"prefopt {' '.join(commands)} has no flag {flag}"
     return None
 
 

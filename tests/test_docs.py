@@ -95,6 +95,8 @@ def test_a_planted_path_is_found(text):
         "`make test NO_SUCH=1`",
         "```sh\nmake no-such-word\n```",
         "```sh\nprefopt no-such-subcommand\n```",
+        "```sh\nprefopt data no-such-subcommand\n```",
+        "```sh\nprefopt data\n```",
         "```sh\nprefopt demo --no-such-flag 3\n```",
         "`prefopt train recipe.yaml --loss.bta 0.2`",
         "`python -m prefopt_kernels.no_such_module`",

@@ -15,13 +15,16 @@ BUILD_CHOICES = ("auto", "none", "cpu", "cuda")  # values of PREFOPT_BUILD
 PACKAGE = Path(__file__).resolve().parents[1]
 CSRC = PACKAGE.parent / "csrc"  # beside the package in a checkout; not there in an installed wheel
 
-# Stable ABI of torch 2.10: one build serves every later torch. No -march: kernels name their
-# instruction sets themselves, and the choice is made at run time.
 CXX_FLAGS = (
     "-O3",
     "-std=c++17",
     "-fvisibility=hidden",
+    # Stable ABI of torch 2.10: one build serves every later torch. No -march: the kernels name their
+    # instruction sets themselves, and the choice is made at run time.
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    # GCC 12 takes its own AVX-512 intrinsics for uninitialised; Clang does not know the name.
+    "-Wno-maybe-uninitialized",
+    "-Wno-unknown-warning-option",
 )
 
 
