@@ -1,0 +1,266 @@
+"""The command line: `prefopt demo`, `train`, `data check` and `report`.
+
+Nothing heavy is imported before a command runs, so that help is there at once.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from prefopt import __version__
+from prefopt.recipe.load import RecipeError, load_recipe
+from prefopt.recipe.schema import SECTIONS, options_of, required
+
+USAGE_ERROR = 2  # as argparse exits on a wrong argument
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+FOUND_BAD_ROWS = 1
+OVERRIDE = "override "  # before the dotted keys among the parsed arguments
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code.
+
+    0 if it went well; 1 if `data check` found bad rows; 2, with one message on stderr, if something given to it was
+    wrong; 130 if it was interrupted.
+    """
+    parser = build_parser()
+    given, rest = parser.parse_known_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return given.command(given, rest) or 0
+    except KeyboardInterrupt:
+        print("prefopt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except _user_errors() as error:
+        if given.traceback:
+            traceback.print_exc()
+        print(f"prefopt: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="prefopt",
+        description="Train language models on thumbs up and thumbs down.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _demo_command(commands)
+    _train_command(commands)
+    _data_command(commands)
+    _report_command(commands)
+    return parser
+
+
+def _demo_command(commands: Any) -> None:
+    demo = _command(
+        commands,
+        "demo",
+        _demo,
+        "train a tiny model with KTO on embedded data, in minutes, without network",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-run"), help="run folder (default: demo-run)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+
+
+def _demo(given: argparse.Namespace, rest: list[str]) -> int:
+    _no_more(rest, ["--out", "--seed"])
+    from prefopt.demo import run_demo
+
+    print(run_demo(given.out, given.seed))
+    return 0
+
+
+def _train_command(commands: Any) -> None:
+    train = _command(
+        commands,
+        "train",
+        _train,
+        "train as a recipe says",
+        usage="prefopt train RECIPE.yaml [--resume] [--SECTION.OPTION VALUE ...]",
+        epilog="Any option of the recipe can be set here, over what the file says: --loss.beta 0.2. "
+        "`--lora null` trains all weights instead of an adapter.",
+    )
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="the recipe")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+    )
+    for section, kind in SECTIONS.items():
+        group = train.add_argument_group(section, kind.__doc__)
+        if section == "lora":
+            group.add_argument("--lora", dest=f"{OVERRIDE}lora", metavar="null", help="no adapter")
+        hints = get_type_hints(kind)
+        for name, one in options_of(section).items():
+            group.add_argument(
+                f"--{section}.{name}",
+                dest=f"{OVERRIDE}{section}.{name}",
+                metavar=_metavar(hints[name]),
+                help=_help(one),
+            )
+
+
+def _train(given: argparse.Namespace, rest: list[str]) -> int:
+    overrides = {
+        key.removeprefix(OVERRIDE): _value(key.removeprefix(OVERRIDE), text)
+        for key, text in vars(given).items()
+        if key.startswith(OVERRIDE) and text is not None
+    }
+    # A dotted name that is no option goes on to the recipe's check, which reports it with everything else.
+    unknown = [text for text in rest if re.match(r"--\w+\.\w", text)]
+    _no_more(
+        [text for text in rest if text.startswith("-") and text not in unknown],
+        ["--resume", "--lora"],
+    )
+    overrides |= {text[2:].partition("=")[0]: None for text in unknown}
+    recipe = load_recipe(given.recipe, overrides)
+    from prefopt.recipe import run_recipe
+
+    folder = run_recipe(recipe, resume=given.resume)
+    print(folder / "report.html")
+    return 0
+
+
+def _data_command(commands: Any) -> None:
+    data = commands.add_parser(
+        "data", help="look at data before training", description="Look at data before training."
+    )
+    actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    check = _command(
+        actions, "check", _data_check, "count rows, list every bad one, show what is scored"
+    )
+    check.add_argument("source", metavar="FILE", help="a .jsonl or .parquet file, or a hub id")
+    check.add_argument("--split", default="train", help="of a hub dataset (default: train)")
+    check.add_argument("--revision", help="of a hub dataset")
+    check.add_argument(
+        "--model", metavar="PATH", help="folder or hub id of a model, to count its tokens"
+    )
+    check.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of prompt and answer (default: 1024)"
+    )
+
+
+def _data_check(given: argparse.Namespace, rest: list[str]) -> int:
+    _no_more(rest, ["--split", "--revision", "--model", "--max-length"])
+    from prefopt.data.check import check
+
+    report, bad = check(
+        given.source,
+        split=given.split,
+        revision=given.revision,
+        model=given.model,
+        max_length=given.max_length,
+    )
+    print(report)
+    return FOUND_BAD_ROWS if bad else 0
+
+
+def _report_command(commands: Any) -> None:
+    report = _command(
+        commands, "report", _report, "write report.html, plots and model card of a run again"
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help="run folder")
+
+
+def _report(given: argparse.Namespace, rest: list[str]) -> int:
+    _no_more(rest, [])
+    if not (given.run / "run.json").is_file():
+        raise RecipeError(f"{given.run} is not a run folder: it has no run.json")
+    from prefopt.report import write_report
+
+    print(write_report(given.run))
+    return 0
+
+
+def _command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace, list[str]], int],
+    summary: str,
+    **texts: str,
+) -> argparse.ArgumentParser:
+    text = summary[0].upper() + summary[1:] + "."
+    parser = commands.add_parser(name, help=summary, description=text, allow_abbrev=False, **texts)
+    parser.add_argument(
+        "--traceback", action="store_true", help="on an error, show where it happened as well"
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """What ends in one message: OSError for full disks and lost permissions, the rest are ours."""
+    errors = [RecipeError, OSError]
+    for module, name in (
+        ("prefopt.data.rows", "DataError"),
+        ("prefopt.train.finite", "NonFiniteError"),
+    ):
+        if module in sys.modules:  # what was not imported was not raised
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)
+
+
+def _no_more(rest: list[str], known: list[str]) -> None:
+    """Refuse what no option took, with the nearest one that exists."""
+    if rest:
+        name = rest[0].partition("=")[0]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"command line: {name} is unknown{hint}")
+
+
+def _value(key: str, text: str) -> Any:
+    """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
+    section, _, name = key.partition(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {key} is {text!r}; expected a YAML value") from None
+    named = name and str in _kinds(get_type_hints(SECTIONS[section])[name])
+    return text if named and value is not None and not isinstance(value, list) else value
+
+
+def _kinds(hint: Any) -> tuple:
+    """The alternatives of a union, the type itself otherwise."""
+    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _metavar(hint: Any) -> str:
+    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    words = {
+        bool: "true|false",
+        int: "INT",
+        float: "NUMBER",
+        str: "TEXT",
+        dict: "MAPPING",
+        type(None): "null",
+    }
+    return "|".join(words.get(kind, "LIST") for kind in _kinds(hint))
+
+
+def _help(one: Field) -> str:
+    if required(one):
+        return f"{one.metadata['help']} (required)"
+    default = one.default if one.default is not MISSING else one.default_factory()
+    shown = default if isinstance(default, str) else json.dumps(default)
+    return f"{one.metadata['help']} (default: {shown})".replace("%", "%%")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

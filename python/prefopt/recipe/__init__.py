@@ -1,0 +1,28 @@
+"""Recipes: a training run in a YAML file."""
+
+from pathlib import Path
+
+from prefopt.recipe.load import RecipeError, load_recipe, make_recipe
+from prefopt.recipe.schema import Data, Lora, Loss, Model, Recipe, Training
+
+__all__ = [
+    "Data",
+    "Lora",
+    "Loss",
+    "Model",
+    "Recipe",
+    "RecipeError",
+    "Training",
+    "load_recipe",
+    "make_recipe",
+    "run_recipe",
+]
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Train, evaluate, save and report; see ``prefopt.recipe.run.run``."""
+    from prefopt.recipe.run import (
+        run,  # the training stack takes seconds to import, reading a recipe does not
+    )
+
+    return run(recipe, resume=resume)

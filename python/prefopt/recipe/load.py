@@ -1,0 +1,214 @@
+"""From YAML and command line to a ``Recipe``: strict, and everything that is wrong said at once."""
+
+import difflib
+import math
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message lists every problem with its file and dotted key."""
+
+
+def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Read a recipe file and put the overrides on top.
+
+    Args:
+        path: of a YAML file with the sections model, data, lora, loss and training.
+        overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
+
+    Raises:
+        RecipeError: the file cannot be read, or any key is unknown, missing, of the wrong type or not a valid choice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    try:
+        content = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return make_recipe(content, overrides, name=str(path))
+
+
+def make_recipe(
+    content: Any, overrides: Mapping[str, Any] | None = None, name: str = "recipe"
+) -> Recipe:
+    """A ``Recipe`` from nested mappings; see ``load_recipe``.
+
+    Example:
+        >>> content = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"output_dir": "run"}}
+        >>> make_recipe(content, {"loss.beta": 0.2}).loss.beta
+        0.2
+        >>> try:
+        ...     make_recipe(content, {"loss.betta": 0.2})
+        ... except RecipeError as error:
+        ...     print(error)
+        command line: loss.betta is unknown; did you mean loss.beta?
+    """
+    if not isinstance(content, Mapping):
+        raise RecipeError(
+            f"{name}: is {_show(content)}; expected the sections {', '.join(SECTIONS)}"
+        )
+    problems: list[str] = []
+    values = _flatten(content, name, problems)
+    for key, value in (overrides or {}).items():
+        if key in SECTIONS and (key != "lora" or value not in (None, {})):
+            problems.append(
+                f"command line: {key} is {_show(value)}; expected null or {{}}, and only for lora"
+            )
+        if key == "lora" and value is None:
+            values = {
+                known: entry for known, entry in values.items() if not known.startswith("lora.")
+            }
+        values[key] = (value, "command line")
+    sections = {}
+    for section, kind in SECTIONS.items():
+        known = options_of(section)
+        given = {
+            key.partition(".")[2]: entry
+            for key, entry in values.items()
+            if key.startswith(f"{section}.")
+        }
+        hints = get_type_hints(kind)
+        good = {}
+        for option, (value, where) in given.items():
+            if option not in known:
+                near = _nearest(option, known, f"{section}.") or _elsewhere(option)
+                problems.append(f"{where}: {section}.{option} is unknown{near}")
+                continue
+            try:
+                good[option] = _converted(value, hints[option])
+            except ValueError as error:
+                problems.append(f"{where}: {section}.{option} is {_show(value)}; expected {error}")
+        if section == "lora" and not given and values.get("lora", (None,))[0] is None:
+            sections[section] = None
+            continue
+        missing = [key for key, one in known.items() if required(one) and key not in given]
+        problems += [
+            f"{name}: {section}.{key} is missing: {known[key].metadata['help']}" for key in missing
+        ]
+        if not problems:
+            sections[section] = kind(**good)
+    for key, (_, where) in values.items():
+        if "." not in key and key not in SECTIONS:
+            problems.append(
+                f"{where}: {key} is unknown{_nearest(key, SECTIONS) or _elsewhere(key)}"
+            )
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return Recipe(**sections, name=name)
+
+
+def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
+    """{dotted key: (value, where it was said)}; `lora: {}` stays as "lora" to mean an adapter with all defaults."""
+    values: dict[str, tuple[Any, str]] = {}
+    for section, options in content.items():
+        if section not in SECTIONS:
+            values[str(section)] = (options, name)
+        elif isinstance(options, Mapping):
+            if section == "lora" and not options:
+                values["lora"] = (options, name)
+            values |= {f"{section}.{option}": (value, name) for option, value in options.items()}
+        elif options is not None:
+            problems.append(f"{name}: {section} is {_show(options)}; expected keys with values")
+    return values
+
+
+def _nearest(key: str, known: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(str(key), list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _elsewhere(option: str) -> str:
+    """A key that stands in the wrong section, or in none."""
+    name = str(option).rpartition(".")[2]
+    homes = [f"{section}.{name}" for section in SECTIONS if name in options_of(section)]
+    return f"; did you mean {' or '.join(homes)}?" if homes else ""
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """The value, if it is of the type; otherwise a ValueError that says what is expected."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _one_of(value, get_args(hint))
+    if origin is Literal:
+        if value in get_args(hint) and not isinstance(value, bool):
+            return value
+        raise ValueError(f"one of {', '.join(get_args(hint))}{_nearest(value, get_args(hint))}")
+    if origin is list:
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            return value
+        raise ValueError("a list of names")
+    if hint is type(None):
+        if value is None:
+            return None
+        raise ValueError("null")
+    return _plain(value, hint)
+
+
+def _one_of(value: Any, hints: tuple) -> Any:
+    expected = []
+    for hint in hints:
+        try:
+            return _converted(value, hint)
+        except ValueError as error:
+            expected.append(str(error))
+    raise ValueError(" or ".join(expected))
+
+
+def _plain(value: Any, hint: type) -> Any:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float:
+        if isinstance(value, str):  # YAML reads 1e-5, without a dot, as text
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError("a number") from None
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    if hint is str and isinstance(value, str) and value.strip():
+        return value
+    if hint is dict and isinstance(value, dict):
+        return value
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "keys with values",
+    }
+    raise ValueError(names[hint])
+
+
+def _show(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key given twice is an error and not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)

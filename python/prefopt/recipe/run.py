@@ -1,0 +1,275 @@
+"""A recipe carried out: data, model, training, evaluation, saving, report."""
+
+import dataclasses
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from peft import LoraConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
+from prefopt.recipe.load import RecipeError
+from prefopt.recipe.schema import SECTIONS, Lora, Recipe, options_of
+from prefopt.report import write_report
+from prefopt.train import PreferenceConfig, PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+RECIPE_NAME = "recipe.yaml"
+
+
+def run(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Train as the recipe says.
+
+    What can fail early does: options, then the run folder, then the rows, then the weights.
+
+    Args:
+        recipe: from ``load_recipe`` or ``make_recipe``.
+        resume: go on from the last checkpoint in the run folder, if it has one.
+
+    Returns:
+        The run folder, with the model or adapter, metrics, report and card.
+
+    Raises:
+        RecipeError: options that cannot be combined, a run folder in use, a model that cannot be loaded.
+        DataError: rows that cannot be trained on.
+    """
+    config = preference_config(recipe)
+    folder = Path(recipe.training.output_dir)
+    checkpoint = _checkpoint(recipe, folder, resume)
+    tokenizer = _tokenizer(recipe)
+    train, held_out = load_data(recipe, tokenizer)
+    trainer = _trainer(recipe, config, tokenizer, train, held_out)
+    if trainer.is_world_process_zero():
+        write_recipe(recipe, folder)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder))
+    if held_out is not None:
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero() and recipe.model.ref_path is None:
+            _write_summary(folder, metrics, held_out)
+    if trainer.is_world_process_zero():
+        write_report(folder)
+    return folder
+
+
+def preference_config(recipe: Recipe) -> PreferenceConfig:
+    """The trainer's configuration; every option that does not fit is named with its dotted key."""
+    training = dataclasses.asdict(recipe.training)
+    extra = training.pop("extra")
+    own = options_of("training").keys() | options_of("loss").keys() | {"max_length", "on_bad_row"}
+    problems = [
+        f"training.extra.{key} has a place of its own: {_home(key)}" for key in extra if key in own
+    ]
+    if recipe.training.eval_strategy != "no" and not _has_eval(recipe):
+        problems.append(
+            "training.eval_strategy needs rows: set data.eval_path or data.eval_fraction"
+        )
+    if recipe.data.eval_path is not None and recipe.data.eval_fraction:
+        problems.append("data.eval_path and data.eval_fraction are both set; expected one of them")
+    if recipe.lora is not None and recipe.model.ref_path is not None:
+        problems.append(
+            "model.ref_path with lora: the reference is the model without the adapter; drop one of them"
+        )
+    if not 0 <= recipe.data.eval_fraction < 1:
+        problems.append(
+            f"data.eval_fraction is {recipe.data.eval_fraction}; expected a number from 0 to below 1"
+        )
+    if problems:
+        raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+    options = training | dataclasses.asdict(recipe.loss) | extra
+    options |= {"max_length": recipe.data.max_length, "on_bad_row": recipe.data.on_bad_row}
+    options["activation_checkpointing"] = options.pop(
+        "gradient_checkpointing"
+    )  # its older, better-known name
+    try:
+        return PreferenceConfig(**options)
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"{recipe.name}: {_dotted(str(error))}") from None
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokenized, Tokenized | None]:
+    """Training rows and, if the recipe has any, evaluation rows."""
+    data = recipe.data
+    train = load_rows(
+        data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
+    )
+    held_out = None
+    if data.eval_path is not None:
+        held_out = load_rows(
+            data.eval_path,
+            on_bad_row=data.on_bad_row,
+            split=data.eval_split,
+            revision=data.eval_revision,
+        )
+    elif data.eval_fraction:
+        train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
+    encoded = _encode(recipe, train, tokenizer)
+    for label in ("desirable", "undesirable"):
+        if not encoded.counts[label]:
+            raise DataError(
+                f"{data.path} has no {label} rows among the {encoded.counts['rows']} to train on; "
+                f"{recipe.loss.method} learns from the contrast and needs both"
+            )
+    return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> Path:
+    """The recipe with every default and override spelled out, as a recipe that can be run again."""
+    sections = {name: getattr(recipe, name) for name in SECTIONS}
+    content = {
+        name: None if one is None else dataclasses.asdict(one) for name, one in sections.items()
+    }
+    path = folder / RECIPE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def load_model(path: str, revision: str | None, dtype: str, key: str) -> PreTrainedModel:
+    """A causal language model from a folder or the hub; ``key`` names it in messages."""
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    _check_path(path, key)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{key}: cannot load a causal language model from {path}: {_first(error)}"
+        ) from None
+
+
+def _encode(recipe: Recipe, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    data = recipe.data
+    encoded = tokenize_rows(
+        loaded,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+    return dataclasses.replace(encoded, bad=[*loaded.bad, *encoded.bad])
+
+
+def _trainer(
+    recipe: Recipe,
+    config: PreferenceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Tokenized,
+    held_out: Tokenized | None,
+) -> PreferenceTrainer:
+    chosen = recipe.model
+    model = load_model(chosen.path, chosen.revision, chosen.dtype, f"{recipe.name}: model.path")
+    reference = None
+    if chosen.ref_path is not None:
+        reference = load_model(
+            chosen.ref_path, None, chosen.dtype, f"{recipe.name}: model.ref_path"
+        )
+    try:
+        return PreferenceTrainer(
+            model,
+            config,
+            train,
+            held_out,
+            processing_class=tokenizer,
+            ref_model=reference,
+            peft_config=None if recipe.lora is None else _lora(recipe.lora),
+        )
+    except DataError:
+        raise
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: {error}") from error
+
+
+def _lora(lora: Lora) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    path, key = recipe.model.path, f"{recipe.name}: model.path"
+    _check_path(path, key)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: cannot load a tokenizer from {path}: {_first(error)}") from None
+
+
+def _check_path(path: str, key: str) -> None:
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if local and not Path(path).is_dir():
+        raise RecipeError(
+            f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
+        )
+
+
+def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from; a folder in use is refused unless it is to be resumed."""
+    if folder.is_file():
+        raise RecipeError(
+            f"{recipe.name}: training.output_dir {folder} is a file; expected a folder"
+        )
+    if not folder.exists() or os.environ.get("RANK", "0") != "0":
+        used = False
+    else:
+        used = any(folder.iterdir())
+    if used and not resume:
+        raise RecipeError(
+            f"{recipe.name}: training.output_dir {folder} has files in it; choose another, or go on with --resume"
+        )
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
+    if resume and checkpoint is None:
+        logger.warning("%s has no checkpoint; training starts at the beginning", folder)
+    return checkpoint
+
+
+def _has_eval(recipe: Recipe) -> bool:
+    return recipe.data.eval_path is not None or recipe.data.eval_fraction > 0
+
+
+def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
+    """What the report shows first: how far apart desirable and undesirable held-out rows are in reward."""
+    margin = metrics.get("eval_rewards/margins")
+    if margin is None:  # held-out rows of one class have no margin
+        return
+    summary = {
+        "metric": "reward margin on held-out rows",
+        "before": 0.0,  # policy and reference are one model before the first step
+        "after": margin,
+        "n": held_out.counts["rows"],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _home(key: str) -> str:
+    return next((f"{section}.{key}" for section in SECTIONS if key in options_of(section)), key)
+
+
+def _dotted(message: str) -> str:
+    """The trainer's problems, one a line and each beginning with an option, with the dotted keys of a recipe."""
+    lines = []
+    for line in message.splitlines():
+        name, _, rest = line.strip().partition(" ")
+        lines.append(f"  {_home(name)} {rest}" if line.startswith("  ") else line)
+    return "\n".join(lines)
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

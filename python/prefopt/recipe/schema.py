@@ -1,0 +1,151 @@
+"""What a recipe may say: one dataclass a section, one field a key, its help and its default beside it.
+
+The names under ``training`` are those of ``transformers.TrainingArguments``. A field without a default must be given.
+"""
+
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
+
+
+def option(help: str, default: Any = MISSING) -> Any:
+    """A field with its help; with ``default`` MISSING it must be given."""
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model to train and its reference."""
+
+    path: str = option("folder of a model with its tokenizer, or a hub id")
+    revision: str | None = option("branch, tag or commit on the hub", None)
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
+        "of the weights; float32 keeps the small steps of a full fine-tune, auto takes the checkpoint's",
+        "float32",
+    )
+    ref_path: str | None = option(
+        "folder or hub id of the reference model; null: the model as it is before training", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The rated rows."""
+
+    path: str = option("a .jsonl or .parquet file (relative to the current folder), or a hub id")
+    split: str = option("of a hub dataset", "train")
+    revision: str | None = option("of a hub dataset", None)
+    eval_path: str | None = option("rows to evaluate on; file or hub id", None)
+    eval_split: str = option("of a hub dataset in eval_path", "test")
+    eval_revision: str | None = option("of a hub dataset in eval_path", None)
+    eval_fraction: float = option(
+        "share of the prompts set aside for evaluation instead of eval_path", 0.0
+    )
+    on_bad_row: Literal["stop", "skip"] = option(
+        "stop before training, or skip and list the rows", "stop"
+    )
+    max_length: int | None = option("tokens of prompt and answer together; null for no limit", 1024)
+    chat_template_kwargs: dict = option(
+        "passed to the chat template, e.g. {enable_thinking: false}", {}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter; `lora: null` trains all weights."""
+
+    r: int = option("rank", 16)
+    alpha: float = option("the update is scaled by alpha / r", 32.0)
+    dropout: float = option("on the adapter's input; the method wants 0", 0.0)
+    target_modules: str | list[str] = option(
+        "names of the linear layers, or all-linear", "all-linear"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The preference loss."""
+
+    method: Literal["kto", "apo_zero"] = option(
+        "kto, or apo_zero: kto with its reference point at 0", "kto"
+    )
+    beta: float = option("inverse temperature, 1/nats", 0.1)
+    desirable_weight: float = option("factor on the loss of desirable rows", 1.0)
+    undesirable_weight: float = option("factor on the loss of undesirable rows", 1.0)
+    kl_estimator: Literal["window", "microbatch"] = option(
+        "kto's reference point from the whole optimizer step, or from each micro-batch as in TRL",
+        "window",
+    )
+    precompute_ref_logps: bool = option(
+        "score all rows with the reference first, and keep the scores", False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How it is optimised, and where the run goes."""
+
+    output_dir: str = option("the run folder")
+    learning_rate: float = option("at its peak; with lora 1e-5 to 1e-4", 1e-6)
+    num_train_epochs: float = option("passes over the data", 1.0)
+    max_steps: int = option("optimizer steps; above 0 it overrides num_train_epochs", -1)
+    per_device_train_batch_size: int = option("rows in a micro-batch", 4)
+    per_device_eval_batch_size: int = option("rows in an evaluation batch", 8)
+    gradient_accumulation_steps: int = option("micro-batches in an optimizer step", 4)
+    lr_scheduler_type: str = option("linear, cosine, constant, ...", "linear")
+    warmup_steps: float = option("steps of warm-up; below 1, a share of all steps", 0.0)
+    weight_decay: float = option("of AdamW", 0.0)
+    max_grad_norm: float = option("gradients are clipped to this norm", 1.0)
+    optim: str = option("optimizer", "adamw_torch_fused")
+    bf16: bool = option("autocast to bfloat16", False)
+    gradient_checkpointing: bool = option("recompute activations instead of keeping them", False)
+    sampler: Literal["label_balanced", "random", "sequential"] = option(
+        "order of the rows", "label_balanced"
+    )
+    seed: int = option("of everything random", 42)
+    logging_steps: int = option("optimizer steps between two logs", 10)
+    eval_strategy: Literal["no", "steps", "epoch"] = option(
+        "when to evaluate besides the end", "no"
+    )
+    eval_steps: int | None = option("optimizer steps between evaluations", None)
+    save_strategy: Literal["no", "steps", "epoch"] = option("when to write checkpoints", "epoch")
+    save_steps: int = option("optimizer steps between checkpoints", 500)
+    save_total_limit: int | None = option("checkpoints to keep; null for all", 2)
+    use_cpu: bool = option("stay on the CPU even where there is a GPU", False)
+    report_to: str | list[str] = option("trackers beside the run folder, e.g. tensorboard", "none")
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = option(
+        "of the fused log-probabilities", "auto"
+    )
+    extra: dict = option("further options of transformers.TrainingArguments", {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run. ``name`` is what it is reported under: its file, or "recipe"."""
+
+    model: Model
+    data: Data
+    training: Training
+    lora: Lora | None = None
+    loss: Loss = field(default_factory=Loss)
+    name: str = "recipe"
+
+
+SECTIONS: dict[str, type] = {
+    "model": Model,
+    "data": Data,
+    "lora": Lora,
+    "loss": Loss,
+    "training": Training,
+}
+
+
+def required(one: Field) -> bool:
+    """Whether a recipe must give this field."""
+    return one.default is MISSING and one.default_factory is MISSING
+
+
+def options_of(section: str) -> dict[str, Field]:
+    """The fields of a section by name."""
+    return {one.name: one for one in fields(SECTIONS[section])}
