@@ -1,0 +1,111 @@
+"""Small worlds for the tests of `prefopt.train`: a model, its tokenizer, a reference that differs, and a trainer."""
+
+import copy
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+)
+
+from prefopt.train import PreferenceConfig, PreferenceTrainer
+from prefopt_testing import make_dataset, make_model, make_tokenizer
+
+datasets.disable_progress_bars()
+
+
+class World(NamedTuple):
+    """What a trainer needs; ``ref`` differs from ``model``, or loss and KL would be 0.5 and 0 whatever one computes."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    ref: PreTrainedModel
+
+
+def make_world(arch: str, folder: Path, noise: float = 0.02) -> World:
+    """A tiny model of ``arch`` and a noisy copy of it as the reference."""
+    tokenizer = make_tokenizer(folder / "model")
+    model = make_model(arch, len(tokenizer), folder / "model")
+    return World(folder, tokenizer, model, noisy_copy(model, noise))
+
+
+def noisy_copy(model: PreTrainedModel, scale: float, seed: int = 3) -> PreTrainedModel:
+    """The same model with ``scale`` times standard normal noise on every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return copied
+
+
+COMMON = {  # of TRL's configuration and ours
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "max_steps": 3,
+    "lr_scheduler_type": "constant",
+    "learning_rate": 1e-3,
+    "max_length": 96,
+    "dataloader_pin_memory": False,
+    "seed": 7,
+}
+
+
+def make_trainer(world: World, folder: Path, *, data=None, ref: bool = True, **options):
+    """Our trainer on a copy of the world's model; ``eval_dataset`` and ``peft_config`` go where they belong."""
+    settings = {
+        "eval_dataset": options.pop("eval_dataset", None),
+        "peft_config": options.pop("peft_config", None),
+        "callbacks": options.pop("callbacks", None),
+    }
+    model = options.pop("model", None)
+    trainer = PreferenceTrainer(
+        copy.deepcopy(world.model) if model is None else model,
+        PreferenceConfig(output_dir=str(folder), **(COMMON | options)),
+        make_dataset(conversational=True) if data is None else data,
+        processing_class=world.tokenizer,
+        ref_model=copy.deepcopy(world.ref) if ref else None,
+        **settings,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train(trainer: Trainer, **kwargs) -> list[dict]:
+    """Train and return the logs of the training loop."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train(**kwargs)
+    return steps_of(trainer)
+
+
+def steps_of(trainer: Trainer) -> list[dict]:
+    """The training loop's logs, one per logging step."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def gradients_of_first_step(trainer: PreferenceTrainer) -> dict[str, torch.Tensor]:
+    """Every gradient of the first optimizer step, before clipping and before the step is taken."""
+    found = {}
+    original = trainer._clip_grad_norm
+
+    def keep(model):
+        if not found:
+            for name, parameter in trainer.model.named_parameters():
+                if parameter.grad is not None:
+                    found[name] = parameter.grad.clone()
+        return original(model)
+
+    trainer._clip_grad_norm = keep
+    train(trainer)
+    return found
