@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,23 @@ def test_the_installed_library_is_taken_until_its_sources_change(tmp_path):
     assert run(tree).stdout.split("\n")[1:3] == [taken.stdout.split("\n")[1], "changed"]
     shutil.rmtree(tree / "csrc")  # as where a wheel was installed
     assert run(tree).stdout.split("\n")[2] == "changed"
+
+
+@needs_compiler
+def test_one_wheel_for_every_python(tmp_path):
+    tree = tree_with_stand_in(tmp_path, "from a wheel")
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"],
+        cwd=tree,
+        env=os.environ | {"PREFOPT_BUILD": "cpu"},
+        capture_output=True,
+        check=True,
+    )
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.split("-", 2)[2].startswith("cp310-abi3-linux_")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    assert run(tmp_path / "site").stdout.split("\n")[2] == "from a wheel"
 
 
 @needs_compiler
