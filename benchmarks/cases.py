@@ -1,0 +1,70 @@
+"""What is measured: heads with their origin, numbers of tokens, and the ratios required of each pass."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A language model's head: ``logits = hidden (T, H) @ weight (V, H).T``."""
+
+    name: str
+    origin: str
+    H: int
+    V: int
+    softcap: float | None = None
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("smollm2-360m", "HuggingFaceTB/SmolLM2-360M, config.json", 960, 49_152),
+        Case("qwen3-0.6b", "Qwen/Qwen3-0.6B, config.json", 1024, 151_936),
+        Case("qwen3-1.7b", "Qwen/Qwen3-1.7B, config.json", 2048, 151_936),
+        Case(
+            "deepseek-r1-1.5b",
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, config.json",
+            1536,
+            151_936,
+        ),
+        Case("llama-3.1-8b", "meta-llama/Llama-3.1-8B, config.json", 4096, 128_256),
+        Case(
+            "gemma-2-2b",
+            "google/gemma-2-2b, config.json: final_logit_softcapping",
+            2304,
+            256_000,
+            softcap=30.0,
+        ),
+        Case("smoke", "no model: a shape for trying the harness; its rows are not kept", 64, 1000),
+    )
+}
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# (case, T, dtype): what `make bench` measures when no option narrows it.
+GRID = [
+    (case, T, dtype)
+    for case in ("smollm2-360m", "qwen3-0.6b")
+    for T, dtype in ((512, "bf16"), (4096, "bf16"), (512, "fp32"))
+]
+
+PASSES = ("forward", "frozen", "trainable", "kto-frozen", "kto-trainable")
+
+# Largest time of ours in units of the bare GEMM of the same rounds.
+TIME_TARGETS = {
+    ("forward", "bf16"): 1.0,
+    ("frozen", "bf16"): 1.7,
+    ("trainable", "bf16"): 3.5,
+    ("forward", "fp32"): 1.1,
+    ("frozen", "fp32"): 2.1,
+}
+LOGP_ERROR_TARGET = 1e-5  # nats, largest over tokens, against fp64 of the same inputs
+
+
+def memory_target(case: Case, T: int, dtype: str, passed: str) -> int | None:
+    """Bytes above the inputs: 64 MiB and three fp32 (T, H), and the head's gradient where there is one."""
+    if passed.startswith("kto"):
+        return None
+    head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0
+    return 64 * 2**20 + 3 * T * case.H * 4 + head_gradient

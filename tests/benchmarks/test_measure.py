@@ -1,0 +1,146 @@
+"""How the benchmarks measure: turns, percentiles, memory, errors, and that all variants compute one thing."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from benchmarks.cases import CASES, GRID, memory_target
+from benchmarks.measure import exact_logp, interleaved, measure, summary
+from benchmarks.origin import origin
+from benchmarks.peak import extra_bytes_of
+from benchmarks.variants import VARIANTS, make_inputs, why_not
+
+SMOKE = CASES["smoke"]
+
+
+def test_the_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    seconds = interleaved(calls, rounds=4)
+    assert {name: len(samples) for name, samples in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert rounds == ["cab", "abc", "bca", "cab", "abc"]  # the first is not recorded
+
+
+def test_percentiles_in_milliseconds():
+    measured = summary([0.001 * i for i in (5, 1, 3, 2, 4, 6)])
+    assert {name: round(value, 9) for name, value in measured.items()} == {
+        "median_ms": 3.5,
+        "p20_ms": 2.0,
+        "p80_ms": 5.0,
+    }
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_counts_what_was_freed_again():
+    size = 64 * 2**20
+
+    def run():
+        torch.ones(size // 4)
+        torch.ones(size // 8)
+
+    # at least the larger of the two; what the allocator and the interpreter add is below 8 MiB
+    assert size <= extra_bytes_of(run) < size + 8 * 2**20
+
+
+def test_exact_logp_is_in_fp64():
+    x = make_inputs(SMOKE, 64, "bf16")
+    rows = torch.tensor([0, 17, 63])
+    z = x.hidden.double() @ x.weight.double().T
+    for row, logp in zip(rows, exact_logp(x, rows), strict=True):
+        assert logp.dtype == torch.float64
+        by_hand = z[row, x.targets[row]] - math.log(sum(math.exp(v) for v in z[row].tolist()))
+        # two orders of summation of V terms
+        assert abs(logp.item() - by_hand.item()) <= SMOKE.V * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("passed", ["forward", "frozen", "trainable"])
+def test_all_variants_of_a_pass_compute_the_same(passed):
+    # fp32, where each keeps fp32 logits, of size 1: a few hundred roundings at most
+    x = make_inputs(SMOKE, 64, "fp32")
+    exact = exact_logp(x, torch.arange(64))
+    for who in ("ours", "torch", "trl"):
+        logp = VARIANTS[f"{who}-{passed}"].run(x)
+        assert (logp - exact).abs().max() <= 300 * torch.finfo(torch.float32).eps, who
+
+
+@pytest.mark.slow
+def test_both_kto_steps_compute_the_same():
+    x = make_inputs(SMOKE, 64, "fp32")
+    losses = {who: VARIANTS[f"{who}-kto-frozen"].run(x).item() for who in ("ours", "liger")}
+    # beta x 0.25 x the rounding of two sums of 32 log-probabilities near -7, with room
+    assert abs(losses["ours"] - losses["liger"]) <= 250 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def measured():
+    names = ["ours-forward", "torch-forward"]
+    where = origin()
+    threads = torch.get_num_threads()
+    rows, seconds = measure(SMOKE, 64, "bf16", names=names, rounds=3, threads=1, origin=where)
+    torch.set_num_threads(threads)
+    return {row["variant"]: row for row in rows}, seconds, where
+
+
+@pytest.mark.slow
+def test_a_row_says_everything(measured):
+    rows, seconds, where = measured
+    assert list(rows) == ["gemm", "ours-forward", "torch-forward"]
+    assert rows["gemm"]["ratio"] == 1
+    for name, row in rows.items():
+        assert json.loads(json.dumps(row)) == row
+        assert where.items() <= row.items()
+        assert (row["case"], row["T"], row["H"], row["V"], row["dtype"]) == (
+            "smoke",
+            64,
+            SMOKE.H,
+            SMOKE.V,
+            "bf16",
+        )
+        assert (row["threads"], row["rounds"], row["skipped"]) == (1, 3, None)
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["median_ms"] == 1e3 * sorted(seconds[name])[1]
+        unit = rows["gemm"]["median_ms"]
+        assert math.isclose(row["ratio"], row["median_ms"] / unit, rel_tol=1e-12)  # rounding of ms
+        assert row["peak_extra_bytes"] > 0
+    # bf16 logits of size 1 carry an error near 1e-3; ours are fp32
+    assert rows["ours-forward"]["logp_error"] < 1e-5 < rows["torch-forward"]["logp_error"]
+    assert rows["ours-forward"]["backend"] in ("cpu", "reference")
+
+
+def test_where_the_rows_come_from():
+    where = origin()
+    assert where["device"].startswith("cpu-") and where["cpu"]
+    assert where["versions"]["torch"] == torch.__version__
+    assert set(where) >= {"run", "instruction_set", "commit", "dirty"}
+
+
+def test_too_large_for_the_machine_is_said_beforehand():
+    case = CASES["qwen3-0.6b"]
+    reason = why_not(VARIANTS["torch-frozen"], case, 4096, available_bytes=4 * 10**9)
+    assert reason == "needs about 12.4 GB, 4.0 GB are free"
+    assert why_not(VARIANTS["torch-frozen"], case, 4096, available_bytes=20 * 10**9) is None
+    assert why_not(VARIANTS["ours-frozen"], case, 4096, available_bytes=4 * 10**9) is None
+    assert why_not(VARIANTS["liger-kto-frozen"], CASES["gemma-2-2b"], 512, 10**12) == (
+        "Liger's KTO loss has no softcap"
+    )
+
+
+def test_the_grid_has_the_required_cases():
+    assert {(case, T) for case, T, dtype in GRID if dtype == "bf16"} == {
+        ("smollm2-360m", 512),
+        ("smollm2-360m", 4096),
+        ("qwen3-0.6b", 512),
+        ("qwen3-0.6b", 4096),
+    }
+
+
+def test_the_memory_target_is_the_designs():
+    case = CASES["qwen3-0.6b"]
+    assert memory_target(case, 512, "bf16", "frozen") == (64 + 6) * 2**20
+    head_gradient = 151_936 * 1024 * 2
+    assert memory_target(case, 512, "bf16", "trainable") == (64 + 6) * 2**20 + head_gradient
+    assert memory_target(case, 512, "bf16", "kto-frozen") is None
