@@ -4,7 +4,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -201,7 +200,7 @@ def test_nothing_is_pinned_in_vain(setup_module):
 
 
 def test_the_environment_has_the_pinned_torch():
-    version = importlib.metadata.version("torch").split("+")[0]
-    if shutil.which("make") is None or Path(sys.prefix) != ROOT / ".venv":
+    if Path(sys.prefix) != ROOT / ".venv":
         pytest.skip("not the environment that the Makefile made, whose pins this checks")
+    version = importlib.metadata.version("torch").split("+")[0]
     assert pins()["torch"].specifier.contains(version)
