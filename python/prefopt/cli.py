@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return given.command(given, rest) or 0
     except KeyboardInterrupt:
-        print("prefopt: interrupted", file=sys.stderr)
+        hint = "; `--resume` goes on from the last checkpoint" if given.command is _train else ""
+        print(f"prefopt: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except _user_errors() as error:
         if given.traceback:
