@@ -91,6 +91,7 @@ def test_built_on_the_fly_once_and_again_after_a_change(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_installed_library_is_taken_until_its_sources_change(tmp_path):
     tree = tree_with_stand_in(tmp_path, "installed")
     build(tree)
@@ -128,6 +129,7 @@ def test_one_wheel_for_every_python(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_torch_compile_goes_through_the_first_loading(tmp_path):
     tree = tree_with_stand_in(tmp_path, "x")
     build(tree)
