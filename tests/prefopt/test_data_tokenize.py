@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer
 
 from prefopt.data import DataError, PreferenceCollator, load_rows, tokenize_rows
-from prefopt_testing import CHATML, EOS, ROWS, make_dataset, make_rows, make_tokenizer
+from prefopt_testing import BOS, CHATML, EOS, ROWS, make_dataset, make_rows, make_tokenizer
 
 # A generation prompt that the rendered answer does not repeat, as DeepSeek-R1-Distill's template has it.
 THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
@@ -206,3 +208,46 @@ def test_without_caching_nothing_is_written(tokenizer, cache):
     finally:
         datasets.enable_caching()
     assert len(tokenized.dataset) == len(ROWS) and not cache.exists()
+
+
+@pytest.mark.parametrize("conversational", [True, False])
+def test_ids_equal_trl_when_the_tokenizer_adds_bos(tmp_path, conversational):
+    adding = make_tokenizer(tmp_path / "bos")
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{BOS} $0", special_tokens=[(BOS, 1)]
+    )
+    ours = tokenize_rows(load_rows(make_dataset(conversational)), adding, max_length=None).dataset
+    theirs = trl_rows(make_dataset(conversational), adding, None)
+    assert ours["prompt_ids"][:] == theirs["prompt_ids"][:]
+    assert ours["completion_ids"][:] == theirs["completion_ids"][:]
+    # text begins with BOS, as the tokenizer wants it; a template writes its own special tokens
+    assert all(
+        (ids[0] == 1) is not conversational and 1 not in ids[1:] for ids in ours["prompt_ids"]
+    )
+
+
+def test_a_tokenizer_in_python_equals_trl_and_is_cached(cache):
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    ours = tokenize_rows(load_rows(make_dataset(False)), slow, max_length=None)
+    theirs = trl_rows(make_dataset(False), slow, None)
+    assert ours.dataset["completion_ids"][:] == theirs["completion_ids"][:]
+    assert ours.dataset["prompt_ids"][:] == theirs["prompt_ids"][:]
+    assert (
+        tokenize_rows(load_rows(make_dataset(False)), slow, max_length=None).fingerprint
+        == ours.fingerprint
+    )
+    assert len(list(cache.glob("tokens-*.arrow"))) == 1
+
+
+def test_rows_that_render_to_nothing_are_bad_rows(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="rows:1: completion has no tokens once it is rendered"):
+        tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)
+    tokenizer.chat_template = "{{ messages | length }}" + CHATML
+    with pytest.raises(
+        DataError, match="rows:1: prompt and completion have no token in common to begin with"
+    ):
+        tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)
