@@ -57,6 +57,25 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("loss.beta", 0, "a number above 0"),
+        ("lora.r", 0, "a number at least 1"),
+        ("lora.dropout", 1.0, "a number at least 0 and below 1"),
+        ("data.max_length", 1, "a number at least 2"),
+        ("data.eval_fraction", -0.1, "a number at least 0 and below 1"),
+        ("training.per_device_train_batch_size", 0, "a number at least 1"),
+        ("training.learning_rate", "-1e-5", "a number above 0"),
+        ("training.save_total_limit", 0, "a number at least 1"),
+    ],
+)
+def test_numbers_have_bounds(key, value, expected):
+    assert problems(MINIMAL, {key: value}) == [
+        f"command line: {key} is {value!r}; expected {expected}"
+    ]
+
+
 @pytest.mark.parametrize("content", [None, [], "text", 3])
 def test_a_recipe_is_sections(content):
     assert "expected the sections model, data, lora, loss, training" in problems(content)[0]
@@ -265,7 +284,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"loss.beta": -1.0}, "loss.beta is -1.0; expected a number above 0"),
+        ({"training.extra": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is set"),
         (
             {"training.extra": {"weight_decy": 0.1}},
             "weight_decy is not an option; did you mean weight_decay",
@@ -283,10 +302,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
             {"data.eval_fraction": 0.0, "training.eval_strategy": "epoch"},
             "training.eval_strategy needs rows",
         ),
-        (
-            {"data.eval_fraction": 1.0},
-            "data.eval_fraction is 1.0; expected a number from 0 to below 1",
-        ),
+        ({"training.extra": {1: 2}}, "training.extra has keys that are not names"),
         ({"model.ref_path": "x"}, "model.ref_path with lora"),
         ({"model.path": "./nowhere"}, "model.path is ./nowhere, which is not a folder"),
         (
@@ -322,3 +338,12 @@ def test_the_written_recipe_is_plain_yaml(content, tmp_path):
 
     path = write_recipe(make_recipe(content), tmp_path)
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["lora"]["r"] == 4
+
+
+def test_a_model_cut_short_is_one_message(content, tmp_path):
+    make_model("llama", len(make_tokenizer(tmp_path / "model")), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    content["model"]["path"] = str(tmp_path / "model")
+    with pytest.raises(RecipeError, match="model.path: cannot load a causal language model from"):
+        run_recipe(make_recipe(content))

@@ -36,7 +36,7 @@ def open_rows(source: Any, split: str | None, revision: str | None) -> tuple[str
             f"the data source is a {type(source).__name__}; expected a map-style datasets.Dataset, a list of rows, "
             "a path or a hub id"
         )
-    path, name = Path(source), str(source)
+    path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
         raise DataError(f"{name} is a folder; expected a .jsonl or .parquet file, or a hub id")
     if not path.exists():

@@ -204,7 +204,8 @@ class _Encode:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # A template writes its own special tokens; text gets those that the tokenizer adds.
-        return self.tokenizer(texts, add_special_tokens=not self.chat)["input_ids"]
+        encoded = self.tokenizer(texts, add_special_tokens=not self.chat, verbose=False)
+        return encoded["input_ids"]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

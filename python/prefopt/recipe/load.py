@@ -4,6 +4,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +25,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
 
     Raises:
-        RecipeError: the file cannot be read, or any key is unknown, missing, of the wrong type or not a valid choice.
+        RecipeError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of bounds or not a valid choice.
     """
     path = Path(path)
     try:
@@ -87,7 +88,7 @@ def make_recipe(
                 problems.append(f"{where}: {section}.{option} is unknown{near}")
                 continue
             try:
-                good[option] = _converted(value, hints[option])
+                good[option] = _in_bounds(_converted(value, hints[option]), known[option])
             except ValueError as error:
                 problems.append(f"{where}: {section}.{option} is {_show(value)}; expected {error}")
         if section == "lora" and not given and values.get("lora", (None,))[0] is None:
@@ -154,6 +155,23 @@ def _converted(value: Any, hint: Any) -> Any:
             return None
         raise ValueError("null")
     return _plain(value, hint)
+
+
+def _in_bounds(value: Any, option: Field) -> Any:
+    least, above, below = (option.metadata[bound] for bound in ("least", "above", "below"))
+    words = [
+        f"{word} {bound:g}"
+        for word, bound in (("at least", least), ("above", above), ("below", below))
+        if bound is not None
+    ]
+    inside = value is None or (
+        (least is None or value >= least)
+        and (above is None or value > above)
+        and (below is None or value < below)
+    )
+    if not inside:
+        raise ValueError(f"a number {' and '.join(words)}")
+    return value
 
 
 def _one_of(value: Any, hints: tuple) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import yaml
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -45,7 +46,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
         DataError: rows that cannot be trained on.
     """
     config = preference_config(recipe)
-    folder = Path(recipe.training.output_dir)
+    folder = Path(recipe.training.output_dir).expanduser()
     checkpoint = _checkpoint(recipe, folder, resume)
     tokenizer = _tokenizer(recipe)
     train, held_out = load_data(recipe, tokenizer)
@@ -81,10 +82,8 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         problems.append(
             "model.ref_path with lora: the reference is the model without the adapter; drop one of them"
         )
-    if not 0 <= recipe.data.eval_fraction < 1:
-        problems.append(
-            f"data.eval_fraction is {recipe.data.eval_fraction}; expected a number from 0 to below 1"
-        )
+    if not all(isinstance(key, str) for key in extra):
+        problems.append("training.extra has keys that are not names")
     if problems:
         raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
     options = training | dataclasses.asdict(recipe.loss) | extra
@@ -141,10 +140,10 @@ def write_recipe(recipe: Recipe, folder: Path) -> Path:
 def load_model(path: str, revision: str | None, dtype: str, key: str) -> PreTrainedModel:
     """A causal language model from a folder or the hub; ``key`` names it in messages."""
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    _check_path(path, key)
+    path = _located(path, key)
     try:
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RecipeError(
             f"{key}: cannot load a causal language model from {path}: {_first(error)}"
         ) from None
@@ -203,20 +202,23 @@ def _lora(lora: Lora) -> LoraConfig:
 
 
 def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    path, key = recipe.model.path, f"{recipe.name}: model.path"
-    _check_path(path, key)
+    key = f"{recipe.name}: model.path"
+    path = _located(recipe.model.path, key)
     try:
         return AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key}: cannot load a tokenizer from {path}: {_first(error)}") from None
 
 
-def _check_path(path: str, key: str) -> None:
+def _located(path: str, key: str) -> str:
+    """The path, if it is a folder or may be a hub id."""
     local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    path = os.path.expanduser(path)
     if local and not Path(path).is_dir():
         raise RecipeError(
             f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
         )
+    return path
 
 
 def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
@@ -225,10 +227,9 @@ def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
         raise RecipeError(
             f"{recipe.name}: training.output_dir {folder} is a file; expected a folder"
         )
-    if not folder.exists() or os.environ.get("RANK", "0") != "0":
-        used = False
-    else:
-        used = any(folder.iterdir())
+    # The other processes of a distributed run may find what the first has already written.
+    first = os.environ.get("RANK", "0") == "0"
+    used = first and folder.exists() and any(folder.iterdir())
     if used and not resume:
         raise RecipeError(
             f"{recipe.name}: training.output_dir {folder} has files in it; choose another, or go on with --resume"

@@ -7,11 +7,19 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 
-def option(help: str, default: Any = MISSING) -> Any:
-    """A field with its help; with ``default`` MISSING it must be given."""
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field with its help and, for a number, its bounds; with ``default`` MISSING it must be given."""
+    metadata = {"help": help, "least": least, "above": above, "below": below}
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +48,14 @@ class Data:
     eval_split: str = option("of a hub dataset in eval_path", "test")
     eval_revision: str | None = option("of a hub dataset in eval_path", None)
     eval_fraction: float = option(
-        "share of the prompts set aside for evaluation instead of eval_path", 0.0
+        "share of the prompts set aside for evaluation instead of eval_path", 0.0, least=0, below=1
     )
     on_bad_row: Literal["stop", "skip"] = option(
         "stop before training, or skip and list the rows", "stop"
     )
-    max_length: int | None = option("tokens of prompt and answer together; null for no limit", 1024)
+    max_length: int | None = option(
+        "tokens of prompt and answer together; null for no limit", 1024, least=2
+    )
     chat_template_kwargs: dict = option(
         "passed to the chat template, e.g. {enable_thinking: false}", {}
     )
@@ -55,9 +65,9 @@ class Data:
 class Lora:
     """The adapter; `lora: null` trains all weights."""
 
-    r: int = option("rank", 16)
-    alpha: float = option("the update is scaled by alpha / r", 32.0)
-    dropout: float = option("on the adapter's input; the method wants 0", 0.0)
+    r: int = option("rank", 16, least=1)
+    alpha: float = option("the update is scaled by alpha / r", 32.0, above=0)
+    dropout: float = option("on the adapter's input; the method wants 0", 0.0, least=0, below=1)
     target_modules: str | list[str] = option(
         "names of the linear layers, or all-linear", "all-linear"
     )
@@ -70,9 +80,9 @@ class Loss:
     method: Literal["kto", "apo_zero"] = option(
         "kto, or apo_zero: kto with its reference point at 0", "kto"
     )
-    beta: float = option("inverse temperature, 1/nats", 0.1)
-    desirable_weight: float = option("factor on the loss of desirable rows", 1.0)
-    undesirable_weight: float = option("factor on the loss of undesirable rows", 1.0)
+    beta: float = option("inverse temperature, 1/nats", 0.1, above=0)
+    desirable_weight: float = option("factor on the loss of desirable rows", 1.0, least=0)
+    undesirable_weight: float = option("factor on the loss of undesirable rows", 1.0, least=0)
     kl_estimator: Literal["window", "microbatch"] = option(
         "kto's reference point from the whole optimizer step, or from each micro-batch as in TRL",
         "window",
@@ -87,31 +97,31 @@ class Training:
     """How it is optimised, and where the run goes."""
 
     output_dir: str = option("the run folder")
-    learning_rate: float = option("at its peak; with lora 1e-5 to 1e-4", 1e-6)
-    num_train_epochs: float = option("passes over the data", 1.0)
+    learning_rate: float = option("at its peak; with lora 1e-5 to 1e-4", 1e-6, above=0)
+    num_train_epochs: float = option("passes over the data", 1.0, above=0)
     max_steps: int = option("optimizer steps; above 0 it overrides num_train_epochs", -1)
-    per_device_train_batch_size: int = option("rows in a micro-batch", 4)
-    per_device_eval_batch_size: int = option("rows in an evaluation batch", 8)
-    gradient_accumulation_steps: int = option("micro-batches in an optimizer step", 4)
+    per_device_train_batch_size: int = option("rows in a micro-batch", 4, least=1)
+    per_device_eval_batch_size: int = option("rows in an evaluation batch", 8, least=1)
+    gradient_accumulation_steps: int = option("micro-batches in an optimizer step", 4, least=1)
     lr_scheduler_type: str = option("linear, cosine, constant, ...", "linear")
-    warmup_steps: float = option("steps of warm-up; below 1, a share of all steps", 0.0)
-    weight_decay: float = option("of AdamW", 0.0)
-    max_grad_norm: float = option("gradients are clipped to this norm", 1.0)
+    warmup_steps: float = option("steps of warm-up; below 1, a share of all steps", 0.0, least=0)
+    weight_decay: float = option("of AdamW", 0.0, least=0)
+    max_grad_norm: float = option("gradients are clipped to this norm", 1.0, least=0)
     optim: str = option("optimizer", "adamw_torch_fused")
     bf16: bool = option("autocast to bfloat16", False)
     gradient_checkpointing: bool = option("recompute activations instead of keeping them", False)
     sampler: Literal["label_balanced", "random", "sequential"] = option(
         "order of the rows", "label_balanced"
     )
-    seed: int = option("of everything random", 42)
-    logging_steps: int = option("optimizer steps between two logs", 10)
+    seed: int = option("of everything random", 42, least=0)
+    logging_steps: int = option("optimizer steps between two logs", 10, least=1)
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "when to evaluate besides the end", "no"
     )
-    eval_steps: int | None = option("optimizer steps between evaluations", None)
+    eval_steps: int | None = option("optimizer steps between evaluations", None, least=1)
     save_strategy: Literal["no", "steps", "epoch"] = option("when to write checkpoints", "epoch")
-    save_steps: int = option("optimizer steps between checkpoints", 500)
-    save_total_limit: int | None = option("checkpoints to keep; null for all", 2)
+    save_steps: int = option("optimizer steps between checkpoints", 500, least=1)
+    save_total_limit: int | None = option("checkpoints to keep; null for all", 2, least=1)
     use_cpu: bool = option("stay on the CPU even where there is a GPU", False)
     report_to: str | list[str] = option("trackers beside the run folder, e.g. tensorboard", "none")
     backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = option(
