@@ -47,15 +47,14 @@ class FiniteWatch:
         if not losses and not norms:
             return
         flat = torch.cat([values for _, _, values in losses] or [torch.zeros(0)]).tolist()  # waits
+        found: list[tuple[int, int, float]] = []  # step, row, value
         for step, rows, values in losses:
             here, flat = flat[: len(values)], flat[len(values) :]
-            bad = [
-                (row, value)
-                for row, value in zip(rows, here, strict=True)
-                if not math.isfinite(value)
-            ]
-            if bad:
-                self._stop(step, "loss", bad[0][1], [row for row, _ in bad])
+            pairs = zip(rows, here, strict=True)
+            found += [(step, row, value) for row, value in pairs if not math.isfinite(value)]
+        if found:
+            step, _, value = found[0]
+            self._stop(step, "loss", value, [row for at, row, _ in found if at == step])
         values = torch.stack([norm for _, norm in norms]).tolist() if norms else []
         for (step, _), value in zip(norms, values, strict=True):
             if not math.isfinite(value):

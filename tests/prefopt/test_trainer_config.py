@@ -1,0 +1,125 @@
+"""Defect 10: every option is checked at once, with the nearest name; and what the trainer refuses, with the reason."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from prefopt.data import load_rows, tokenize_rows
+from prefopt.train import PreferenceConfig, PreferenceTrainer
+from prefopt_testing import make_dataset, make_rows
+from trainer_testing import make_trainer, make_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world("qwen3", tmp_path_factory.mktemp("qwen3"))
+
+
+def test_defect_10_all_wrong_options_in_one_message_with_the_nearest_name():
+    with pytest.raises(ValueError) as caught:
+        PreferenceConfig(
+            "run", use_cpu=True, betta=0.2, learning_rates=1.0, method="apo-zero", beta=0
+        )
+    message = str(caught.value)
+    for part in (
+        "4 options",
+        "betta is not an option; did you mean beta?",
+        "learning_rates is not an option; did you mean learning_rate?",
+        "method is 'apo-zero'; expected one of kto, apo_zero; did you mean apo_zero?",
+        "beta is 0; expected a number above 0",
+    ):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"method": "bco"}, "method is 'bco'"),
+        ({"kl_estimator": "batch"}, "kl_estimator is 'batch'; expected one of window, microbatch"),
+        ({"sampler": "shuffle"}, "sampler is 'shuffle'"),
+        ({"on_bad_row": "drop"}, "on_bad_row is 'drop'"),
+        ({"backend": "tritn"}, "did you mean triton?"),
+        ({"beta": float("nan")}, "beta is nan"),
+        ({"desirable_weight": -1.0}, "desirable_weight is -1.0; expected a number >= 0"),
+        ({"undesirable_weight": True}, "undesirable_weight is True"),
+        ({"max_length": 1}, "max_length is 1; expected an integer >= 2, or None"),
+        ({"precompute_batch_size": 0}, "precompute_batch_size is 0"),
+        (
+            {"kl_estimator": "microbatch", "per_device_train_batch_size": 1},
+            "no other row's completion",
+        ),
+        ({"per_device_train_batch_size": 1}, "accumulate, or use method 'apo_zero'"),
+        (
+            {"precompute_ref_logps": True, "kl_estimator": "microbatch"},
+            "use kl_estimator 'window' or sampler 'sequential'",
+        ),
+        ({"train_sampling_strategy": "group_by_length"}, "it follows from sampler"),
+        ({"logging_nan_inf_filter": True}, "which stops the run"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"remove_unused_columns": False}, "remove_unused_columns"),
+    ],
+)
+def test_defect_10_a_wrong_option_is_named_with_what_is_expected(options, part):
+    with pytest.raises(ValueError) as caught:
+        PreferenceConfig("run", use_cpu=True, **options)
+    assert part in str(caught.value)
+
+
+def test_batch_size_one_is_no_problem_without_a_reference_point():
+    config = PreferenceConfig("run", use_cpu=True, method="apo_zero", per_device_train_batch_size=1)
+    assert not config.needs_kl
+
+
+def test_a_config_survives_copies_and_options_changed_later_are_checked(world, tmp_path):
+    config = PreferenceConfig(str(tmp_path), use_cpu=True, beta=0.3, sampler="sequential")
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied.to_dict() == config.to_dict()
+    assert dataclasses.replace(config, beta=0.4).beta == 0.4
+    assert config.train_sampling_strategy == "sequential"
+    config.beta = -1.0
+    with pytest.raises(ValueError, match="beta is -1.0"):
+        PreferenceTrainer(world.model, config, make_dataset(True), None, world.tokenizer)
+
+
+def test_a_trainer_names_the_argument_that_does_not_fit(world, tmp_path):
+    def refuse(error: type, match: str, **options):
+        with pytest.raises(error, match=match):
+            make_trainer(world, tmp_path, **options)
+
+    refuse(TypeError, "model is a str; expected a PreTrainedModel", model="some/model")
+    refuse(TypeError, "peft_config is a dict", peft_config={"r": 4})
+    frozen = copy.deepcopy(world.model).requires_grad_(False)
+    refuse(ValueError, "nothing to train", model=frozen)
+    refuse(ValueError, "an adapter .* sits on .* lm_head", ref=False, peft_config=LoraConfig(
+        target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"
+    ))  # fmt: skip
+    wrapped = get_peft_model(copy.deepcopy(world.model), LoraConfig(target_modules=["q_proj"]))
+    refuse(ValueError, "expected one of the two", model=wrapped, peft_config=LoraConfig())
+    with pytest.raises(TypeError, match="args is a NoneType; expected a PreferenceConfig"):
+        PreferenceTrainer(world.model, None, make_dataset(True))
+    config = PreferenceConfig(str(tmp_path), use_cpu=True, max_length=96)
+    with pytest.raises(TypeError, match="train_dataset is None"):
+        PreferenceTrainer(world.model, config)
+    with pytest.raises(ValueError, match="processing_class is None"):
+        PreferenceTrainer(world.model, config, make_dataset(True))
+    with pytest.raises(ValueError, match="ref_model is the model itself"):
+        PreferenceTrainer(
+            world.model, config, make_dataset(True), None, world.tokenizer, world.model
+        )
+
+
+def test_rows_come_in_every_form_and_give_the_same_ids(world, tmp_path):
+    loaded = load_rows(make_rows(True))
+    tokenized = tokenize_rows(loaded, world.tokenizer, max_length=96)
+    columns = ["prompt_ids", "completion_ids", "label", "group", "row"]
+    expected = tokenized.dataset.select_columns(columns).to_list()
+    for data in (make_dataset(True), make_rows(True), loaded, tokenized):
+        trainer = make_trainer(world, tmp_path, data=data)
+        assert trainer.train_dataset.select_columns(columns).to_list() == expected
+    other = tokenize_rows(loaded, world.tokenizer, max_length=64)
+    with pytest.raises(ValueError, match="tokenised with max_length 64, the configuration says 96"):
+        make_trainer(world, tmp_path, data=other)

@@ -1,0 +1,200 @@
+"""Defect 15: a run that goes wrong says so, with the reason and the remedy; one that is not finite stops and says where."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from prefopt.train import NonFiniteError, TrainingWarning
+from prefopt.train.diagnostics import KL_LOGS, Diagnostics
+from prefopt.train.finite import FiniteWatch
+from prefopt_testing import make_dataset, make_rows
+from trainer_testing import make_trainer, make_world, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world("qwen3", tmp_path_factory.mktemp("qwen3"))
+
+
+class _Break(TrainerCallback):
+    """Spoils one weight before optimizer step ``step``, as a bad update or a broken device would."""
+
+    def __init__(self, step: int, value: float):
+        self.step = step
+        self.value = value
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step + 1 == self.step:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_defect_15_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, value):
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        callbacks=[_Break(3, value)],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=5,
+        sampler="sequential",
+    )
+    with pytest.raises(NonFiniteError) as caught:
+        train(trainer)
+    error = caught.value
+    assert error.step == 3 and error.rows == [8, 9, 10, 11]
+    assert "step 3: the loss is" in str(error) and "rows [8, 9, 10, 11]" in str(error)
+    assert f"Last good checkpoint: {tmp_path / 'checkpoint-2'}" in str(error)
+    # the optimizer did not take the step, and nothing was saved after it
+    assert trainer.state.global_step == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-1",
+        "checkpoint-2",
+    ]
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "stopped" and "step 3" in record["stopped_by"]
+
+
+def test_defect_15_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, per_device_train_batch_size=4, sampler="sequential")
+    clip = trainer._clip_grad_norm
+
+    def spoil(model):
+        if trainer.state.global_step == 1:
+            trainer.model.model.norm.weight.grad[0] = float("nan")
+        return clip(model)
+
+    trainer._clip_grad_norm = spoil
+    with pytest.raises(
+        NonFiniteError, match=r"step 2: the gradient norm is nan, with rows \[4, 5, 6, 7\]"
+    ):
+        train(trainer)
+    with pytest.raises(NonFiniteError, match="none yet"):
+        train(make_trainer(world, tmp_path, callbacks=[_Break(1, float("nan"))]))
+
+
+def test_defect_15_elsewhere_than_on_the_cpu_the_log_finds_it(tmp_path):
+    """The watch waits for nobody until it is asked, and then names the first of several bad steps."""
+    watch = FiniteWatch(str(tmp_path))
+    watch.check()
+    for step in (1, 2, 3):
+        bad = float("nan") if step > 1 else 0.0
+        watch.add_rows(step, [10 * step, 10 * step + 1], torch.tensor([0.5, 0.5 + bad]))
+        watch.add_gradient(step, torch.tensor(1.0 + bad))
+    with pytest.raises(NonFiniteError) as caught:
+        watch.check()
+    assert caught.value.step == 2 and caught.value.rows == [21]
+    watch.check()  # what was looked at is forgotten
+
+
+def findings(*logs: dict, max_steps: int = 100) -> list[str]:
+    """Names of what a run with these logs, one a step, is told."""
+    diagnostics = Diagnostics(max_steps)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step, log in enumerate(logs, start=1):
+            diagnostics.observe(step, log)
+    assert len(told) == len(diagnostics.findings)
+    return [finding.name for finding in diagnostics.findings]
+
+
+GOOD = {"rewards/chosen": 0.2, "rewards/rejected": -0.1, "rewards/margins": 0.3, "grad_norm": 1.0}
+STILL = {"rewards/chosen": 0.0, "rewards/rejected": 0.0, "rewards/margins": 0.0, "grad_norm": 1.0}
+
+
+def test_defect_15_exploding_rewards_are_told_once():
+    logs = [GOOD | {"rewards/chosen": -40.0} for _ in range(3)]
+    assert findings(*logs) == ["exploding_rewards"]
+
+
+def test_defect_15_no_learning_is_told():
+    assert findings(*[dict(STILL) for _ in range(3)]) == ["no_learning"]
+    assert findings(GOOD, GOOD | {"grad_norm": 0.0}) == ["no_learning"]
+    flat = [GOOD | {"rewards/margins": 1e-5} for _ in range(60)]
+    assert findings(*flat) == ["flat_margin"]
+
+
+def test_defect_15_a_kl_stuck_at_zero_is_told():
+    assert findings(*[GOOD | {"kl": 0.0} for _ in range(KL_LOGS + 1)]) == ["kl_stuck"]
+
+
+def test_defect_15_a_healthy_run_is_told_nothing():
+    # policy = reference at step 1, a KL that is 0 now and then
+    logs = [STILL | {"kl": 0.0}]
+    logs += [GOOD | {"kl": 0.1 if step % 5 == 0 else 0.0} for step in range(100)]
+    assert findings(*logs) == []
+
+
+@pytest.mark.parametrize(
+    ("desirable", "undesirable", "weights", "expected"),
+    [
+        (50, 50, (1.0, 1.0), []),
+        (40, 60, (1.6, 1.0), []),
+        (20, 80, (1.0, 1.0), ["class_weights"]),
+        (50, 50, (1.0, 2.25), ["class_weights"]),
+        (50, 0, (1.0, 1.0), ["one_class"]),
+        (0, 50, (1.0, 1.0), ["one_class"]),
+    ],
+)
+def test_defect_15_the_labels_and_their_weights(desirable, undesirable, weights, expected, recwarn):
+    diagnostics = Diagnostics()
+    diagnostics.observe_data(desirable, undesirable, *weights)
+    assert [finding.name for finding in diagnostics.findings] == expected
+    assert len(recwarn) == len(expected)
+
+
+def test_defect_15_findings_reach_the_run_folder_and_the_checkpoint(world, tmp_path):
+    options = {
+        "data": make_rows(True)[:16],
+        "learning_rate": 0.0,
+        "ref": False,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "max_steps": 4,
+    }
+    trainer = make_trainer(world, tmp_path, **options)
+    with pytest.warns(TrainingWarning, match="the learning rate is 0"):
+        trainer.train()
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    (told,) = [entry for entry in record["diagnostics"] if entry["name"] == "no_learning"]
+    assert told["step"] == 3 and "learning_rate" in told["remedy"]
+    options |= {"max_steps": 5}
+    resumed = make_trainer(world, tmp_path, **options)
+    train(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    names = [finding.name for finding in resumed.diagnostics.findings]
+    assert names.count("no_learning") == 1
+
+
+def test_the_run_folder_tells_what_was_run(world, tmp_path):
+    rows = [*make_rows(True), {"prompt": "no answer", "label": True}]
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        data=rows,
+        on_bad_row="skip",
+        eval_dataset=make_dataset(True),
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_train_batch_size=4,
+    )
+    train(trainer)
+    record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert record["status"] == "finished" and record["stopped_by"] is None
+    assert record["config"]["beta"] == 0.1 and record["method"] == "kto"
+    assert record["data"]["train"]["rows"] == record["data"]["eval"]["rows"] == 20
+    assert record["data"]["train"]["bad"] == 1 and len(record["data"]["train"]["fingerprint"]) == 64
+    assert record["reference"]["kind"] == "ref_model"
+    assert set(record["versions"]) >= {"torch", "transformers", "peft", "python"}
+    (bad,) = (tmp_path / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "completion" in json.loads(bad)["reason"]
+    lines = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": entry["step"]} | entry for entry in trainer.state.log_history
+    ]

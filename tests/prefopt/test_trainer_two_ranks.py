@@ -1,0 +1,219 @@
+"""Defects 5 and 9, and resume, with two gloo processes: this file is the test and, run as a script, one of the ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+if __name__ == "__main__":  # pytest sets both for the test itself
+    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "python")]
+    import conftest  # noqa: F401  no network
+
+import pytest
+import torch.distributed as dist
+
+from prefopt_testing import make_rows
+from trainer_testing import make_trainer, make_world, train
+
+WORLD_SIZE = 2
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "broadcast",
+    "broadcast_object_list",
+    "gather_object",
+    "barrier",
+)
+# 11 rows, 4 on each rank: the second step has 3 rows, all on rank 0; the dataloader repeats 5 others to fill up.
+UNEVEN = {
+    "data": make_rows(True)[:11],
+    "sampler": "sequential",
+    "max_steps": 2,
+    "learning_rate": 0.0,
+}
+EPOCHS = {
+    "data": make_rows(True)[:12],
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 4,
+    "logging_steps": 3,
+}
+
+
+def drifted_world(folder: Path):
+    """Policy and reference swapped, which makes the first reference points positive."""
+    world = make_world("qwen3", folder)
+    return world._replace(model=world.ref, ref=world.model)
+
+
+def uneven(world, folder: Path, batch_size: int) -> list[dict]:
+    """Pairs fixed per row, so that two ranks and one process have the same ones."""
+    trainer = make_trainer(
+        world,
+        folder / "run",
+        per_device_train_batch_size=batch_size,
+        precompute_ref_logps=True,
+        reference_cache_dir=str(folder / "cache"),
+        **UNEVEN,
+    )
+    return train(trainer)
+
+
+def caller() -> str:
+    """Module of the innermost frame outside torch and this file."""
+    frame = sys._getframe(2)
+    while frame.f_globals["__name__"].startswith("torch."):
+        frame = frame.f_back
+    return frame.f_globals["__name__"]
+
+
+def count_collectives(counts: Counter) -> None:
+    """From now on, count every collective by the module that calls it."""
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            counts[caller()] += 1
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+
+
+def rank_main(folder: Path) -> None:
+    """Everything that a rank does; what it saw goes into a file of its own."""
+    rank = int(os.environ["RANK"])
+    world = drifted_world(folder / f"world{rank}")
+    seen = {"uneven": uneven(world, folder, batch_size=4)}
+
+    counts = Counter()
+    count_collectives(counts)
+    # Of the two ways round, the one whose reference points are above 0.
+    usual = world._replace(model=world.ref, ref=world.model)
+    for estimator, chosen in (("window", usual), ("microbatch", world)):
+        trainer = make_trainer(
+            chosen,
+            folder / estimator,
+            kl_estimator=estimator,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            **UNEVEN,
+        )
+        estimates, estimate = [], trainer.mismatched.estimator.estimate
+
+        def watch(ratios, *, update, estimate=estimate, estimates=estimates):
+            value = estimate(ratios, update=update)
+            estimates.append((ratios.tolist(), value.item()))
+            return value
+
+        trainer.mismatched.estimator.estimate = watch
+        counts.clear()
+        logs = train(trainer)
+        seen[estimator] = {"estimates": estimates, "logs": logs, "collectives": dict(counts)}
+
+    seen["epochs"] = {}
+    for name, checkpoint in (("whole", None), ("resumed", str(folder / "epochs" / "checkpoint-4"))):
+        trainer = make_trainer(world, folder / "epochs", **EPOCHS)
+        rows, compute_loss = [], trainer.compute_loss
+
+        def keep(model, inputs, *args, compute_loss=compute_loss, rows=rows, **kwargs):
+            rows.append(inputs["row"].tolist())
+            return compute_loss(model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = keep
+        logs = train(trainer, resume_from_checkpoint=checkpoint)
+        seen["epochs"][name] = {"rows": rows, "logs": logs}
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> tuple[list[dict], Path]:
+    """What the two processes saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(WORLD_SIZE):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(WORLD_SIZE),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        log = (folder / f"rank{rank}.log").open("w", encoding="utf-8")
+        command = [sys.executable, __file__, str(folder)]
+        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    outputs = [(folder / f"rank{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
+    assert codes == [0, 0], "\n".join(outputs)[-4000:]
+    files = [folder / f"rank{rank}.json" for rank in range(WORLD_SIZE)]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files], folder
+
+
+@pytest.mark.slow
+def test_defect_05_an_uneven_last_step_counts_every_row_once(ranks, tmp_path):
+    """Two ranks of 4 rows log what one process with 8 rows logs, also where 5 of the 8 rows are repeats."""
+    (rank0, _), _ = ranks
+    alone = uneven(drifted_world(tmp_path), tmp_path, batch_size=8)
+    assert len(rank0["uneven"]) == len(alone) == 2
+    assert any(entry["kl"] > 0.1 for entry in alone)
+    for step, (together, single) in enumerate(zip(rank0["uneven"], alone, strict=True)):
+        for key, value in single.items():
+            tolerance = 1e-5 if key == "loss" else 1e-4  # the contract of the parity tests
+            assert together[key] == pytest.approx(value, abs=tolerance, rel=0), (step, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["window", "microbatch"])
+def test_defect_05_ranks_share_the_reference_point(ranks, estimator):
+    seen = [rank[estimator]["estimates"] for rank in ranks[0]]
+    assert len(seen[0]) == len(seen[1]) == {"window": 2, "microbatch": 3}[estimator]
+    assert any(value > 0 for _, value in seen[0])
+    for (mine, value), (others, same) in zip(*seen, strict=True):
+        if estimator == "window":
+            mean = sum(mine + others) / max(len(mine + others), 1)
+        else:
+            means = [sum(ratios) / len(ratios) for ratios in (mine, others) if ratios]
+            mean = sum(means) / max(len(means), 1)
+        assert value == same == pytest.approx(max(mean, 0.0), abs=1e-4)
+    # the last piece of the 11 rows: 3 of them, 2 on rank 0; a repeat gives nothing to the estimate
+    total = sum(len(ratios) for rank in seen for ratios, _ in rank)
+    assert total == {"window": 10, "microbatch": 10}[estimator]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "estimates"), [("window", 2), ("microbatch", 3)])
+def test_defect_09_one_collective_per_estimate_and_one_per_log(ranks, estimator, estimates):
+    counts = ranks[0][0][estimator]["collectives"]
+    ours = {name: count for name, count in counts.items() if name.startswith("prefopt")}
+    logs = len(ranks[0][0][estimator]["logs"])
+    assert ours == {"prefopt_kernels.reference_point": estimates, "prefopt.train.metrics": logs}
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_rows_and_resume_where_they_were(ranks):
+    runs = [rank["epochs"] for rank in ranks[0]]
+    for epoch in (slice(0, 3), slice(3, 6)):
+        rows = [row for run in runs for batch in run["whole"]["rows"][epoch] for row in batch]
+        assert sorted(rows) == list(range(12))
+    for run in runs:
+        assert run["resumed"]["rows"] == run["whole"]["rows"][4:]
+    assert runs[0]["resumed"]["logs"][-1] == pytest.approx(runs[0]["whole"]["logs"][-1], abs=1e-12)
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))
