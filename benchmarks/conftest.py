@@ -63,6 +63,8 @@ def names(request):
 @pytest.fixture(scope="session")
 def green():
     """The op's tests pass in this very checkout, or the session ends before a number is shown."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *GATE], cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *GATE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
-        pytest.exit(f"{' '.join(GATE)} failed: no numbers from a wrong kernel", returncode=1)
+        red = f"{' '.join(GATE)} failed: no numbers from a wrong kernel"
+        pytest.exit(f"{done.stdout}{done.stderr}\n{red}", returncode=1)

@@ -17,25 +17,27 @@ from prefopt_kernels.ops.linear_logprob.op import select_backend
 EXACT_ROWS = 512  # tokens whose log-probability is computed in fp64; spread evenly over all T
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, one sample a round, the calls taking turns within every round.
+def interleaved(
+    calls: dict[str, Callable[[], Tensor | None]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Tensor | None]]:
+    """Seconds of each call, one sample a round, the calls taking turns; and what each returned last.
 
     Whatever slows the machine down for a while then slows all of them. One more round first, unrecorded,
     pays for what happens once. The order moves on by one call a round, so that none always follows the
     same neighbour.
     """
-    seconds = {name: [] for name in calls}
+    seconds, last = {name: [] for name in calls}, {}
     names = list(calls)
     for i in range(-1, rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
             gc.collect()
             start = time.perf_counter()
-            calls[name]()
+            last[name] = calls[name]()
             elapsed = time.perf_counter() - start
             if i >= 0:
                 seconds[name].append(elapsed)
-    return seconds
+    return seconds, last
 
 
 def exact_logp(x: Inputs, rows: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def measure(
     peaks = {name: peak_extra_bytes(case, T, dtype, name, threads) for name in runnable}
 
     x = make_inputs(case, T, dtype)
-    seconds = interleaved(
+    seconds, last = interleaved(
         {name: lambda name=name: VARIANTS[name].run(x) for name in runnable}, rounds
     )
     sample = torch.arange(0, T, max(1, T // EXACT_ROWS))
@@ -103,7 +105,7 @@ def measure(
             "skipped": skipped[name],
         }
         if skipped[name] is None:
-            logp = variant.run(x) if variant.passed in ("forward", "frozen", "trainable") else None
+            logp = last[name] if variant.passed in ("forward", "frozen", "trainable") else None
             row |= {
                 "backend": select_backend(x.hidden, x.weight) if variant.who == "ours" else None,
                 "rounds": rounds,

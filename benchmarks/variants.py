@@ -174,12 +174,12 @@ VARIANTS = {
         Variant("ours", "forward", partial(forward, ours)),
         Variant("ours", "frozen", partial(forward_backward, ours, False)),
         Variant("ours", "trainable", partial(forward_backward, ours, True)),
-        Variant("torch", "forward", partial(forward, plain_torch), bytes_per_logit=12),
+        Variant("torch", "forward", partial(forward, plain_torch), bytes_per_logit=8),
         Variant(
-            "torch", "frozen", partial(forward_backward, plain_torch, False), bytes_per_logit=20
+            "torch", "frozen", partial(forward_backward, plain_torch, False), bytes_per_logit=16
         ),
         Variant(
-            "torch", "trainable", partial(forward_backward, plain_torch, True), bytes_per_logit=20
+            "torch", "trainable", partial(forward_backward, plain_torch, True), bytes_per_logit=16
         ),
         Variant("trl", "forward", partial(forward, trl), _trl_why_not),
         Variant("trl", "frozen", partial(forward_backward, trl, False), _trl_why_not),
