@@ -287,7 +287,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
         ({"training.extra": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is set"),
         (
             {"training.extra": {"weight_decy": 0.1}},
-            "weight_decy is not an option; did you mean weight_decay",
+            "  training.extra.weight_decy is not an option; did you mean weight_decay",
         ),
         (
             {"training.extra": {"seed": 1}},

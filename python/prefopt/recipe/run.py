@@ -94,7 +94,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
     try:
         return PreferenceConfig(**options)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"{recipe.name}: {_dotted(str(error))}") from None
+        raise RecipeError(f"{recipe.name}: {_dotted(str(error), extra)}") from None
 
 
 def load_data(
@@ -262,12 +262,13 @@ def _home(key: str) -> str:
     return next((f"{section}.{key}" for section in SECTIONS if key in options_of(section)), key)
 
 
-def _dotted(message: str) -> str:
+def _dotted(message: str, extra: dict) -> str:
     """The trainer's problems, one a line and each beginning with an option, with the dotted keys of a recipe."""
     lines = []
     for line in message.splitlines():
         name, _, rest = line.strip().partition(" ")
-        lines.append(f"  {_home(name)} {rest}" if line.startswith("  ") else line)
+        key = f"training.extra.{name}" if name in extra else _home(name)
+        lines.append(f"  {key} {rest}" if line.startswith("  ") else line)
     return "\n".join(lines)
 
 
