@@ -37,7 +37,10 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
         "traning": {},
         "beta": 0.2,
     }
-    assert problems(content, {"loss.betta": 1}) == [
+    assert problems(content, {"loss.betta": 1, "los.beta": 1}) == [
+        "r.yaml: traning is unknown; did you mean training?",
+        "r.yaml: beta is unknown; did you mean loss.beta?",
+        "command line: los.beta is unknown; did you mean loss.beta?",
         "r.yaml: model.dtpye is unknown; did you mean model.dtype?",
         "r.yaml: model.dtype is 'float23'; expected one of float32, bfloat16, float16, auto; did you mean float32?",
         "r.yaml: data.max_length is 'long'; expected a whole number or null",
@@ -52,8 +55,6 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
         "r.yaml: training.seed is 1.5; expected a whole number",
         "r.yaml: training.bf16 is 'yes'; expected true or false",
         "r.yaml: training.report_to is []; expected text or a list of names",
-        "r.yaml: traning is unknown; did you mean training?",
-        "r.yaml: beta is unknown; did you mean loss.beta?",
     ]
 
 

@@ -12,6 +12,8 @@ import yaml
 
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
 
+Entry = tuple[Any, str]  # a value and where it was said
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message lists every problem with its file and dotted key."""
@@ -61,58 +63,65 @@ def make_recipe(
             f"{name}: is {_show(content)}; expected the sections {', '.join(SECTIONS)}"
         )
     problems: list[str] = []
-    values = _flatten(content, name, problems)
-    for key, value in (overrides or {}).items():
-        if key in SECTIONS and (key != "lora" or value not in (None, {})):
-            problems.append(
-                f"command line: {key} is {_show(value)}; expected null or {{}}, and only for lora"
-            )
-        if key == "lora" and value is None:
-            values = {
-                known: entry for known, entry in values.items() if not known.startswith("lora.")
-            }
-        values[key] = (value, "command line")
-    sections = {}
-    for section, kind in SECTIONS.items():
-        known = options_of(section)
-        given = {
-            key.partition(".")[2]: entry
-            for key, entry in values.items()
-            if key.startswith(f"{section}.")
-        }
-        hints = get_type_hints(kind)
-        good = {}
-        for option, (value, where) in given.items():
-            if option not in known:
-                near = _nearest(option, known, f"{section}.") or _elsewhere(option)
-                problems.append(f"{where}: {section}.{option} is unknown{near}")
-                continue
-            try:
-                good[option] = _in_bounds(_converted(value, hints[option]), known[option])
-            except ValueError as error:
-                problems.append(f"{where}: {section}.{option} is {_show(value)}; expected {error}")
-        if section == "lora" and not given and values.get("lora", (None,))[0] is None:
-            sections[section] = None
-            continue
-        missing = [key for key, one in known.items() if required(one) and key not in given]
-        problems += [
-            f"{name}: {section}.{key} is missing: {known[key].metadata['help']}" for key in missing
-        ]
-        if not problems:
-            sections[section] = kind(**good)
+    values = _overridden(_flatten(content, name, problems), overrides or {}, problems)
     for key, (_, where) in values.items():
-        if "." not in key and key not in SECTIONS:
-            problems.append(
-                f"{where}: {key} is unknown{_nearest(key, SECTIONS) or _elsewhere(key)}"
-            )
+        section, dot, option = key.partition(".")
+        if section not in SECTIONS:
+            near = _nearest(section, SECTIONS, after=dot + option) or _elsewhere(option or section)
+            problems.append(f"{where}: {key} is unknown{near}")
+    sections = {section: _section(section, values, name, problems) for section in SECTIONS}
     if problems:
         raise RecipeError("\n".join(problems))
     return Recipe(**sections, name=name)
 
 
-def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, tuple[Any, str]]:
-    """{dotted key: (value, where it was said)}; `lora: {}` stays as "lora" to mean an adapter with all defaults."""
-    values: dict[str, tuple[Any, str]] = {}
+def _section(section: str, values: Mapping[str, Entry], name: str, problems: list[str]) -> Any:
+    """The dataclass of one section; None for a lora that is not asked for, or if there are problems."""
+    known, hints = options_of(section), get_type_hints(SECTIONS[section])
+    given = {
+        key.partition(".")[2]: entry
+        for key, entry in values.items()
+        if key.startswith(f"{section}.")
+    }
+    good = {}
+    for option, (value, where) in given.items():
+        if option not in known:
+            near = _nearest(option, known, f"{section}.") or _elsewhere(option)
+            problems.append(f"{where}: {section}.{option} is unknown{near}")
+            continue
+        try:
+            good[option] = _in_bounds(_converted(value, hints[option]), known[option])
+        except ValueError as error:
+            problems.append(f"{where}: {section}.{option} is {_show(value)}; expected {error}")
+    if section == "lora" and not given and "lora" not in values:
+        return None
+    missing = [key for key, one in known.items() if required(one) and key not in given]
+    problems += [
+        f"{name}: {section}.{key} is missing: {known[key].metadata['help']}" for key in missing
+    ]
+    return None if problems else SECTIONS[section](**good)
+
+
+def _overridden(
+    values: dict[str, Entry], overrides: Mapping[str, Any], problems: list[str]
+) -> dict[str, Entry]:
+    for key, value in overrides.items():
+        if key == "lora" and value is None:
+            values = {
+                known: entry for known, entry in values.items() if known.partition(".")[0] != "lora"
+            }
+        elif key in SECTIONS and (key, value) != ("lora", {}):
+            problems.append(
+                f"command line: {key} is {_show(value)}; expected null or {{}}, and only for lora"
+            )
+        else:
+            values[key] = (value, "command line")
+    return values
+
+
+def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, Entry]:
+    """{dotted key: entry}; `lora: {}` stays as "lora" to mean an adapter with all defaults."""
+    values: dict[str, Entry] = {}
     for section, options in content.items():
         if section not in SECTIONS:
             values[str(section)] = (options, name)
@@ -125,9 +134,9 @@ def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, tupl
     return values
 
 
-def _nearest(key: str, known: Any, prefix: str = "") -> str:
+def _nearest(key: str, known: Any, prefix: str = "", after: str = "") -> str:
     near = difflib.get_close_matches(str(key), list(known), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"; did you mean {prefix}{near[0]}{after}?" if near else ""
 
 
 def _elsewhere(option: str) -> str:
