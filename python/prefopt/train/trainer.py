@@ -105,11 +105,7 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
-                "torchrun or accelerate launch, or make one GPU visible"
-            )
+        self._refuse_unsupported()
         self.head = lm_head_of(self.model)
         check_lm_head(self.model, self.head)
         self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
@@ -127,6 +123,22 @@ class PreferenceTrainer(Trainer):
         self._reset_state()
         self.run_folder = RunFolder(args.output_dir, active=self.is_world_process_zero())
         self._describe(train, evals)
+
+    def _refuse_unsupported(self) -> None:
+        """Ways of spreading a model over devices that nobody has tried with this trainer."""
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
+                "torchrun or accelerate launch, or make one GPU visible"
+            )
+        for name, used in (
+            ("DeepSpeed", self.is_deepspeed_enabled),
+            ("FSDP", self.is_fsdp_enabled),
+            ("a parallelism_config", self.accelerator.parallelism_config is not None),
+            ("a model sharded while loading", self.is_distributed_loading_by_transformers),
+        ):
+            if used:
+                raise ValueError(f"{name} is not supported yet; expected one process or plain DDP")
 
     # ---- data and reference ----
 
@@ -446,6 +458,14 @@ class PreferenceTrainer(Trainer):
                 counts["undesirable"],
                 args.desirable_weight,
                 args.undesirable_weight,
+            )
+        text = self.model.config.get_text_config()
+        if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):
+            self.diagnostics.add(
+                "no_router_loss",
+                0,
+                "The model is a mixture of experts, and its load-balancing loss is not part of the objective",
+                "Freeze the router, for example by training an adapter on the attention layers",
             )
         parameters = list(self.model.parameters())
         self.run_folder.bad_rows(row for rows in [train, *evals.values()] for row in rows.bad)
