@@ -27,6 +27,11 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=2)
 
 
+def pytest_configure(config):
+    if (rounds := config.getoption("rounds")) < 2:
+        raise pytest.UsageError(f"--rounds is {rounds}; expected 2 or more, for the percentiles")
+
+
 def pytest_generate_tests(metafunc):
     if "group" in metafunc.fixturenames:
         grid, names = chosen(metafunc.config)

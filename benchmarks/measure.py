@@ -18,7 +18,7 @@ EXACT_ROWS = 512  # tokens whose log-probability is computed in fp64; spread eve
 
 
 def interleaved(
-    calls: dict[str, Callable[[], Tensor | None]], rounds: int
+    calls: dict[str, Callable[[], Tensor | None]], rounds: int, say: Callable[[str], None] = print
 ) -> tuple[dict[str, list[float]], dict[str, Tensor | None]]:
     """Seconds of each call, one sample a round, the calls taking turns; and what each returned last.
 
@@ -29,6 +29,7 @@ def interleaved(
     seconds, last = {name: [] for name in calls}, {}
     names = list(calls)
     for i in range(-1, rounds):
+        say("warm-up round" if i < 0 else f"round {i + 1} of {rounds}")
         first = i % len(names)
         for name in names[first:] + names[:first]:
             gc.collect()
@@ -60,7 +61,15 @@ def available_bytes() -> int:
 
 
 def measure(
-    case: Case, T: int, dtype: str, *, names: list[str], rounds: int, threads: int, origin: dict
+    case: Case,
+    T: int,
+    dtype: str,
+    *,
+    names: list[str],
+    rounds: int,
+    threads: int,
+    origin: dict,
+    say: Callable[[str], None] = print,
 ) -> tuple[list[dict], dict[str, list[float]]]:
     """A row per variant, and each variant's seconds per round.
 
@@ -70,6 +79,7 @@ def measure(
         rounds: timed rounds.
         threads: for torch, here and where the memory is measured.
         origin: what :func:`benchmarks.origin.origin` says of the machine and the commit.
+        say: told of the progress, a line at a time; the larger groups take many minutes.
     """
     torch.set_num_threads(threads)
     names = [name for name in VARIANTS if name == "gemm" or name in names]
@@ -79,11 +89,14 @@ def measure(
         raise MemoryError(f"the bare GEMM at {case.name}, T {T}, {dtype}: {skipped['gemm']}")
     runnable = [name for name in names if skipped[name] is None]
     # Before the inputs are made here: each child makes its own.
-    peaks = {name: peak_extra_bytes(case, T, dtype, name, threads) for name in runnable}
+    peaks = {}
+    for name in runnable:
+        say(f"{case.name}, T {T}, {dtype}: memory of {name}")
+        peaks[name] = peak_extra_bytes(case, T, dtype, name, threads)
 
     x = make_inputs(case, T, dtype)
     seconds, last = interleaved(
-        {name: lambda name=name: VARIANTS[name].run(x) for name in runnable}, rounds
+        {name: lambda name=name: VARIANTS[name].run(x) for name in runnable}, rounds, say
     )
     sample = torch.arange(0, T, max(1, T // EXACT_ROWS))
     exact = exact_logp(x, sample)

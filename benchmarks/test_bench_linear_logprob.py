@@ -37,7 +37,19 @@ def run_origin():
 
 
 @pytest.fixture(scope="session")
-def group(request, green, run_origin, names):
+def say(request):
+    """Write a line to the terminal at once; a group takes minutes, and pytest holds output back."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def write(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{line}", end="", flush=True)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def group(request, green, run_origin, names, say):
     """Rows by variant, and seconds by variant, of one head, T and dtype; appended to the results."""
     case, T, dtype = request.param
     option = request.config.getoption
@@ -49,6 +61,7 @@ def group(request, green, run_origin, names):
         rounds=option("rounds"),
         threads=option("threads"),
         origin=run_origin,
+        say=say,
     )
     if case != "smoke" and option("rounds") >= KEPT_ROUNDS:
         keep(rows)
