@@ -1,4 +1,5 @@
-// Every schema and implementation of the CPU library. Outputs are arguments that Python allocated: no op returns a new tensor.
+// Every schema and implementation of the CPU library. Outputs are arguments that Python allocated: no op returns a new
+// tensor.
 #include "linear_logprob/launch_cpu.h"
 
 STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
@@ -9,15 +10,19 @@ STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
       "float softcap, float temperature, bool want_spread, bool want_total, Tensor(a!) partials, Tensor(b!)? product, "
       "Tensor(c!) workspace, int splits, int groups, str isa) -> ()");
   m.def(
-      "linear_logprob_finish_unit(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor product, Tensor share, "
+      "linear_logprob_finish_unit(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor product, Tensor "
+      "share, "
       "Tensor slope, Tensor(a!) unit, str isa) -> ()");
   m.def(
       "linear_logprob_backward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float scale, "
-      "float softcap, float temperature, Tensor coefficients, Tensor target_ids, bool through_entropy, Tensor(a!)? dhidden, "
+      "float softcap, float temperature, Tensor coefficients, Tensor target_ids, bool through_entropy, Tensor(a!)? "
+      "dhidden, "
       "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!) workspace, int chunk, str isa) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CompositeExplicitAutograd, m) { m.impl("isas", TORCH_BOX(&prefopt::isas)); }
+STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isas", TORCH_BOX(&prefopt::isas));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CPU, m) {
   m.impl("linear_logprob_plan", TORCH_BOX(&prefopt::linear_logprob_plan));

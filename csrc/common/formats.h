@@ -1,4 +1,5 @@
-// bf16 and fp16 in memory, and their conversions to and from fp32 (round to nearest even, NaN kept) without special instructions.
+// bf16 and fp16 in memory, and their conversions to and from fp32 (round to nearest even, NaN kept) without special
+// instructions.
 #pragma once
 #include "vector.h"
 
@@ -36,7 +37,8 @@ PREFOPT_INLINE void from_float(float x, fp16* out) {
   const uint32_t magnitude = b & 0x7fffffffu;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   // adding 0.5 lines a subnormal result up with the last bits of the sum, which rounds it
-  const uint32_t subnormal = static_cast<uint32_t>(bits_of(float_of(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
+  const uint32_t subnormal =
+      static_cast<uint32_t>(bits_of(float_of(static_cast<int32_t>(magnitude)) + 0.5f)) - 0x3f000000u;
   uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
   h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // 65520 and above round to infinity
   h = magnitude > 0x7f800000u ? 0x7e00u : h;

@@ -1,7 +1,9 @@
-// C (+)= A B with fp32 sums, for operands cut in 32-bit units along the contracted dimension: one float, or a pair of bf16.
+// C (+)= A B with fp32 sums, for operands cut in 32-bit units along the contracted dimension: one float, or a pair of
+// bf16.
 //
-// A unit of A is broadcast and multiplied with a register of units of B. That is the shape of an fp32 fused multiply-add and of
-// the bf16 dot product alike, so both share every loop; `Dot` holds the one instruction that differs.
+// A unit of A is broadcast and multiplied with a register of units of B. That is the shape of an fp32 fused
+// multiply-add and of the bf16 dot product alike, so both share every loop; `Dot` holds the one instruction that
+// differs.
 #pragma once
 #include "formats.h"
 #include "vector.h"
@@ -10,16 +12,18 @@ namespace prefopt::PREFOPT_ISA {
 
 struct DotF32 {
   static constexpr int kStep = 1;  // elements in a 32-bit unit
+  static constexpr int kUnitBytes = 4;
   using Unit = float;
   static PREFOPT_INLINE vf multiply_add(vf sum, vi a, vf b) { return sum + (vf)a * b; }
-  static PREFOPT_INLINE void put(int32_t* out, vf even, vf) { __builtin_memcpy(out, &even, sizeof even); }
+  static PREFOPT_INLINE void put(char* out, vf even, vf) { __builtin_memcpy(out, &even, sizeof even); }
   static PREFOPT_INLINE void put_row(char* out, vf x) { __builtin_memcpy(out, &x, sizeof x); }
 };
 
-// c[m][n] (+)= sum over K units of a(m, k) * b(k, n); m < M rows, N registers of columns. Strides of a in bytes, of c in floats.
+// c[m][n] (+)= sum over K units of a(m, k) * b(k, n); m < M rows, N registers of columns. Strides of a in bytes, of c
+// in floats.
 template <class Dot, int M, int N>
-PREFOPT_INLINE void multiply_tile(int64_t K, const char* a, int64_t am, int64_t ak, const float* b, float* c, int64_t cm,
-                                  bool accumulate) {
+PREFOPT_INLINE void multiply_tile(int64_t K, const char* a, int64_t am, int64_t ak, const float* b, float* c,
+                                  int64_t cm, bool accumulate) {
   vf sum[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -82,9 +86,11 @@ void pack_rows(Rows<Element> rows, int64_t count, int64_t length, int64_t out_ro
   }
 }
 
-// out[g][i / step][j]: unit i / step of column g * kGroup + j, for columns in groups of kGroup; padded with 0 in both directions.
+// out[g][i / step][j]: unit i / step of column g * kGroup + j, for columns in groups of kGroup; padded with 0 in both
+// directions.
 template <class Dot, int kGroup, class Element>
-void pack_columns(Rows<Element> rows, int64_t count, int64_t length, int64_t first_group, int64_t last_group, int32_t* out) {
+void pack_columns(Rows<Element> rows, int64_t count, int64_t length, int64_t first_group, int64_t last_group,
+                  int32_t* out) {
   const int64_t units = (count + Dot::kStep - 1) / Dot::kStep;
   for (int64_t u = 0; u < units; u++) {
     const Element* even = rows[u * Dot::kStep];

@@ -1,8 +1,10 @@
 // One vector type per instruction set, with the few functions that the kernels need.
 //
-// A kernel source sets PREFOPT_ISA (a namespace) and PREFOPT_LANES (floats in a register) and raises the instruction set with
+// A kernel source sets PREFOPT_ISA (a namespace) and PREFOPT_LANES (floats in a register) and raises the instruction
+// set with
 // `#pragma GCC target` before it includes this file, so no compiler flag is needed and nothing outside its namespace is
-// compiled for a machine that may not be there. No library header with inline functions may be included after the pragma.
+// compiled for a machine that may not be there. No library header with inline functions may be included after the
+// pragma.
 #pragma once
 #include <stdint.h>
 

@@ -13,12 +13,13 @@ namespace avx512_bf16 {
 // A unit is a pair of neighbours along the contracted dimension; the products of a pair are summed in fp32.
 struct DotBf16 {
   static constexpr int kStep = 2;
+  static constexpr int kUnitBytes = 4;
   using Unit = bf16;
   static PREFOPT_INLINE vf multiply_add(vf sum, vi a, vf b) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
   // unit i = (even[i], odd[i])
-  static PREFOPT_INLINE void put(int32_t* out, vf even, vf odd) {
+  static PREFOPT_INLINE void put(char* out, vf even, vf odd) {
     const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
     _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -30,11 +31,11 @@ struct DotBf16 {
 
 }  // namespace avx512_bf16
 
-const Isa kIsaAvx512Bf16 = {
-    "avx512_bf16",
-    has_avx512_bf16,
-    {avx512_bf16::kernels<avx512_bf16::DotF32, float>(), avx512_bf16::kernels<avx512_bf16::DotBf16, avx512_bf16::bf16>(),
-     avx512_bf16::kernels<avx512_bf16::DotF32, avx512_bf16::fp16>()}};
+const Isa kIsaAvx512Bf16 = {"avx512_bf16",
+                            has_avx512_bf16,
+                            {avx512_bf16::kernels<avx512_bf16::DotF32, float>(),
+                             avx512_bf16::kernels<avx512_bf16::DotBf16, avx512_bf16::bf16>(),
+                             avx512_bf16::kernels<avx512_bf16::DotF32, avx512_bf16::fp16>()}};
 }  // namespace prefopt
 #else
 namespace prefopt {

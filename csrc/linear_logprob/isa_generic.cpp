@@ -5,8 +5,9 @@
 
 namespace prefopt {
 static bool always() { return true; }
-const Isa kIsaGeneric = {"generic",
-                         always,
-                         {generic::kernels<generic::DotF32, float>(), generic::kernels<generic::DotF32, generic::bf16>(),
-                          generic::kernels<generic::DotF32, generic::fp16>()}};
+const Isa kIsaGeneric = {
+    "generic",
+    always,
+    {generic::kernels<generic::DotF32, float>(), generic::kernels<generic::DotF32, generic::bf16>(),
+     generic::kernels<generic::DotF32, generic::fp16>()}};
 }  // namespace prefopt

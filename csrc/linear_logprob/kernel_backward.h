@@ -1,5 +1,5 @@
-// The backward of a trainable head, of the bias and through the entropy: the logits of a chunk of the vocabulary are computed
-// again, turned into dz, and multiplied with W (hidden's gradient) and with hidden (the head's gradient).
+// The backward of a trainable head, of the bias and through the entropy: the logits of a chunk of the vocabulary are
+// computed again, turned into dz, and multiplied with W (hidden's gradient) and with hidden (the head's gradient).
 #pragma once
 #include "kernel_common.h"
 
@@ -8,11 +8,11 @@ namespace prefopt::PREFOPT_ISA {
 template <class Dot, class Element>
 struct BackwardPass : Common<Dot, Element> {
   using Base = Common<Dot, Element>;
-  using typename Base::Scratch;
-  using typename Base::Tile;
   using Base::kStep;
   using Base::units;
-  static constexpr int64_t kUnitBytes = 4 / kStep;  // of one element in a packed unit
+  using typename Base::Scratch;
+  using typename Base::Tile;
+  static constexpr int64_t kElementBytes = Dot::kUnitBytes / kStep;  // of a packed element
 
   static void pack_weight(const Backward& call, int64_t worker, int64_t workers) {
     const int64_t groups = call.layout.padded_hidden / kGroup;
@@ -33,32 +33,40 @@ struct BackwardPass : Common<Dot, Element> {
       if (v != loaded) tile = Base::weight_tile(call.in, v, count, scratch.weight);
       loaded = v;
       panels.visit(panel, [&](auto width) {
-        gradient_panel<decltype(width)::value>(call, scratch, tile, v, count, panel, panels.first_vector(panel) * kLanes);
+        gradient_panel<decltype(width)::value>(call, scratch, tile, v, count, panel,
+                                               panels.first_vector(panel) * kLanes);
       });
     }
   }
 
   template <int N>
-  static void gradient_panel(const Backward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count, int64_t panel,
-                             int64_t token) {
+  static void gradient_panel(const Backward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count,
+                             int64_t panel, int64_t token) {
     constexpr int kWidth = N * kLanes;
-    const Operands& in = call.in;
+    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed + token * units(call.in.H) * 4, scratch.z);
     const int64_t rows = call.end - call.begin, row = v - call.begin;
-    Base::template logits<N>(in, tile, v, count, call.hidden_packed + token * units(in.H) * 4, scratch.z);
-    int32_t* by_token = reinterpret_cast<int32_t*>(call.dz_by_token) + token * units(rows) + row / kStep * kWidth;
-    char* by_row = call.dz_by_row + (row * call.layout.padded_tokens + token) * kUnitBytes;
-    float* dbias = call.dbias_parts + panel * rows + row;
-    for (int64_t r = 0; r < count; r += kStep, by_token += kWidth) {
+    char* by_token = call.dz_by_token + (token * units(rows) + row / kStep * kWidth) * 4;
+    float* dbias = call.dbias_parts ? call.dbias_parts + panel * rows + row : nullptr;
+    gradient_columns<N>(call, scratch.z, kWidth, by_token, kWidth * 4, dbias, false, v, count, token);
+  }
+
+  // dz of a tile for N registers of tokens, in the layouts of both products, and summed over the tokens for the bias.
+  // z_stride in floats; by_token_stride in bytes, of kStep rows; add_bias: another column of the panel came before.
+  template <int N>
+  static void gradient_columns(const Backward& call, const float* z, int64_t z_stride, char* by_token,
+                               int64_t by_token_stride, float* dbias, bool add_bias, int64_t v, int64_t count,
+                               int64_t token) {
+    const int64_t row_bytes = call.layout.padded_tokens * kElementBytes;
+    char* by_row = call.dz_by_row + (v - call.begin) * row_bytes + token * kElementBytes;
+    for (int64_t r = 0; r < count; r += kStep, by_token += by_token_stride) {
       for (int n = 0; n < N; n++) {
         vf dz[2] = {splat(0.f), splat(0.f)};
         for (int s = 0; s < kStep && r + s < count; s++) {
-          dz[s] = gradient(call, load(scratch.z + (r + s) * kWidth + n * kLanes), v + r + s, token + n * kLanes);
-          if (call.dz_by_row) {
-            Dot::put_row(by_row + ((r + s) * call.layout.padded_tokens + n * kLanes) * kUnitBytes, dz[s]);
-          }
-          if (call.dbias_parts) dbias[r + s] = (n ? dbias[r + s] : 0) + sum_of(dz[s]);
+          dz[s] = gradient(call, load(z + (r + s) * z_stride + n * kLanes), v + r + s, token + n * kLanes);
+          if (call.dz_by_row) Dot::put_row(by_row + (r + s) * row_bytes + n * kLanes * kElementBytes, dz[s]);
+          if (dbias) dbias[r + s] = (n || add_bias ? dbias[r + s] : 0) + sum_of(dz[s]);
         }
-        if (call.dz_by_token) Dot::put(by_token + n * kLanes, dz[0], dz[1]);
+        if (call.dz_by_token) Dot::put(by_token + n * kLanes * Dot::kUnitBytes, dz[0], dz[1]);
       }
     }
   }
@@ -86,7 +94,8 @@ struct BackwardPass : Common<Dot, Element> {
     const int64_t groups = call.layout.padded_hidden / kGroup, K = units(call.end - call.begin);
     const int64_t tasks = panels.count * groups;
     for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
-      const int64_t panel = task / groups, g = task % groups;
+      const int64_t g = task / panels.count,
+                    panel = task % panels.count;  // a group of W stays in the cache for all tokens
       const int64_t token = panels.first_vector(panel) * kLanes, width = panels.width(panel) * kLanes;
       const int64_t valid = call.in.T - token < width ? call.in.T - token : width;
       multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, call.dz_by_token + token * K * 4, 4, width * 4,
@@ -96,27 +105,33 @@ struct BackwardPass : Common<Dot, Element> {
     }
   }
 
-  // dweight (V, H) and dbias (V,) of the chunk: every row is finished here, summed in fp32 over all tokens and rounded once
+  // dweight (V, H) and dbias (V,) of the chunk: every row is finished here, summed in fp32 over all tokens and rounded
+  // once
   static void write_head_gradient(const Backward& call, int64_t worker, int64_t workers) {
     const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden);
-    const int64_t rows = call.end - call.begin, panels = Panels(call.in.T).count;
+    const int64_t rows = call.end - call.begin;
     const int64_t first = rows * worker / workers, last = rows * (worker + 1) / workers;
-    for (int64_t r = first; r < last && call.dbias; r++) {
-      float sum = 0;
-      for (int64_t panel = 0; panel < panels; panel++) sum += call.dbias_parts[panel * rows + r];
-      call.dbias[call.begin + r] = sum;
-    }
+    finish_dbias(call, first, last);
     for (int64_t r = first; r < last && call.dweight; r += kHeadRows) {
       const int64_t count = last - r < kHeadRows ? last - r : kHeadRows;
       for (int64_t g = 0; g < call.layout.padded_hidden / kGroup; g++) head_block(call, scratch.head, r, count, g);
     }
   }
 
+  static void finish_dbias(const Backward& call, int64_t first, int64_t last) {
+    const int64_t rows = call.end - call.begin;
+    for (int64_t r = first; r < last && call.dbias; r++) {
+      float sum = 0;
+      for (int64_t panel = 0; panel < call.layout.panels; panel++) sum += call.dbias_parts[panel * rows + r];
+      call.dbias[call.begin + r] = sum;
+    }
+  }
+
   static void head_block(const Backward& call, float* sums, int64_t row, int64_t count, int64_t g) {
-    const int64_t K = units(call.in.T), H = call.in.H, stride = call.layout.padded_tokens * kUnitBytes;
+    const int64_t K = units(call.in.T), H = call.in.H, stride = call.layout.padded_tokens * kElementBytes;
     multiply<Dot, kTokenRows, kHiddenVectors>(count, K, call.dz_by_row + row * stride, stride, 4,
-                                              reinterpret_cast<const float*>(call.tokens_packed) + g * K * kGroup, sums, kGroup,
-                                              false);
+                                              reinterpret_cast<const float*>(call.tokens_packed) + g * K * kGroup, sums,
+                                              kGroup, false);
     const int64_t width = H - g * kGroup < kGroup ? H - g * kGroup : kGroup;
     for (int64_t r = 0; r < count; r++) {
       Element* out = static_cast<Element*>(call.dweight) + (call.begin + row + r) * H + g * kGroup;

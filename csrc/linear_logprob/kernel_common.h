@@ -1,9 +1,9 @@
-// What both passes of linear_logprob share: tiles, panels, packing and the logits. Written once for every instruction set and
-// dtype; linear_logprob.h has the contract.
+// What both passes of linear_logprob share: tiles, panels, packing and the logits. Written once for every instruction
+// set and dtype; linear_logprob.h has the contract.
 //
-// Logits are computed transposed, z^T = W h^T, a tile of the vocabulary by a panel of tokens at a time: a register holds the
-// same vocabulary row for kLanes tokens. The softmax then needs no sum across lanes, W is read where it lies, and a tile of
-// logits (at most 256 x 48 floats) never leaves the second-level cache.
+// Logits are computed transposed, z^T = W h^T, a tile of the vocabulary by a panel of tokens at a time: a register
+// holds the same vocabulary row for kLanes tokens. The softmax then needs no sum across lanes, W is read where it lies,
+// and a tile of logits (at most 256 x 48 floats) never leaves the second-level cache.
 #pragma once
 #include "../common/gemm.h"
 #include "linear_logprob.h"
@@ -17,8 +17,9 @@ constexpr int kTokenVectors = 3, kVocabularyRows = 8, kHiddenVectors = 4, kToken
 constexpr int kTokenVectors = 3, kVocabularyRows = 4, kHiddenVectors = 2, kTokenRows = 6;  // 16 registers
 #endif
 constexpr int kGroup = kHiddenVectors * kLanes;  // columns of H that are packed side by side
-constexpr int64_t kTileRows = 128;               // vocabulary rows: a bf16 tile of H 1,024 and its packed copy fill half of a 1 MiB L2
-constexpr int64_t kHeadRows = 256;               // rows of the head's gradient that are summed at a time
+constexpr int64_t kTileRows =
+    128;  // vocabulary rows: a bf16 tile of H 1,024 and its packed copy fill half of a 1 MiB L2
+constexpr int64_t kHeadRows = 256;  // rows of the head's gradient that are summed at a time
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t aligned(int64_t bytes) { return divide_up(bytes, 64) * 64; }
@@ -28,8 +29,8 @@ struct Constant {
   static constexpr int value = n;
 };
 
-// Tokens are cut into panels of kTokenVectors registers. A single register left over would run at half speed, so the last
-// four registers make two panels of two.
+// Tokens are cut into panels of kTokenVectors registers. A single register left over would run at half speed, so the
+// last four registers make two panels of two.
 struct Panels {
   int64_t vectors, full, count;
   explicit Panels(int64_t tokens) {
@@ -127,7 +128,8 @@ struct Common {
     }
   }
 
-  static void pack_tokens(const Operands& in, const Layout& layout, char* tokens_packed, int64_t worker, int64_t workers) {
+  static void pack_tokens(const Operands& in, const Layout& layout, char* tokens_packed, int64_t worker,
+                          int64_t workers) {
     const int64_t groups = layout.padded_hidden / kGroup;
     pack_columns<Dot, kGroup>(hidden_rows(in), in.T, in.H, groups * worker / workers, groups * (worker + 1) / workers,
                               reinterpret_cast<int32_t*>(tokens_packed));
@@ -147,19 +149,26 @@ struct Common {
     return {scratch, units(in.H) * 4};
   }
 
-  // z (count, width) of a tile and a panel, transformed; the raw product where no transform is set.
+  // z (count, width): the logits of a tile and a panel
   template <int N>
   static void logits(const Operands& in, Tile tile, int64_t first, int64_t count, const char* panel, float* z) {
     constexpr int kWidth = N * kLanes;
-    multiply<Dot, kVocabularyRows, N>(count, units(in.H), tile.data, tile.stride, 4, reinterpret_cast<const float*>(panel), z,
-                                      kWidth, false);
+    multiply<Dot, kVocabularyRows, N>(count, units(in.H), tile.data, tile.stride, 4,
+                                      reinterpret_cast<const float*>(panel), z, kWidth, false);
+    transform<N>(in, first, count, z, kWidth);
+  }
+
+  // Raw products to logits, N registers of columns, in place.
+  template <int N>
+  static void transform(const Operands& in, int64_t first, int64_t count, float* z, int64_t stride) {
     const float factor = in.scale / in.temperature;
     if (!in.bias && in.softcap == 0 && factor == 1) return;
-    const vf inner = splat(in.softcap == 0 ? factor : in.scale / in.softcap), outer = splat(in.softcap / in.temperature);
+    const vf inner = splat(in.softcap == 0 ? factor : in.scale / in.softcap),
+             outer = splat(in.softcap / in.temperature);
     for (int64_t v = 0; v < count; v++) {
       const vf bias = splat(in.bias ? in.bias[first + v] : 0.f);
       for (int n = 0; n < N; n++) {
-        float* at = z + v * kWidth + n * kLanes;
+        float* at = z + v * stride + n * kLanes;
         const vf scaled = (load(at) + bias) * inner;
         store(at, in.softcap == 0 ? scaled : tanh_of(scaled) * outer);
       }

@@ -7,10 +7,10 @@ namespace prefopt::PREFOPT_ISA {
 template <class Dot, class Element>
 struct ForwardPass : Common<Dot, Element> {
   using Base = Common<Dot, Element>;
-  using typename Base::Scratch;
-  using typename Base::Tile;
   using Base::kStep;
   using Base::units;
+  using typename Base::Scratch;
+  using typename Base::Tile;
 
   static void forward(const Forward& call, int64_t worker, int64_t workers) {
     const Operands& in = call.in;
@@ -42,60 +42,68 @@ struct ForwardPass : Common<Dot, Element> {
   }
 
   template <int N>
-  static void forward_panel(const Forward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count, bool first_tile,
-                            int64_t split, int64_t token) {
+  static void forward_panel(const Forward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count,
+                            bool first_tile, int64_t split, int64_t token) {
     constexpr int kWidth = N * kLanes;
-    const Operands& in = call.in;
-    float* z = scratch.z;
-    Base::template logits<N>(in, tile, v, count, call.hidden_packed + token * units(in.H) * 4, z);
+    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed + token * units(call.in.H) * 4, scratch.z);
+    vf moved[N];
+    softmax_columns<N>(call, scratch.z, kWidth, scratch.p, kWidth * Dot::kUnitBytes, v, count, first_tile, split, token,
+                       moved);
+    if (!call.out.product) return;
+    const int64_t columns = call.layout.padded_hidden, K = units(count);
+    const int64_t valid = call.in.T - token < kWidth ? call.in.T - token : kWidth;
+    float* product = call.out.product + (split * call.in.T + token) * columns;
+    if (!first_tile) scale_product<N>(product, columns, valid, moved);
+    for (int64_t g = 0; g < columns / kGroup; g++) {
+      const float* packed = reinterpret_cast<const float*>(scratch.packed) + g * K * kGroup;
+      multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, scratch.p, 4, kWidth * 4, packed, product + g * kGroup,
+                                                columns, !first_tile);
+    }
+  }
 
+  // The running sums of N registers of tokens take a tile of logits in; with a product wanted, p = exp(z - m) slope is
+  // written. z_stride in floats; p_stride in bytes, of kStep rows. `moved` tells by how much the older part of the
+  // product shrinks.
+  template <int N>
+  static void softmax_columns(const Forward& call, const float* z, int64_t z_stride, char* p, int64_t p_stride,
+                              int64_t v, int64_t count, bool first_tile, int64_t split, int64_t token, vf* moved) {
+    const Operands& in = call.in;
     const int64_t at = split * call.layout.padded_tokens + token;
     float *max = call.out.max + at, *sum = call.out.sum + at, *target = call.out.target + at;
-    const int64_t valid = in.T - token < kWidth ? in.T - token : kWidth;
+    const int64_t valid = in.T - token < N * kLanes ? in.T - token : N * kLanes;
     for (int64_t i = 0; i < valid; i++) {
       const int64_t y = in.targets[token + i] - v;
       if (first_tile) target[i] = 0;
-      if (y >= 0 && y < count) target[i] = z[y * kWidth + i];
+      if (y >= 0 && y < count) target[i] = z[y * z_stride + i];
     }
 
-    vf top[N], before[N], moved[N];
+    vf top[N], before[N];
     for (int n = 0; n < N; n++) top[n] = splat(-3.4028235e38f);  // finite, so that a tile of -inf gives 0 and not NaN
     for (int64_t r = 0; r < count; r++)
-      for (int n = 0; n < N; n++) top[n] = max_of(top[n], load(z + r * kWidth + n * kLanes));
+      for (int n = 0; n < N; n++) top[n] = max_of(top[n], load(z + r * z_stride + n * kLanes));
     for (int n = 0; n < N; n++) {
       before[n] = first_tile ? top[n] : load(max + n * kLanes);
       top[n] = max_of(before[n], top[n]);
       moved[n] = exp_of(before[n] - top[n]);
     }
-
-    if (call.want_spread) add_spread<N>(call, z, count, first_tile, at, before, top, moved);
-    if (call.want_total) {
-      vf total[N];
-      for (int n = 0; n < N; n++) total[n] = splat(0.f);
-      for (int64_t r = 0; r < count; r++)
-        for (int n = 0; n < N; n++) total[n] += load(z + r * kWidth + n * kLanes);
-      for (int n = 0; n < N; n++) {
-        float* to = call.out.total + at + n * kLanes;
-        store(to, first_tile ? total[n] : load(to) + total[n]);
-      }
-    }
+    if (call.want_spread) add_spread<N>(call, z, z_stride, count, first_tile, at, before, top, moved);
+    if (call.want_total) add_total<N>(call.out.total + at, z, z_stride, count, first_tile);
 
     // a sum of its own per tile: one running sum over 150,000 terms would lose 1e-5 of itself to rounding
     vf tile_sum[N];
     for (int n = 0; n < N; n++) tile_sum[n] = splat(0.f);
     const bool capped = in.softcap != 0, product = call.out.product;
-    int32_t* p = reinterpret_cast<int32_t*>(scratch.p);
-    for (int64_t r = 0; r < count; r += kStep, p += kWidth) {
+    for (int64_t r = 0; r < count; r += kStep, p += p_stride) {
       for (int n = 0; n < N; n++) {
         vf e[2] = {splat(0.f), splat(0.f)};
         for (int s = 0; s < kStep; s++) {
           if (r + s >= count) break;
-          const vf logit = load(z + (r + s) * kWidth + n * kLanes);
+          const vf logit = load(z + (r + s) * z_stride + n * kLanes);
           e[s] = exp_of(logit - top[n]);
           tile_sum[n] += e[s];
           if (capped && product) e[s] = e[s] * Base::slope_of(in, logit);
         }
-        if (product) Dot::put(p + n * kLanes, e[0], e[1]);
+        if (product) Dot::put(p + n * kLanes * Dot::kUnitBytes, e[0], e[1]);
       }
     }
     for (int n = 0; n < N; n++) {
@@ -103,35 +111,11 @@ struct ForwardPass : Common<Dot, Element> {
       store(to, first_tile ? tile_sum[n] : load(to) * moved[n] + tile_sum[n]);
       store(max + n * kLanes, top[n]);
     }
-    if (product) add_product<N>(call, scratch, count, first_tile, split, token, valid, moved);
   }
 
-  // sum exp(z - m) (z - m) after the maximum went from `before` to `top`; reads the old sum
   template <int N>
-  static void add_spread(const Forward& call, const float* z, int64_t count, bool first_tile, int64_t at, const vf* before,
-                         const vf* top, const vf* moved) {
-    vf spread[N];
-    for (int n = 0; n < N; n++) spread[n] = splat(0.f);
-    for (int64_t r = 0; r < count; r++) {
-      for (int n = 0; n < N; n++) {
-        const vf d = load(z + r * N * kLanes + n * kLanes) - top[n];
-        spread[n] += exp_of(d) * max_of(splat(-100.f), d);  // exp(-100) is 0 here: keeps 0 * -inf out
-      }
-    }
-    for (int n = 0; n < N; n++) {
-      float* to = call.out.spread + at + n * kLanes;
-      const vf sum = load(call.out.sum + at + n * kLanes);
-      store(to, first_tile ? spread[n] : (load(to) + (before[n] - top[n]) * sum) * moved[n] + spread[n]);
-    }
-  }
-
-  // product (tokens, H) = product * moved + P^T W
-  template <int N>
-  static void add_product(const Forward& call, const Scratch& scratch, int64_t count, bool first_tile, int64_t split,
-                          int64_t token, int64_t valid, const vf* moved) {
-    const int64_t columns = call.layout.padded_hidden, K = units(count);
-    float* product = call.out.product + (split * call.in.T + token) * columns;
-    for (int64_t i = 0; i < valid && !first_tile; i++) {
+  static void scale_product(float* product, int64_t columns, int64_t valid, const vf* moved) {
+    for (int64_t i = 0; i < valid; i++) {
       const float factor = moved[i / kLanes][i % kLanes];
       if (factor == 1) continue;
       for (int64_t h = 0; h < columns; h += kLanes) {
@@ -139,10 +123,36 @@ struct ForwardPass : Common<Dot, Element> {
         store(to, load(to) * splat(factor));
       }
     }
-    for (int64_t g = 0; g < columns / kGroup; g++) {
-      const float* packed = reinterpret_cast<const float*>(scratch.packed) + g * K * kGroup;
-      multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, scratch.p, 4, N * kLanes * 4, packed, product + g * kGroup, columns,
-                                                !first_tile);
+  }
+
+  template <int N>
+  static void add_total(float* totals, const float* z, int64_t z_stride, int64_t count, bool first_tile) {
+    vf total[N];
+    for (int n = 0; n < N; n++) total[n] = splat(0.f);
+    for (int64_t r = 0; r < count; r++)
+      for (int n = 0; n < N; n++) total[n] += load(z + r * z_stride + n * kLanes);
+    for (int n = 0; n < N; n++) {
+      float* to = totals + n * kLanes;
+      store(to, first_tile ? total[n] : load(to) + total[n]);
+    }
+  }
+
+  // sum exp(z - m) (z - m) after the maximum went from `before` to `top`; reads the old sum
+  template <int N>
+  static void add_spread(const Forward& call, const float* z, int64_t z_stride, int64_t count, bool first_tile,
+                         int64_t at, const vf* before, const vf* top, const vf* moved) {
+    vf spread[N];
+    for (int n = 0; n < N; n++) spread[n] = splat(0.f);
+    for (int64_t r = 0; r < count; r++) {
+      for (int n = 0; n < N; n++) {
+        const vf d = load(z + r * z_stride + n * kLanes) - top[n];
+        spread[n] += exp_of(d) * max_of(splat(-100.f), d);  // exp(-100) is 0 here: keeps 0 * -inf out
+      }
+    }
+    for (int n = 0; n < N; n++) {
+      float* to = call.out.spread + at + n * kLanes;
+      const vf sum = load(call.out.sum + at + n * kLanes);
+      store(to, first_tile ? spread[n] : (load(to) + (before[n] - top[n]) * sum) * moved[n] + spread[n]);
     }
   }
 

@@ -30,10 +30,11 @@ void linear_logprob_finish_unit(const torch::stable::Tensor& hidden, const torch
 
 void linear_logprob_backward(const torch::stable::Tensor& hidden, const torch::stable::Tensor& rows,
                              const torch::stable::Tensor& weight, const torch::stable::Tensor& targets,
-                             std::optional<torch::stable::Tensor> bias, double scale, double softcap, double temperature,
-                             const torch::stable::Tensor& coefficients, const torch::stable::Tensor& target_ids,
-                             bool through_entropy, std::optional<torch::stable::Tensor> dhidden,
-                             std::optional<torch::stable::Tensor> dweight, std::optional<torch::stable::Tensor> dbias,
-                             const torch::stable::Tensor& workspace, int64_t chunk, std::string isa);
+                             std::optional<torch::stable::Tensor> bias, double scale, double softcap,
+                             double temperature, const torch::stable::Tensor& coefficients,
+                             const torch::stable::Tensor& target_ids, bool through_entropy,
+                             std::optional<torch::stable::Tensor> dhidden, std::optional<torch::stable::Tensor> dweight,
+                             std::optional<torch::stable::Tensor> dbias, const torch::stable::Tensor& workspace,
+                             int64_t chunk, std::string isa);
 
 }  // namespace prefopt

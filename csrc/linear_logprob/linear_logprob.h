@@ -1,4 +1,5 @@
-// The contract between launch_cpu.cpp and the kernels: raw pointers, sizes, and one table of functions per instruction set.
+// The contract between launch_cpu.cpp and the kernels: raw pointers, sizes, and one table of functions per instruction
+// set.
 //
 // T counts only the rows that have a target; `rows` says where they are in hidden. Strides are in elements.
 // `worker` of `workers` calls of each function share its work; they write disjoint memory, and nobody waits.
@@ -18,13 +19,14 @@ struct Operands {
   float scale, softcap, temperature;  // softcap 0: none
 };
 
-// Sizes that follow from an instruction set's tiles. padded_tokens and padded_hidden are the leading dimensions of buffers.
+// Sizes that follow from an instruction set's tiles. padded_tokens and padded_hidden are the leading dimensions of
+// buffers.
 struct Layout {
   int64_t lanes, panels, padded_tokens, padded_hidden;
-  int64_t hidden_bytes;   // all of hidden, packed as the second operand of the logits
-  int64_t tokens_bytes;   // all of hidden, packed as the second operand of the head's gradient
-  int64_t tile_rows;      // vocabulary rows of a tile
-  int64_t forward_bytes;  // scratch of one worker in the forward
+  int64_t hidden_bytes;    // all of hidden, packed as the second operand of the logits
+  int64_t tokens_bytes;    // all of hidden, packed as the second operand of the head's gradient
+  int64_t tile_rows;       // vocabulary rows of a tile
+  int64_t forward_bytes;   // scratch of one worker in the forward
   int64_t chunk_bytes;     // buffers of the backward for one vocabulary row of a chunk, all tokens
   int64_t backward_bytes;  // scratch of one worker in the backward
   bool packs_pairs;        // a packed element takes 2 bytes, otherwise 4
@@ -62,8 +64,9 @@ struct FinishUnit {
 struct Backward {
   Operands in;
   Layout layout;
-  const float *lse, *factor, *dlogp, *dentropy, *entropy;  // (padded_tokens,), 0 beyond T; dentropy null when not wanted
-  const int32_t* target_ids;                               // (padded_tokens,), -1 beyond T
+  const float *lse, *factor, *dlogp, *dentropy,
+      *entropy;               // (padded_tokens,), 0 beyond T; dentropy null when not wanted
+  const int32_t* target_ids;  // (padded_tokens,), -1 beyond T
   const char *hidden_packed, *tokens_packed;
   char *weight_packed, *dz_by_token, *dz_by_row;  // of the chunk; null where no gradient needs them
   float* dbias_parts;                             // (panels, chunk rows) or null
@@ -95,6 +98,6 @@ struct Isa {
   Kernels kernels[3];
 };
 
-extern const Isa kIsaGeneric, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16;
+extern const Isa kIsaGeneric, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16, kIsaMklBf16;
 
 }  // namespace prefopt

@@ -17,6 +17,11 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those of this machine that have kernels, best first."""
+    reason = (
+        _extension.why_not()
+    )  # loads the library: an exported graph gets here without select_backend
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' cannot run this call: {reason}")
     return tuple(torch.ops.prefopt_kernels_cpu.isas())
 
 
@@ -74,12 +79,20 @@ class _Call:
     """The operands of one call as the kernels take them: N rows that count, rows of unit stride, fp32 bias."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: Transform, rows: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        transform: Transform,
+        rows: Tensor,
     ):
         self.rows = rows  # (N,)
         self.targets = targets[rows].long()  # (N,)
         self.hidden = _unit_stride(hidden)
         self.weight = _unit_stride(weight)
+        if self.weight.stride(0) < weight.shape[1]:  # rows that overlap, such as an expanded one
+            self.weight = self.weight.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
         self.transform = transform
         self.isa = instruction_set()
@@ -88,12 +101,16 @@ class _Call:
 
     def plan(self, product: bool) -> list[int]:
         N = self.rows.numel()
-        return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(self.hidden, self.weight, N, product, self.isa)
+        return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(
+            self.hidden, self.weight, N, product, self.isa
+        )
 
     def forward(self, want: dict[str, bool], unit: Tensor | None) -> dict[str, Tensor]:
         """Each output for the N rows; fills ``unit`` in place."""
         N, V = self.rows.numel(), self.weight.shape[0]
-        padded_tokens, padded_hidden, splits, groups, _chunk, workspace_bytes, _ = self.plan(unit is not None)
+        padded_tokens, padded_hidden, splits, groups, _chunk, workspace_bytes, _ = self.plan(
+            unit is not None
+        )
         partials = self._empty(5, splits, padded_tokens)
         product = None if unit is None else self._empty(splits, N, padded_hidden)
         torch.ops.prefopt_kernels_cpu.linear_logprob_forward(
@@ -125,9 +142,16 @@ class _Call:
             values["is_top1"] = (z_target >= top).float()
         if unit is not None:
             factor = self.transform.scale / self.transform.temperature
-            slope = torch.as_tensor(self.transform.slope_at(z_target)).expand(N).float().contiguous()
+            slope = (
+                torch.as_tensor(self.transform.slope_at(z_target)).expand(N).float().contiguous()
+            )
             torch.ops.prefopt_kernels_cpu.linear_logprob_finish_unit(
-                *self.operands, product, (largest - values["lse"]).exp() * factor, slope, unit, self.isa
+                *self.operands,
+                product,
+                (largest - values["lse"]).exp() * factor,
+                slope,
+                unit,
+                self.isa,
             )
         return values
 

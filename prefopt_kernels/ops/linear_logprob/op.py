@@ -203,7 +203,18 @@ def _(
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, weight, targets, bias, *transform, want_entropy, _mean, _top1, want_unit, ctx.backend = inputs
+    (
+        hidden,
+        weight,
+        targets,
+        bias,
+        *transform,
+        want_entropy,
+        _mean,
+        _top1,
+        want_unit,
+        ctx.backend,
+    ) = inputs
     _logp, lse, entropy, mean_logit, is_top1, unit = output
     ctx.transform = transform
     ctx.mark_non_differentiable(mean_logit, is_top1, unit)
@@ -292,4 +303,3 @@ def _no_double_backward(ctx, *grads):
 
 
 _linear_logprob_backward.register_autograd(_no_double_backward)
-
