@@ -46,7 +46,7 @@ def forward(
             out["is_top1"][rows] = z_target >= z.amax(-1)
         log_p = z - lse[:, None]
         if want["entropy"]:
-            out["entropy"][rows] = -(log_p.exp() * log_p).sum(-1)
+            out["entropy"][rows] = torch.special.entr(log_p.exp()).sum(-1)  # 0 where p is 0
         if unit_gradient:
             dz = -log_p.exp()
             dz.scatter_add_(-1, target, torch.ones_like(z_target)[:, None])

@@ -52,5 +52,6 @@ def logit_gradient(
     if dentropy is None:
         dz = p * factor[:, None]
     else:
-        dz = p * (factor[:, None] - dentropy[:, None] * (log_p + entropy[:, None]))
+        bounded = log_p.clamp(min=-1000)  # p is 0 long before; keeps 0 * -inf out
+        dz = p * (factor[:, None] - dentropy[:, None] * (bounded + entropy[:, None]))
     return dz if dlogp is None else dz.scatter_add(-1, target[:, None], dlogp[:, None])
