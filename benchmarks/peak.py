@@ -3,8 +3,8 @@
 The kernel keeps the largest resident size a process ever had (VmHWM), and forgets it when 5 is written to
 ``/proc/self/clear_refs``. So: make the inputs, run once at a tiny size (libraries, threads and their
 buffers are then there), give freed memory back (malloc_trim), forget, run, read. What a run leaves behind,
-gradients and caches, counts. Pages that a run reuses instead of asking for count too little, at most the
-few MiB that stay free after the trim.
+gradients and caches, counts. Exact to a MiB or so: pages that stayed free after the trim are reused and
+not seen, and the kernel's counters lag by some hundred KiB.
 
     python -m benchmarks.peak CASE T DTYPE VARIANT THREADS      prints the bytes
 """

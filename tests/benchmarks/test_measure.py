@@ -47,8 +47,8 @@ def test_the_peak_counts_what_was_freed_again():
         torch.ones(size // 4)
         torch.ones(size // 8)
 
-    # at least the larger of the two; what the allocator and the interpreter add is below 8 MiB
-    assert size <= extra_bytes_of(run) < size + 8 * 2**20
+    # the larger of the two, and not their sum; reused pages and late counters are far below 8 MiB
+    assert abs(extra_bytes_of(run) - size) < 8 * 2**20
 
 
 def test_exact_logp_is_in_fp64():
