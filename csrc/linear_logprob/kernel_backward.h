@@ -12,6 +12,7 @@ struct BackwardPass : Common<Dot, Element> {
   using Base::units;
   using typename Base::Scratch;
   using typename Base::Tile;
+  static constexpr int64_t kPanelBlock = 4;  // panels whose dz stays in the second-level cache for all groups of W
   static constexpr int64_t kElementBytes = Dot::kUnitBytes / kStep;  // of a packed element
 
   static void pack_weight(const Backward& call, int64_t worker, int64_t workers) {
@@ -92,16 +93,17 @@ struct BackwardPass : Common<Dot, Element> {
   static void add_dhidden(const Backward& call, int64_t worker, int64_t workers) {
     const Panels panels(call.in.T);
     const int64_t groups = call.layout.padded_hidden / kGroup, K = units(call.end - call.begin);
-    const int64_t tasks = panels.count * groups;
+    const int64_t tasks = divide_up(panels.count, kPanelBlock) * groups;
     for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
-      const int64_t g = task / panels.count,
-                    panel = task % panels.count;  // a group of W stays in the cache for all tokens
-      const int64_t token = panels.first_vector(panel) * kLanes, width = panels.width(panel) * kLanes;
-      const int64_t valid = call.in.T - token < width ? call.in.T - token : width;
-      multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, call.dz_by_token + token * K * 4, 4, width * 4,
-                                                reinterpret_cast<const float*>(call.weight_packed) + g * K * kGroup,
-                                                call.dhidden + token * call.layout.padded_hidden + g * kGroup,
-                                                call.layout.padded_hidden, call.begin > 0);
+      const int64_t first = task / groups * kPanelBlock, g = task % groups;
+      for (int64_t panel = first; panel < panels.count && panel < first + kPanelBlock; panel++) {
+        const int64_t token = panels.first_vector(panel) * kLanes, width = panels.width(panel) * kLanes;
+        const int64_t valid = call.in.T - token < width ? call.in.T - token : width;
+        multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, call.dz_by_token + token * K * 4, 4, width * 4,
+                                                  reinterpret_cast<const float*>(call.weight_packed) + g * K * kGroup,
+                                                  call.dhidden + token * call.layout.padded_hidden + g * kGroup,
+                                                  call.layout.padded_hidden, call.begin > 0);
+      }
     }
   }
 

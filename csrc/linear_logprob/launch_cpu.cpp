@@ -11,6 +11,9 @@
 #if PREFOPT_X86
 #include <cpuid.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace prefopt {
 
@@ -35,6 +38,7 @@ bool has_amx() { return false; }
 namespace {
 
 constexpr int64_t kProductBytes = 32 << 20;  // of partial products: bounds the splits of the vocabulary
+constexpr int64_t kGroupTokens = 1024;       // whose hidden states and products stay in the caches while W passes by
 constexpr int64_t kChunkBytes = 32 << 20;    // of the backward's buffers for one chunk of the vocabulary
 constexpr int64_t kChunkRows = 1024;         // 64 packed columns of so many rows fit the second-level cache
 
@@ -99,6 +103,17 @@ void each_worker(int64_t workers, const Body& body) {
   });
 }
 
+// A head's gradient is fresh memory, touched here first: in pages of 2 MiB the backward took 6 % less time (V 32,768, H
+// 1,024, T 512, bf16). A hint: where the system does not take it, nothing changes.
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 // Hands out 64-byte aligned parts of the workspace.
 class Workspace {
  public:
@@ -142,7 +157,7 @@ std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& wei
     const int64_t bytes = in.T * layout.padded_hidden * 4;
     splits = std::min(splits, std::max<int64_t>(1, kProductBytes / std::max<int64_t>(1, bytes)));
   }
-  const int64_t groups = (workers + splits - 1) / splits;
+  const int64_t groups = std::max((workers + splits - 1) / splits, (in.T + kGroupTokens - 1) / kGroupTokens);
   int64_t chunk = std::min({kChunkRows, kChunkBytes / layout.chunk_bytes, in.V});
   chunk = std::max<int64_t>(1, (chunk + layout.tile_rows - 1) / layout.tile_rows) * layout.tile_rows;
   const int64_t slack = 8 * 64;  // alignment of the parts
@@ -223,6 +238,7 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   call.dhidden = pointer<float>(dhidden);
   call.dweight = pointer<void>(dweight);
   call.dbias = pointer<float>(dbias);
+  if (dweight) prefer_huge_pages(call.dweight, dweight->numel() * dweight->element_size());
   const int64_t workers = torch::stable::get_num_threads();
   Workspace space(workspace);
   char* hidden_packed = space.take(layout.hidden_bytes);
