@@ -26,7 +26,6 @@ TRAIN = [
     "datasets>=4",
     "accelerate>=1.10",
     "huggingface_hub>=1",
-    "jsonargparse>=4.40",
     "matplotlib>=3.11",
     "pyyaml>=6",
     "safetensors>=0.6",
