@@ -1,0 +1,207 @@
+"""What the tests of linear_logprob share: problems, their truth in fp64 and in plain torch, and the backends of this machine."""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from numerics import FAMILIES, assert_as_good_as_torch
+from prefopt_kernels import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops import _extension
+from prefopt_kernels.ops.linear_logprob import backend_cpu
+from prefopt_kernels.ops.linear_logprob.checks import FLOATS, OUTPUTS
+
+DTYPES = FLOATS
+OPERANDS = ("hidden", "weight", "bias")
+DIFFERENTIABLE = ("logp", "lse", "entropy")
+TRANSFORMS = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.37, "temperature": 1.7},
+    "negative": {"logit_scale": -1.3},
+    "softcap": {"softcap": 30.0},
+    "all": {"logit_scale": 1.2, "softcap": 7.5, "temperature": 0.6},
+}
+
+
+def backends() -> list[str]:
+    """The backends that run here, the C++ one once for each instruction set: "reference", "cpu/generic", ..."""
+    if _extension.why_not() is not None:
+        return ["reference"]
+    return ["reference", *(f"cpu/{isa}" for isa in backend_cpu.instruction_sets())]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One call of linear_logprob, and the weights of the outputs in the sum whose gradients are compared."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    transform: dict
+    upstream: dict[str, Tensor]
+
+    @property
+    def operands(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in OPERANDS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@lru_cache(maxsize=16)
+def problem(
+    family: str = "normal",
+    T: int = 17,
+    H: int = 65,
+    V: int = 300,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = False,
+    through: tuple[str, ...] = ("logp",),
+    ignored: float = 0.2,
+    seed: int = 0,
+    transform: str = "plain",
+) -> Problem:
+    """Operands of a family in ``dtype``, about ``ignored`` of the targets negative, weights for the outputs ``through``."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, targets = FAMILIES[family](T, H, V, generator)
+    offset = torch.randint(-8, 9, (V,), generator=generator) / 8  # exact in every dtype
+    negative = torch.tensor([-100, -1, -7])[torch.arange(T) % 3]
+    targets = torch.where(torch.rand(T, generator=generator) < ignored, negative, targets)
+    return Problem(
+        hidden.to(dtype),
+        weight.to(dtype),
+        targets,
+        offset.to(dtype) if bias else None,
+        TRANSFORMS[transform],
+        {name: torch.randn(T, generator=generator) for name in through},
+    )
+
+
+@dataclass(frozen=True)
+class Results:
+    """Outputs, gradients by operand, and for sums that may cancel the sum of the absolute values of their terms."""
+
+    outputs: TokenLogprobs
+    grads: dict[str, Tensor]
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+def formula(
+    hidden, weight, targets, bias=None, *, logit_scale=1.0, softcap=None, temperature=1.0
+) -> tuple[TokenLogprobs, Tensor]:
+    """All outputs, and the logits z (T, V), in the operands' precision: the definition, on all logits at once."""
+    z = hidden @ weight.T
+    z = logit_scale * (z if bias is None else z + bias)
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
+    lse = torch.logsumexp(z, 1)
+    log_p = z - lse[:, None]
+    z_target = z[torch.arange(len(z)), targets.long().clamp(min=0)]
+    values = (z_target - lse, lse, -(log_p.exp() * log_p).sum(1), z.mean(1))
+    counts = targets >= 0
+    values = (torch.where(counts, value, 0) for value in values)
+    return TokenLogprobs(*values, counts & (z_target >= z.amax(1))), z
+
+
+def backward(problem: Problem, outputs: TokenLogprobs) -> None:
+    sum((getattr(outputs, name) * by).sum() for name, by in problem.upstream.items()).backward()
+
+
+def leaves(problem: Problem, wanted: tuple[str, ...], dtype: torch.dtype | None = None):
+    """Fresh copies of the operands; those in ``wanted`` ask for gradients."""
+    copies = {name: x.to(dtype or x.dtype, copy=True) for name, x in problem.operands.items()}
+    return {name: copy.requires_grad_(name in wanted) for name, copy in copies.items()}
+
+
+def detached(outputs: TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(*(None if value is None else value.detach() for value in outputs))
+
+
+@lru_cache(maxsize=16)
+def exact(problem: Problem) -> Results:
+    """The truth: the formula and its derivatives in fp64."""
+    x = leaves(problem, OPERANDS, torch.float64)
+    outputs, z = formula(**x, targets=problem.targets, **problem.transform)
+    z.retain_grad()
+    backward(problem, outputs)
+    factor = abs(problem.transform.get("logit_scale", 1) / problem.transform.get("temperature", 1))
+    size = {name: operand.detach().abs() for name, operand in x.items()}
+    # The terms of dz: onehot - p cancels where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p;
+    # the slope of the softcap is at most 1, and is rounded as a difference of 1.
+    cancels = problem.upstream.get("logp", torch.zeros(1)).abs()[:, None] * z.detach().softmax(1)
+    dz = z.grad.abs() + cancels * (problem.targets >= 0)[:, None]
+    dz = dz * (1 + z.detach().abs()) * factor
+    logits = (size["hidden"] @ size["weight"].T + size.get("bias", 0)) * factor
+    terms = {
+        "mean_logit": logits.mean(1),
+        "hidden": dz @ size["weight"],
+        "weight": dz.T @ size["hidden"],
+        "bias": dz.sum(0),
+    }
+    return Results(detached(outputs), {name: x[name].grad for name in x}, terms)
+
+
+@lru_cache(maxsize=16)
+def baseline(problem: Problem) -> Results:
+    """What plain torch makes of the operands cast up to fp32; gradients rounded once, to the operands' dtype."""
+    x = leaves(problem, OPERANDS, torch.float32)
+    outputs, _ = formula(**x, targets=problem.targets, **problem.transform)
+    backward(problem, outputs)
+    dtype = problem.hidden.dtype
+    return Results(detached(outputs), {name: x[name].grad.to(dtype) for name in x})
+
+
+def ours(
+    problem: Problem,
+    wanted: tuple[str, ...] = (),
+    backend: str = "auto",
+    outputs: tuple[str, ...] = OUTPUTS,
+    call=linear_logprob,
+) -> Results:
+    x = leaves(problem, wanted)
+    values = call(
+        **x, targets=problem.targets, **problem.transform, outputs=outputs, backend=backend
+    )
+    if wanted:
+        backward(problem, values)
+    return Results(detached(values), {name: x[name].grad for name in wanted})
+
+
+def check(problems: Problem | list[Problem], results: Results | list[Results]) -> None:
+    """Every value and gradient that is there, against the policy of numerics.py.
+
+    Several small problems of one kind are judged together: one number alone says little about an error.
+    """
+    if isinstance(problems, Problem):
+        problems, results = [problems], [results]
+    triples = [(r, baseline(p), exact(p)) for p, r in zip(problems, results, strict=True)]
+
+    def judge(name, value_of):
+        made, plain, truth = (
+            torch.cat([value_of(triple[i]).flatten() for triple in triples]) for i in range(3)
+        )
+        terms = [triple[2].terms[name].flatten() for triple in triples if name in triple[2].terms]
+        assert_as_good_as_torch(name, made, plain, truth, terms=torch.cat(terms) if terms else None)
+
+    for problem, (result, _, truth) in zip(problems, triples, strict=True):
+        ignored = problem.targets < 0
+        for name, value in result.outputs._asdict().items():
+            if value is None:
+                continue
+            assert value.shape == problem.targets.shape, name
+            assert value.dtype == (torch.bool if name == "is_top1" else torch.float32), name
+            assert (value[ignored] == 0).all(), f"{name} of a row that does not count"
+        if result.outputs.is_top1 is not None:
+            assert torch.equal(result.outputs.is_top1, truth.outputs.is_top1), "is_top1"
+        for name, grad in result.grads.items():
+            assert grad.dtype == problem.hidden.dtype, f"d{name}"
+            assert grad.shape == problem.operands[name].shape, f"d{name}"
+        if "hidden" in result.grads:
+            assert (result.grads["hidden"][ignored] == 0).all(), (
+                "dhidden of a row that does not count"
+            )
+    for name in ("logp", "lse", "entropy", "mean_logit"):
+        if getattr(results[0].outputs, name) is not None:
+            judge(name, lambda r, name=name: getattr(r.outputs, name))
+    for name in results[0].grads:
+        judge(name, lambda r, name=name: r.grads[name])
