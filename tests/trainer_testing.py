@@ -82,10 +82,15 @@ def make_trainer(world: World, folder: Path, *, data=None, ref: bool = True, **o
 
 
 def train(trainer: Trainer, **kwargs) -> list[dict]:
-    """Train and return the logs of the training loop."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.train(**kwargs)
+    """Train on one thread, which is fastest for models this small, and return the logs of the training loop."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.train(**kwargs)
+    finally:
+        torch.set_num_threads(threads)
     return steps_of(trainer)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from prefopt.train import NonFiniteError, TrainingWarning
+from prefopt.train import NonFiniteError, PreferenceTrainer, TrainingWarning
 from prefopt.train.diagnostics import KL_LOGS, Diagnostics
 from prefopt.train.finite import FiniteWatch
 from prefopt_testing import make_dataset, make_rows
@@ -79,8 +79,34 @@ def test_defect_15_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
         train(make_trainer(world, tmp_path, callbacks=[_Break(1, float("nan"))]))
 
 
-def test_defect_15_elsewhere_than_on_the_cpu_the_log_finds_it(tmp_path):
-    """The watch waits for nobody until it is asked, and then names the first of several bad steps."""
+@pytest.mark.parametrize(("logging_steps", "save_steps"), [(5, 2), (2, 5)])
+def test_defect_15_elsewhere_than_on_the_cpu_a_log_or_a_checkpoint_finds_it(
+    world, tmp_path, monkeypatch, logging_steps, save_steps
+):
+    """There the steps in between are taken, but nothing is saved or logged after the first bad one."""
+    monkeypatch.setattr(PreferenceTrainer, "_looking_is_free", False)
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        callbacks=[_Break(3, float("nan"))],
+        per_device_train_batch_size=4,
+        logging_steps=logging_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+        max_steps=6,
+        sampler="sequential",
+    )
+    with pytest.raises(
+        NonFiniteError, match=r"step 3: the loss is nan, with rows \[8, 9, 10, 11\]"
+    ):
+        train(trainer)
+    assert trainer.state.global_step == 4
+    names = [path.name for path in tmp_path.glob("checkpoint-*")]
+    assert names == (["checkpoint-2"] if save_steps == 2 else [])
+    assert all(entry["step"] < 3 for entry in trainer.state.log_history)
+
+
+def test_defect_15_the_watch_names_the_first_of_several_bad_steps(tmp_path):
     watch = FiniteWatch(str(tmp_path))
     watch.check()
     for step in (1, 2, 3):
@@ -91,6 +117,8 @@ def test_defect_15_elsewhere_than_on_the_cpu_the_log_finds_it(tmp_path):
         watch.check()
     assert caught.value.step == 2 and caught.value.rows == [21]
     watch.check()  # what was looked at is forgotten
+    with pytest.raises(NonFiniteError, match="on another process"):
+        watch.stop_elsewhere(7)
 
 
 def findings(*logs: dict, max_steps: int = 100) -> list[str]:

@@ -1,6 +1,7 @@
 """Stops a run at the first loss or gradient that is not finite, and says where."""
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ class NonFiniteError(RuntimeError):
 class FiniteWatch:
     """Remembers every micro-batch's row losses and every step's gradient norm until somebody looks.
 
-    Looking means waiting for the device. On the CPU that is free, so it happens before each optimizer step; elsewhere
-    with each log and before each checkpoint, so that no checkpoint ever holds what came after.
+    Looking means waiting for the device. On the CPU that is free, so it happens before each optimizer step. Elsewhere
+    the sums that are read for each log and each checkpoint tell whether to look at all; so no checkpoint ever holds what
+    came after.
     """
 
     def __init__(self, output_dir: str):
@@ -61,7 +63,20 @@ class FiniteWatch:
                 rows = [row for at, window, _ in losses if at == step for row in window]
                 self._stop(step, "gradient norm", value, rows)
 
-    def _stop(self, step: int, what: str, value: float, rows: list[int]) -> None:
+    def forget(self) -> None:
+        """Drop what was added: it is known to be finite."""
+        self._losses, self._norms = [], []
+
+    def stop_elsewhere(self, step: int) -> NoReturn:
+        """Stop because the sums over all processes are not finite, while this one's part is."""
+        raise NonFiniteError(
+            f"step {step} or one shortly before: a loss on another process is not finite; its message names the rows. "
+            f"Last good checkpoint: {get_last_checkpoint(self.output_dir) or 'none yet'}.",
+            step,
+            [],
+        )
+
+    def _stop(self, step: int, what: str, value: float, rows: list[int]) -> NoReturn:
         last = get_last_checkpoint(self.output_dir)
         shown = ", ".join(str(row) for row in rows[:32]) + (", ..." if len(rows) > 32 else "")
         raise NonFiniteError(

@@ -5,7 +5,7 @@ nothing is divided before the log: every key below is one quotient of two sums o
 averages the values of the micro-batches instead; where those have equal counts the two agree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,16 @@ from torch import Tensor
 
 CLASSES = ("chosen", "rejected")  # desirable, undesirable: the names TRL logs under
 PER_CLASS = ("rows", "rewards", "logps", "logits", "tokens")
-SCALARS = ("loss", "steps", "kl", "kl_estimates", "entropy", "num_tokens", "rows_without_partner")
+SCALARS = (
+    "loss",
+    "steps",
+    "kl",
+    "kl_estimates",
+    "entropy",
+    "num_tokens",
+    "rows_without_partner",
+    "gradient_norms",  # never logged: here so that one look at the sums sees any gradient that is not finite
+)
 SLOTS = (*SCALARS, *(f"{quantity}/{side}" for side in CLASSES for quantity in PER_CLASS))
 
 
@@ -95,6 +104,10 @@ class MetricSums:
         ):
             self.vector[SLOTS.index(name)] += value
 
+    def add_gradient(self, norm: Tensor | float) -> None:
+        """Add a gradient norm."""
+        self.vector[SLOTS.index("gradient_norms")] += norm
+
     def read(self) -> dict[str, float]:
         """All ranks' sums: one all-reduce, one wait for the device."""
         vector = self.vector
@@ -107,9 +120,10 @@ class MetricSums:
         """Start over after a log."""
         self.vector.zero_()
 
-    def load(self, values: Sequence[float]) -> None:
-        """Continue from sums saved in a checkpoint."""
-        self.vector.copy_(torch.tensor(list(values), dtype=self.vector.dtype))
+    def load(self, values: Mapping[str, float]) -> None:
+        """Continue from sums that ``read`` gave."""
+        ordered = [values[name] for name in SLOTS]
+        self.vector.copy_(torch.tensor(ordered, dtype=self.vector.dtype))
 
 
 def quotients(sums: dict[str, float], loss_count: float) -> dict[str, float]:

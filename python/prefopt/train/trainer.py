@@ -7,6 +7,7 @@ scores its rows under the reference and the policy and adds up metrics. Nothing 
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -116,7 +117,9 @@ class PreferenceTrainer(Trainer):
         }
         self.eval_dataset = scored if isinstance(eval_dataset, dict) else scored.get("")
         if args.precompute_ref_logps and not isinstance(self.reference, AdapterOff):
-            self.reference = None  # its scores are columns now; this frees its memory
+            self.reference = self._reference_head = (
+                None  # their scores are columns now; frees memory
+            )
         self.mismatched = MismatchedRows(args.kl_estimator, collator, self._log_ratios, args.device)
         self._sampler: LabelBalancedSampler | None = None
         self.add_callback(_SamplerEpoch(self))
@@ -153,6 +156,10 @@ class PreferenceTrainer(Trainer):
             precompute=args.precompute_ref_logps,
         )
         self._reference_kind = self.reference.kind
+        self._reference_head = self.head
+        if self.reference.model is not self.model:
+            self._reference_head = lm_head_of(self.reference.model)
+            check_lm_head(self.reference.model, self._reference_head)
         # With an adapter the reference cannot be mistaken for a checkpoint, so its weights need not be read.
         wanted = args.precompute_ref_logps or not isinstance(self.reference, AdapterOff)
         self._reference_fingerprint = self.reference.fingerprint() if wanted else None
@@ -285,8 +292,7 @@ class PreferenceTrainer(Trainer):
         """(B,) nats, in the policy's mode (training or evaluation, autocast): equal weights give equal bits."""
         batch = to_device(batch, self.args.device)
         with self.reference.running(self.model.training) as model, self.accelerator.autocast():
-            head = self.head if model is self.model else lm_head_of(model)
-            return score(model, head, batch, backend=self.args.backend).logps
+            return score(model, self._reference_head, batch, backend=self.args.backend).logps
 
     def _record(
         self, inputs: dict, policy: Scores, ref_logps: Tensor, losses: Tensor, mode: str
@@ -316,9 +322,14 @@ class PreferenceTrainer(Trainer):
         # A gradient scaler (fp16) meets infinite gradients on purpose and skips those steps itself.
         if self.accelerator.scaler is None:
             self._watch.add_gradient(self.state.global_step + 1, grad_norm)
-        if self.args.device.type == "cpu":
+            self._sums["train"].add_gradient(grad_norm)
+        if self._looking_is_free:
             self._watch.check()
         return grad_norm
+
+    @property
+    def _looking_is_free(self) -> bool:
+        return self.args.device.type == "cpu"
 
     # ---- evaluation ----
 
@@ -355,14 +366,26 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with the metrics since the last log, and metrics.jsonl beside it."""
         if "loss" in logs:  # the training loop's; evaluation's keys have a prefix
-            self._watch.check()
-            sums = self._sums["train"].read()
+            sums = self._read_sums()
             self._sums["train"].reset()
             self._num_tokens += round(sums["num_tokens"])
             logs.update(quotients(sums, loss_count=sums["steps"]), num_tokens=self._num_tokens)
             self._diagnose(sums, logs)
         super().log(logs, start_time)
         self.run_folder.metrics({"step": self.state.global_step, **logs})
+
+    def _read_sums(self) -> dict[str, float]:
+        """The sums since the last log; the only place where training waits for the device.
+
+        Raises:
+            NonFiniteError: something in them is not finite.
+        """
+        sums = self._sums["train"].read()
+        if not all(math.isfinite(value) for value in sums.values()):
+            self._watch.check()
+            self._watch.stop_elsewhere(self.state.global_step)
+        self._watch.forget()
+        return sums
 
     def _diagnose(self, sums: dict[str, float], logs: dict[str, float]) -> None:
         step, known = self.state.global_step, len(self.diagnostics.findings)
@@ -383,13 +406,13 @@ class PreferenceTrainer(Trainer):
         self.diagnostics = Diagnostics()
 
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        self._watch.check()
+        sums = self._read_sums()
         folder = (
             Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         )
         state = {
             "num_tokens": self._num_tokens,
-            "sums": list(self._sums["train"].read().values()),
+            "sums": sums,
             "reference_point": float(self.mismatched.estimator.value),
             "diagnostics": self.diagnostics.state_dict(),
             "reference_fingerprint": self._reference_fingerprint,
