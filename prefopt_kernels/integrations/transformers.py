@@ -179,6 +179,7 @@ def completion_logprobs(
     head = lm_head_of(model) if head is None else head
 
     def score(projection: nn.Module, hidden: Tensor) -> TokenLogprobs:
+        _check_positions(model, hidden, input_ids)
         return linear_logprob(
             hidden.flatten(0, 1).index_select(0, packing.positions),
             projection.weight,
@@ -220,6 +221,14 @@ def _caught_at(head: LMHead, use, keep: int | None) -> Iterator[list]:
             handle.remove()
 
 
+def _check_positions(model: nn.Module, hidden: Tensor, input_ids: Tensor) -> None:
+    if hidden.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"{type(model).__name__} brings hidden states of shape {tuple(hidden.shape)} to its head for input_ids of shape "
+            f"{tuple(input_ids.shape)}; expected one per token: prompt tuning is not supported, nor are encoders"
+        )
+
+
 @torch.no_grad()
 def check_lm_head(model: nn.Module, head: LMHead) -> None:
     """Compare ``head``'s formula with the logits that the model itself computes for two tokens.
@@ -230,17 +239,17 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         ValueError: they differ by more than rounding, so the model does something to its logits that its
             configuration does not tell us.
     """
-    device = head.weight.device
+    ids = torch.tensor([[0, 1]], device=head.weight.device) % head.weight.shape[0]
 
     def stretch(projection: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
+        _check_positions(model, hidden, ids)
         gain = hidden.new_tensor([1.0, PROBE_GAIN])[:, None]
         return (hidden * gain, *rest)
 
     handles = [projection.register_forward_pre_hook(stretch) for projection in head.projections]
     try:
         with _caught_at(head, lambda projection, hidden: (projection, hidden), keep=None) as caught:
-            ids = torch.tensor([[0, 1]], device=device) % head.weight.shape[0]
             logits = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
@@ -248,22 +257,29 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         for handle in handles:
             handle.remove()
     ((projection, hidden),) = caught
-    hidden, weight = hidden[0].double(), projection.weight.double()
+    V = projection.weight.shape[0]
+    some = torch.linspace(0, V - 1, min(V, PROBE_ROWS), device=ids.device).long()
+    logits, hidden, weight = (
+        logits[0, :, some],
+        hidden[0].double(),
+        projection.weight[some].double(),
+    )
     bias = getattr(projection, "bias", None)
-    expected = hidden @ weight.T + (0.0 if bias is None else bias.double())
+    expected = hidden @ weight.T + (0.0 if bias is None else bias[some].double())
     expected = head.logit_scale * expected
     if head.softcap is not None:
         expected = head.softcap * torch.tanh(expected / head.softcap)
     # Rounding of the stored logits in their own dtype, a few times over (scale, division, tanh), and of an fp32
-    # accumulation of H products.
+    # accumulation of H products, or of products of operands that were rounded to TF32.
     terms = abs(head.logit_scale) * (hidden.abs() @ weight.abs().T)
+    tf32 = projection.weight.is_cuda and torch.backends.cuda.matmul.allow_tf32
     allowed = 8 * torch.finfo(projection.weight.dtype).eps * expected.abs().amax()
-    allowed = allowed + 8 * torch.finfo(torch.float32).eps * terms
-    off = (logits[0].double() - expected).abs()
+    allowed = allowed + (2**-10 if tf32 else 8 * torch.finfo(torch.float32).eps) * terms
+    off = (logits.double() - expected).abs()
     if not (off <= allowed).all():
         worst = (off - allowed).argmax()
         raise ValueError(
             f"the logits of {type(model).__name__} are not those of its lm_head with logit_scale {head.logit_scale} "
-            f"and softcap {head.softcap}: the model gives {logits[0].flatten()[worst]:.6g} where the formula gives "
+            f"and softcap {head.softcap}: the model gives {logits.flatten()[worst]:.6g} where the formula gives "
             f"{expected.flatten()[worst]:.6g}; it processes its logits in a way that is not supported yet"
         )

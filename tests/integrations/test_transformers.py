@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -191,6 +191,16 @@ def test_a_head_that_peft_trains_as_a_whole_is_scored_with_the_copy_in_use():
     torch.testing.assert_close(ours, expected, rtol=32 * EPS, atol=32 * EPS * 10)
     torch.testing.assert_close(off, expected_off, rtol=32 * EPS, atol=32 * EPS * 10)
     assert (ours - off).abs().max() > 0.01
+
+
+def test_prompt_tuning_is_refused_because_it_moves_the_tokens():
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(make("llama"), config).eval()
+    ids, attention, completion = batch()
+    with pytest.raises(ValueError, match="prompt tuning is not supported"):
+        check_lm_head(model, lm_head_of(model))
+    with pytest.raises(ValueError, match=r"\(3, 12, 32\) .* for input_ids of shape \(3, 9\)"):
+        completion_logprobs(model, ids, attention, pack_completions(ids, completion))
 
 
 def test_models_without_a_usable_head_are_refused():

@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from prefopt.data import load_rows, tokenize_rows
-from prefopt.train import PreferenceConfig, PreferenceTrainer
+from prefopt.train import PreferenceConfig, PreferenceTrainer, TrainingWarning
 from prefopt_testing import make_dataset, make_rows
-from trainer_testing import make_trainer, make_world
+from trainer_testing import make_trainer, make_world, train
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,38 @@ def test_rows_come_in_every_form_and_give_the_same_ids(world, tmp_path):
     other = tokenize_rows(loaded, world.tokenizer, max_length=64)
     with pytest.raises(ValueError, match="tokenised with max_length 64, the configuration says 96"):
         make_trainer(world, tmp_path, data=other)
+
+
+def test_ways_of_spreading_a_model_that_nobody_has_tried_are_refused(world, tmp_path):
+    trainer = make_trainer(world, tmp_path)
+    for attribute, name in (
+        ("is_deepspeed_enabled", "DeepSpeed"),
+        ("is_fsdp_enabled", "FSDP"),
+        ("is_distributed_loading_by_transformers", "a model sharded while loading"),
+    ):
+        setattr(trainer, attribute, True)
+        with pytest.raises(ValueError, match=f"{name} is not supported yet"):
+            trainer._refuse_unsupported()
+        setattr(trainer, attribute, False)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="several GPUs are visible"):
+        trainer._refuse_unsupported()
+
+
+def test_a_mixture_of_experts_is_told_that_its_balancing_loss_is_left_out(world, tmp_path):
+    config = MixtralConfig(
+        vocab_size=len(world.tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        router_aux_loss_coef=0.01,
+    )
+    with pytest.warns(TrainingWarning, match="load-balancing loss is not part of the objective"):
+        trainer = make_trainer(
+            world, tmp_path, ref=False, model=AutoModelForCausalLM.from_config(config)
+        )
+    (log, *_) = train(trainer)
+    assert log["loss"] == 0.5 and log["grad_norm"] > 0
