@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
 
-PROBE_GAIN = (
-    16.0  # the second probe's hidden state is this much longer, so that a softcap bends its logits
-)
+PROBE_ROWS = 4096  # entries of the vocabulary that the check looks at, evenly spaced
+PROBE_GAIN = 16.0  # the second probe's hidden state is this much longer: a softcap bends its logits
 
 
 @dataclass(frozen=True)
