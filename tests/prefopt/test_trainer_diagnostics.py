@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from prefopt.train import NonFiniteError, PreferenceTrainer, TrainingWarning
 from prefopt.train.diagnostics import KL_LOGS, Diagnostics
 from prefopt.train.finite import FiniteWatch
+from prefopt.train.run_folder import RunFolder
 from prefopt_testing import make_dataset, make_rows
 from trainer_testing import make_trainer, make_world, train
 
@@ -226,3 +227,12 @@ def test_the_run_folder_tells_what_was_run(world, tmp_path):
     assert [json.loads(line) for line in lines] == [
         {"step": entry["step"]} | entry for entry in trainer.state.log_history
     ]
+
+
+def test_metrics_that_are_not_finite_are_null_in_the_file(tmp_path):
+    folder = RunFolder(tmp_path / "run", active=True)
+    folder.metrics({"step": 1, "eval_loss": float("nan"), "grad_norm": float("inf"), "kl": 0.5})
+    text = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"step": 1, "eval_loss": None, "grad_norm": None, "kl": 0.5}
+    RunFolder(tmp_path / "other", active=False).metrics({"step": 1})
+    assert not (tmp_path / "other").exists()

@@ -1,6 +1,7 @@
 """The files a run leaves in its folder: run.json, metrics.jsonl and bad_rows.jsonl."""
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +36,11 @@ class RunFolder:
         self._write_lines("bad_rows.jsonl", [row._asdict() for row in bad])
 
     def metrics(self, entry: Mapping[str, object]) -> None:
-        """Append one log."""
+        """Append one log; a number that is not finite, which JSON cannot hold, becomes null."""
+        entry = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -444,7 +444,8 @@ class PreferenceTrainer(Trainer):
             )
             return
         state = json.loads(file.read_text(encoding="utf-8"))
-        if state["reference_fingerprint"] != self._reference_fingerprint:
+        fingerprints = {state["reference_fingerprint"], self._reference_fingerprint} - {None}
+        if len(fingerprints) > 1:
             raise ValueError(
                 f"the reference is not the one that {file.parent} was trained against (its weights differ); pass the "
                 "starting model as model, or the same ref_model: the checkpoint itself is loaded by Trainer"
