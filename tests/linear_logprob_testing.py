@@ -124,21 +124,31 @@ def exact(problem: Problem) -> Results:
     outputs, z = formula(**x, targets=problem.targets, **problem.transform)
     z.retain_grad()
     backward(problem, outputs)
-    factor = abs(problem.transform.get("logit_scale", 1) / problem.transform.get("temperature", 1))
+    grads = {name: x[name].grad for name in x}
+    return Results(detached(outputs), grads, terms_of(problem, x, z.detach(), z.grad))
+
+
+def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> dict[str, Tensor]:
+    """For each result the sum of the absolute values of what it is the sum of, in fp64."""
+    counts = problem.targets >= 0
     size = {name: operand.detach().abs() for name, operand in x.items()}
-    # The terms of dz: onehot - p cancels where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p;
-    # the slope of the softcap is at most 1, and is rounded as a difference of 1.
-    cancels = problem.upstream.get("logp", torch.zeros(1)).abs()[:, None] * z.detach().softmax(1)
-    dz = z.grad.abs() + cancels * (problem.targets >= 0)[:, None]
-    dz = dz * (1 + z.detach().abs()) * factor
+    factor = abs(problem.transform.get("logit_scale", 1) / problem.transform.get("temperature", 1))
     logits = (size["hidden"] @ size["weight"].T + size.get("bias", 0)) * factor
-    terms = {
+    p, top = z.softmax(1), z.amax(1)
+    lse = top.abs() + (z.logsumexp(1) - top)
+    target = z[torch.arange(len(z)), problem.targets.long().clamp(min=0)]
+    outputs = {
+        "logp": target.abs() + lse,  # z_y - lse
+        "lse": lse,  # maximum + log of a sum
+        "entropy": lse + (p * z.abs()).sum(1),  # lse - E[z]
         "mean_logit": logits.mean(1),
-        "hidden": dz @ size["weight"],
-        "weight": dz.T @ size["hidden"],
-        "bias": dz.sum(0),
     }
-    return Results(detached(outputs), {name: x[name].grad for name in x}, terms)
+    # onehot - p cancels where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p; the slope of the
+    # softcap is at most 1, and is rounded as a difference from 1.
+    onehot = (problem.upstream.get("logp", torch.zeros(1)).abs() * counts)[:, None] * p
+    dz = (dz.abs() + onehot) * (1 + z.abs()) * factor
+    grads = {"hidden": dz @ size["weight"], "weight": dz.T @ size["hidden"], "bias": dz.sum(0)}
+    return {name: torch.where(counts, value, 0) for name, value in outputs.items()} | grads
 
 
 @lru_cache(maxsize=16)

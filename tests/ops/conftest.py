@@ -1,4 +1,4 @@
-"""Fixtures of the op tests: every backend of this machine, a number of threads."""
+"""Fixtures of the op tests: every backend of this machine, and the number of threads."""
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ def backend(request, monkeypatch) -> str:
     return name
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
-    """Sets the number of threads, for this test only."""
+    """One thread, so that a busy machine does not slow thousands of small calls; a test may set another number."""
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
