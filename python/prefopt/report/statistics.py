@@ -1,0 +1,79 @@
+"""Intervals for the few numbers that a report states."""
+
+import math
+from collections.abc import Sequence
+
+Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (Wilson 1927); (0, 1) where n is 0.
+
+    Example:
+        >>> low, high = wilson(5, 10)
+        >>> round(low, 4), round(high, 4)
+        (0.2366, 0.7634)
+    """
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = share + Z**2 / (2 * n)
+    spread = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    scale = 1 + Z**2 / n
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+    """Difference of two shares measured on the same items, with Newcombe's 95 % score interval.
+
+    Both Wilson intervals are combined by squaring and adding, with the correlation of the pairs (Newcombe 1998,
+    Statistics in Medicine 17:2635, method 8). Where an outcome never varies, the correlation counts as 0.
+
+    Args:
+        before, after: (n,) outcomes of the same n items; n from 1.
+
+    Returns:
+        difference after - before, lower and upper end, each from -1 to 1.
+
+    Example:
+        >>> paired_difference([False, False], [True, False])[0]
+        0.5
+    """
+    n = len(before)
+    if n == 0 or n != len(after):
+        raise ValueError(
+            f"before and after must have the same length from 1, got {n} and {len(after)}"
+        )
+    ups_before, ups_after = sum(before), sum(after)
+    both = sum(a and b for a, b in zip(before, after, strict=True))
+    neither = n - ups_before - ups_after + both
+    spread = ups_before * (n - ups_before) * ups_after * (n - ups_after)
+    crossed = (ups_before - both) * (ups_after - both)
+    phi = (both * neither - crossed) / math.sqrt(spread) if spread else 0.0
+    p, q = ups_after / n, ups_before / n
+    (p_low, p_high), (q_low, q_high) = wilson(ups_after, n), wilson(ups_before, n)
+    difference = p - q
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+    return (
+        difference,
+        difference - reach(p - p_low, q_high - q),
+        difference + reach(p_high - p, q - q_low),
+    )
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of two values or more, with the ends of its 95 % interval by the normal approximation.
+
+    Example:
+        >>> mean_interval([1.0, 1.0, 1.0])
+        (1.0, 1.0, 1.0)
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"values must be two or more, got {n}")
+    mean = sum(values) / n
+    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return mean, mean - Z * error, mean + Z * error

@@ -1,0 +1,192 @@
+"""What happened, in sentences computed from the numbers."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prefopt.report.read import Run, is_number
+from prefopt.report.statistics import mean_interval, paired_difference, wilson
+
+NOTHING = 0.01  # reward units; a margin this small moves KTO's loss by about a thousandth
+FEWEST_LOGS = 4
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Shares before and after, each (share, low, high), and their difference."""
+
+    before: tuple[float, float, float]
+    after: tuple[float, float, float]
+    difference: tuple[float, float, float] | None  # None where only the shares are known
+    n: int
+
+
+@dataclass(frozen=True)
+class Story:
+    """The verdict in one line, its tone, and the sentences that support it."""
+
+    tone: Literal["good", "bad", "unclear"]
+    verdict: str
+    sentences: list[str]
+
+
+def judgement(run: Run) -> Judgement | None:
+    """The judged samples, or else the shares of summary.json; None if there are neither."""
+    judged = [
+        (sample["before_ok"], sample["after_ok"])
+        for sample in run.samples
+        if isinstance(sample.get("before_ok"), bool) and isinstance(sample.get("after_ok"), bool)
+    ]
+    if judged:
+        before, after = ([pair[side] for pair in judged] for side in (0, 1))
+        n = len(judged)
+        return Judgement(
+            (sum(before) / n, *wilson(sum(before), n)),
+            (sum(after) / n, *wilson(sum(after), n)),
+            paired_difference(before, after),
+            n,
+        )
+    before, after, n = (run.summary.get(key) for key in ("before", "after", "n"))
+    if run.summary.get("kind") != "share" or not all(map(is_number, (before, after, n))):
+        return None
+    if not (0 <= before <= 1 and 0 <= after <= 1 and n >= 1):
+        return None
+    shares = [(share, *wilson(round(share * n), int(n))) for share in (before, after)]
+    return Judgement(shares[0], shares[1], None, int(n))
+
+
+def tell(run: Run) -> Story:
+    """Learned or not, by how much, and what supports it."""
+    tone, verdict = _verdict(run)
+    sentences = [*_end(run), *_judged(run), *_margin(run), *_likelihoods(run), *_loss(run)]
+    return Story(tone, verdict, sentences)
+
+
+def percent(share: float) -> str:
+    """A share with one digit after the point: 41.7 %."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float) -> str:
+    """Three significant digits, never in exponents where a reader would stumble."""
+    return f"{value:.4f}" if 0.0001 <= abs(value) < 1 else f"{value:,.3g}" if value else "0"
+
+
+def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
+    judged = judgement(run)
+    if judged is not None and judged.difference is not None:
+        change, low, high = judged.difference
+        points = f"{100 * change:+.1f} points"
+        if low > 0:
+            return "good", f"The answers became better: {points}."
+        if high < 0:
+            return "bad", f"The answers became worse: {points}."
+        return "unclear", f"No clear change in the answers ({points}, and the interval includes 0)."
+    ends = _end_margins(run)
+    if ends is None:
+        return "unclear", "Too little was logged to say whether the model learned."
+    mean, low, high = ends
+    if abs(mean) < NOTHING:
+        return (
+            "bad",
+            "The model did not learn: desirable and undesirable answers are still rewarded alike.",
+        )
+    if low > 0:
+        return "good", "The model learned to prefer desirable answers to undesirable ones."
+    if high < 0:
+        return "bad", "The model learned the opposite: undesirable answers are rewarded more."
+    return "unclear", "It is not clear that the model learned: the margin's interval includes 0."
+
+
+def _end(run: Run) -> list[str]:
+    if run.record.get("status") == "stopped":
+        reason = run.record.get("stopped_by") or "an unknown cause"
+        return [f"Training stopped before its end: {reason}."]
+    if run.record.get("status") == "running":
+        return ["Training had not ended when this report was written."]
+    return []
+
+
+def _judged(run: Run) -> list[str]:
+    judged = judgement(run)
+    metric = run.summary.get("metric")
+    if judged is None:
+        before, after, n = (run.summary.get(key) for key in ("before", "after", "n"))
+        if isinstance(metric, str) and is_number(before) and is_number(after):
+            rows = f" ({n:,} rows)" if is_number(n) else ""
+            return [f"{_capital(metric)}: {number(before)} before, {number(after)} after{rows}."]
+        return []
+    (before, *before_ends), (after, *after_ends) = judged.before, judged.after
+    sentences = [
+        f"{_capital(metric if isinstance(metric, str) else 'share of desirable answers')}: "
+        f"{percent(before)} before ({percent(before_ends[0])} to {percent(before_ends[1])}) and "
+        f"{percent(after)} after ({percent(after_ends[0])} to {percent(after_ends[1])}), n = {judged.n}; "
+        "in brackets the 95 % intervals."
+    ]
+    if judged.difference is not None:
+        change, low, high = (100 * value for value in judged.difference)
+        sentences.append(
+            f"That is a change of {change:+.1f} points, with a 95 % interval from {low:+.1f} to {high:+.1f}."
+        )
+        ends = _end_margins(run)
+        if low <= 0 and ends is not None and ends[1] > NOTHING:
+            sentences.append(
+                "Rewards on the rows did move apart, but sampled answers are not clearly better: look for something "
+                "other than the answer by which the rows can be told apart, or for a model that was pushed too far."
+            )
+    return sentences
+
+
+def _end_margins(run: Run) -> tuple[float, float, float] | None:
+    """Mean margin over the last quarter of the logs, with its interval; None if there are too few."""
+    margins = run.finite("rewards/margins")
+    last = margins[-max(FEWEST_LOGS, len(margins) // 4) :]
+    return mean_interval(last) if len(last) >= FEWEST_LOGS else None
+
+
+def _margin(run: Run) -> list[str]:
+    sentences = []
+    ends = _end_margins(run)
+    if ends is not None:
+        mean, low, high = ends
+        sentences.append(
+            f"In the last quarter of training a desirable row's reward was {number(mean)} above an undesirable one's "
+            f"(95 % interval {number(low)} to {number(high)}, from the spread between logs)."
+            if mean >= 0
+            else f"In the last quarter of training a desirable row's reward was {number(-mean)} below an undesirable "
+            f"one's (95 % interval of the margin {number(low)} to {number(high)}, from the spread between logs)."
+        )
+    held_out = run.last("eval_rewards/margins")
+    if held_out is not None:
+        sentences.append(
+            f"On rows that were not trained on, the margin ended at {number(held_out)}."
+        )
+    return sentences
+
+
+def _likelihoods(run: Run) -> list[str]:
+    chosen = run.last("rewards/chosen")
+    if chosen is None or chosen >= -NOTHING:
+        return []
+    return [
+        "In the last log desirable answers, too, were less likely than under the reference model: the margin came from "
+        "pushing the undesirable ones down further."
+    ]
+
+
+def _loss(run: Run) -> list[str]:
+    losses = run.finite("loss")
+    if len(losses) < 2:
+        return []
+    quarter = max(1, len(losses) // 4)
+    first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
+    sentence = f"The loss went from {number(first)} (first quarter of training) to {number(last)} (last quarter)"
+    kl = run.last("kl")
+    return [
+        f"{sentence}; KTO's reference point ended at {number(kl)} nats."
+        if kl is not None
+        else f"{sentence}."
+    ]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
