@@ -17,7 +17,7 @@ STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
       "linear_logprob_backward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float scale, "
       "float softcap, float temperature, Tensor coefficients, Tensor target_ids, bool through_entropy, Tensor(a!)? "
       "dhidden, "
-      "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!) workspace, int chunk, str isa) -> ()");
+      "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!) workspace, int parts, int chunk, str isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CompositeExplicitAutograd, m) {

@@ -150,7 +150,7 @@ struct MklPass {
     const int64_t T = call.in.T, first = T * worker / workers, count = T * (worker + 1) / workers - first;
     if (count == 0) return;
     product(kYes, kNo, count, call.in.H, call.end - call.begin, call.dz_by_token + first * 2, call.layout.padded_tokens,
-            weight(call.in, call.begin), call.in.weight_stride, call.begin > 0,
+            weight(call.in, call.begin), call.in.weight_stride, !call.first_chunk,
             call.dhidden + first * call.layout.padded_hidden, call.layout.padded_hidden);
   }
 

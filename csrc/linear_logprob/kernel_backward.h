@@ -102,7 +102,7 @@ struct BackwardPass : Common<Dot, Element> {
         multiply<Dot, kTokenRows, kHiddenVectors>(valid, K, call.dz_by_token + token * K * 4, 4, width * 4,
                                                   reinterpret_cast<const float*>(call.weight_packed) + g * K * kGroup,
                                                   call.dhidden + token * call.layout.padded_hidden + g * kGroup,
-                                                  call.layout.padded_hidden, call.begin > 0);
+                                                  call.layout.padded_hidden, !call.first_chunk);
       }
     }
   }

@@ -141,7 +141,7 @@ std::vector<std::string> isas() {
   return names;
 }
 
-// {padded_tokens, padded_hidden, splits, groups, chunk rows, bytes of the forward's workspace, of the backward's}
+// {padded_tokens, padded_hidden, forward: splits, groups, bytes of its workspace, backward: parts, chunk rows, bytes}
 std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& weight, int64_t tokens, bool product,
                                          std::string isa) {
   Operands in{};
@@ -158,17 +158,20 @@ std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& wei
     splits = std::min(splits, std::max<int64_t>(1, kProductBytes / std::max<int64_t>(1, bytes)));
   }
   const int64_t groups = std::max((workers + splits - 1) / splits, (in.T + kGroupTokens - 1) / kGroupTokens);
-  int64_t chunk = std::min({kChunkRows, kChunkBytes / layout.chunk_bytes, in.V});
-  chunk = std::max<int64_t>(1, (chunk + layout.tile_rows - 1) / layout.tile_rows) * layout.tile_rows;
+  // The backward needs no meeting of the workers where each has a part of the vocabulary, and of dhidden, to itself
+  const int64_t parts = splits == workers ? workers : 1;
+  const int64_t rows = std::min({kChunkRows, kChunkBytes / (parts * layout.chunk_bytes), (in.V + parts - 1) / parts});
+  const int64_t chunk = std::max<int64_t>(1, (rows + layout.tile_rows - 1) / layout.tile_rows) * layout.tile_rows;
   const int64_t slack = 8 * 64;  // alignment of the parts
-  return {
-      layout.padded_tokens,
-      layout.padded_hidden,
-      splits,
-      groups,
-      chunk,
-      layout.hidden_bytes + workers * layout.forward_bytes + slack,
-      layout.hidden_bytes + layout.tokens_bytes + workers * layout.backward_bytes + chunk * layout.chunk_bytes + slack};
+  return {layout.padded_tokens,
+          layout.padded_hidden,
+          splits,
+          groups,
+          layout.hidden_bytes + workers * layout.forward_bytes + slack,
+          parts,
+          chunk,
+          layout.hidden_bytes + layout.tokens_bytes + workers * layout.backward_bytes +
+              parts * (chunk * layout.chunk_bytes + slack)};
 }
 
 void linear_logprob_forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const Tensor& targets,
@@ -219,7 +222,7 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
                              std::optional<Tensor> bias, double scale, double softcap, double temperature,
                              const Tensor& coefficients, const Tensor& target_ids, bool through_entropy,
                              std::optional<Tensor> dhidden, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
-                             const Tensor& workspace, int64_t chunk, std::string isa) {
+                             const Tensor& workspace, int64_t parts, int64_t chunk, std::string isa) {
   const Kernels& kernels = kernels_of(isa, hidden);
   Backward call{};
   call.in = operands(hidden, rows, weight, targets, bias, scale, softcap, temperature);
@@ -227,7 +230,8 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   const Layout& layout = call.layout;
   STD_TORCH_CHECK(coefficients.numel() == 5 * layout.padded_tokens, "coefficients has the wrong size");
   STD_TORCH_CHECK(target_ids.numel() == layout.padded_tokens, "target_ids has the wrong size");
-  STD_TORCH_CHECK(!dhidden || dhidden->numel() == call.in.T * layout.padded_hidden, "dhidden has the wrong size");
+  STD_TORCH_CHECK(!dhidden || dhidden->numel() == parts * call.in.T * layout.padded_hidden,
+                  "dhidden has the wrong size");
   const float* rows_in = pointer<const float>(coefficients);
   call.lse = rows_in;
   call.factor = rows_in + layout.padded_tokens;
@@ -235,7 +239,6 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   call.dentropy = through_entropy ? rows_in + 3 * layout.padded_tokens : nullptr;
   call.entropy = rows_in + 4 * layout.padded_tokens;
   call.target_ids = pointer<const int32_t>(target_ids);
-  call.dhidden = pointer<float>(dhidden);
   call.dweight = pointer<void>(dweight);
   call.dbias = pointer<float>(dbias);
   if (dweight) prefer_huge_pages(call.dweight, dweight->numel() * dweight->element_size());
@@ -246,31 +249,57 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   call.hidden_packed = hidden_packed;
   call.tokens_packed = tokens_packed;
   call.scratch = space.take(workers * layout.backward_bytes);
-  // layout.chunk_bytes is the sum of these, for a row of the vocabulary
-  const int64_t unit = layout.packs_pairs ? 2 : 4;
-  char* by_token = space.take(chunk * layout.padded_tokens * unit);
-  char* by_row = space.take(chunk * layout.padded_tokens * unit);
-  char* weight_packed = space.take(chunk * layout.padded_hidden * unit);
-  float* dbias_parts = reinterpret_cast<float*>(space.take(chunk * layout.panels * 4));
-  call.dz_by_token = dhidden ? by_token : nullptr;
-  call.weight_packed = dhidden ? weight_packed : nullptr;
-  call.dz_by_row = dweight ? by_row : nullptr;
-  call.dbias_parts = dbias ? dbias_parts : nullptr;
   each_worker(workers, [&](int64_t w, int64_t n) {
     kernels.pack_hidden(call.in, layout, hidden_packed, w, n);
     if (dweight) kernels.pack_tokens(call.in, layout, tokens_packed, w, n);
   });
-  for (call.begin = 0; call.begin < call.in.V; call.begin = call.end) {
-    call.end = std::min(call.begin + chunk, call.in.V);
-    each_worker(workers, [&](int64_t w, int64_t n) {
-      if (dhidden) kernels.pack_weight(call, w, n);
-      kernels.logit_gradient(call, w, n);
-    });
-    each_worker(workers, [&](int64_t w, int64_t n) {
-      if (dhidden) kernels.add_dhidden(call, w, n);
-      if (dweight || dbias) kernels.write_head_gradient(call, w, n);
-    });
+
+  std::vector<Backward> calls(parts, call);
+  for (int64_t part = 0; part < parts; part++) {
+    Backward& mine = calls[part];
+    // layout.chunk_bytes is the sum of these four, for a row of the vocabulary
+    const int64_t unit = layout.packs_pairs ? 2 : 4;
+    char* by_token = space.take(chunk * layout.padded_tokens * unit);
+    char* by_row = space.take(chunk * layout.padded_tokens * unit);
+    char* weight_packed = space.take(chunk * layout.padded_hidden * unit);
+    float* dbias_parts = reinterpret_cast<float*>(space.take(chunk * layout.panels * 4));
+    mine.dhidden = dhidden ? pointer<float>(dhidden) + part * call.in.T * layout.padded_hidden : nullptr;
+    mine.dz_by_token = dhidden ? by_token : nullptr;
+    mine.weight_packed = dhidden ? weight_packed : nullptr;
+    mine.dz_by_row = dweight ? by_row : nullptr;
+    mine.dbias_parts = dbias ? dbias_parts : nullptr;
   }
+  const auto each_chunk = [&](int64_t part, const auto& body) {
+    Backward& mine = calls[part];
+    const int64_t last = call.in.V * (part + 1) / parts;
+    mine.first_chunk = true;
+    for (mine.begin = call.in.V * part / parts; mine.begin < last; mine.begin = mine.end, mine.first_chunk = false) {
+      mine.end = std::min(mine.begin + chunk, last);
+      body(mine);
+    }
+  };
+  const auto logits_pass = [&](const Backward& mine, int64_t w, int64_t n) {
+    if (dhidden) kernels.pack_weight(mine, w, n);
+    kernels.logit_gradient(mine, w, n);
+  };
+  const auto products_pass = [&](const Backward& mine, int64_t w, int64_t n) {
+    if (dhidden) kernels.add_dhidden(mine, w, n);
+    if (dweight || dbias) kernels.write_head_gradient(mine, w, n);
+  };
+  if (parts == 1) {  // the workers share each chunk, and meet between its passes
+    each_chunk(0, [&](const Backward& mine) {
+      each_worker(workers, [&](int64_t w, int64_t n) { logits_pass(mine, w, n); });
+      each_worker(workers, [&](int64_t w, int64_t n) { products_pass(mine, w, n); });
+    });
+    return;
+  }
+  each_worker(parts, [&](int64_t part, int64_t) {
+    calls[part].scratch = call.scratch + part * layout.backward_bytes;
+    each_chunk(part, [&](const Backward& mine) {
+      logits_pass(mine, 0, 1);
+      products_pass(mine, 0, 1);
+    });
+  });
 }
 
 }  // namespace prefopt

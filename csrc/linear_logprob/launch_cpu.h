@@ -35,6 +35,6 @@ void linear_logprob_backward(const torch::stable::Tensor& hidden, const torch::s
                              const torch::stable::Tensor& target_ids, bool through_entropy,
                              std::optional<torch::stable::Tensor> dhidden, std::optional<torch::stable::Tensor> dweight,
                              std::optional<torch::stable::Tensor> dbias, const torch::stable::Tensor& workspace,
-                             int64_t chunk, std::string isa);
+                             int64_t parts, int64_t chunk, std::string isa);
 
 }  // namespace prefopt

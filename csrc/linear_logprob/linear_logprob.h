@@ -72,9 +72,10 @@ struct Backward {
   float* dbias_parts;                             // (panels, chunk rows) or null
   char* scratch;
   int64_t begin, end;
-  float* dhidden;  // (T, padded_hidden) sums, or null
-  void* dweight;   // (V, H) contiguous, or null
-  float* dbias;    // (V,) or null
+  bool first_chunk;  // of those that add to dhidden
+  float* dhidden;    // (T, padded_hidden) sums, or null
+  void* dweight;     // (V, H) contiguous, or null
+  float* dbias;      // (V,) or null
 };
 
 struct Kernels {

@@ -108,7 +108,7 @@ class _Call:
     def forward(self, want: dict[str, bool], unit: Tensor | None) -> dict[str, Tensor]:
         """Each output for the N rows; fills ``unit`` in place."""
         N, V = self.rows.numel(), self.weight.shape[0]
-        padded_tokens, padded_hidden, splits, groups, _chunk, workspace_bytes, _ = self.plan(
+        padded_tokens, padded_hidden, splits, groups, workspace_bytes, *_backward = self.plan(
             unit is not None
         )
         partials = self._empty(5, splits, padded_tokens)
@@ -165,7 +165,9 @@ class _Call:
         need: dict[str, bool],
     ) -> dict[str, Tensor]:
         N, (V, H), dtype = self.rows.numel(), self.weight.shape, self.weight.dtype
-        padded_tokens, padded_hidden, _splits, _groups, chunk, _, workspace_bytes = self.plan(False)
+        padded_tokens, padded_hidden, *_forward, parts, chunk, workspace_bytes = self.plan(
+            need["hidden"]
+        )
         coefficients = torch.zeros(5, padded_tokens)
         for row, values in enumerate((lse, None, dlogp, dentropy, entropy)):
             if values is not None:
@@ -175,7 +177,7 @@ class _Call:
             coefficients[1, :N] += dlse[self.rows]
         target_ids = torch.full((padded_tokens,), -1, dtype=torch.int32)
         target_ids[:N] = self.targets
-        dhidden = self._empty(N, padded_hidden) if need["hidden"] else None
+        dhidden = self._empty(parts, N, padded_hidden) if need["hidden"] else None
         grads = {}
         if need["weight"]:
             grads["weight"] = torch.empty(V, H, dtype=dtype)
@@ -192,12 +194,15 @@ class _Call:
             grads.get("weight"),
             grads.get("bias"),
             torch.empty(workspace_bytes, dtype=torch.uint8),
+            parts,
             chunk,
             self.isa,
         )
         if need["hidden"]:
             grads["hidden"] = self.hidden.new_zeros(self.hidden.shape)
-            grads["hidden"][self.rows] = dhidden[:, :H].to(dtype)
+            for part in dhidden[1:]:
+                dhidden[0] += part
+            grads["hidden"][self.rows] = dhidden[0, :, :H].to(dtype)
         if need["bias"]:
             grads["bias"] = grads["bias"].to(dtype)
         return grads
