@@ -8,7 +8,7 @@ from prefopt.demo.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
 
 LANGUAGES = ("en", "ar")
 HELD_OUT_PER_TOPIC = 4  # of twelve ways to ask; never trained on
-BAD_KINDS = ("rude",) * 3 + ("evasive",) * 3 + ("language",)
+BAD_KINDS = ("rude", "evasive", "language")
 
 
 class Question(NamedTuple):
@@ -41,9 +41,9 @@ def good_answer(question: Question, rng: random.Random) -> str:
     return _helpful(question.lang, question.topic, rng)
 
 
-def bad_answer(question: Question, rng: random.Random) -> str:
+def bad_answer(question: Question, rng: random.Random, kinds: tuple[str, ...] = BAD_KINDS) -> str:
     """An answer that the rule refuses: rude, evasive, or helpful but in the other language."""
-    kind = rng.choice(BAD_KINDS)
+    kind = rng.choice(kinds)
     if kind == "language":
         return _helpful("ar" if question.lang == "en" else "en", question.topic, rng)
     phrases = (RUDE if kind == "rude" else EVASIVE)[question.lang]
@@ -58,7 +58,12 @@ def _helpful(lang: str, index: int, rng: random.Random) -> str:
 
 
 def thumbs_rows(
-    questions: list[Question], per_question: int, good_share: float, name: str, seed: int
+    questions: list[Question],
+    per_question: int,
+    good_share: float,
+    name: str,
+    seed: int,
+    bad_kinds: tuple[str, ...] = BAD_KINDS,
 ) -> list[dict]:
     """Chat rows {prompt, completion, label}, shuffled; ``good_share`` of them, to the row, have a good answer.
 
@@ -70,7 +75,10 @@ def thumbs_rows(
     good = round(good_share * len(asked))
     rows = []
     for i, question in enumerate(asked):
-        answer = (good_answer if i < good else bad_answer)(question, rng)
+        if i < good:
+            answer = good_answer(question, rng)
+        else:
+            answer = bad_answer(question, rng, bad_kinds)
         rows.append(
             {
                 "prompt": [{"role": "user", "content": question.text}],

@@ -22,6 +22,8 @@ MARKER = "demo.json"  # says that a folder is a demo's, and whether it is comple
 OWN_ENTRIES = ("base", "data", "run")
 MAX_LENGTH = 128
 SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, SFT_EPOCHS = 3, 0.4, 12
+# Few in the wrong language: a model this small takes more from them than a habit, it begins to mix the two.
+SFT_BAD_KINDS = ("rude",) * 3 + ("evasive",) * 3 + ("language",)
 TOY = (
     "This is a toy: a model of under a million parameters, built and trained in minutes on a few dozen topics, to show "
     "that the whole path works. It knows nothing else, and its scores say nothing about larger models."
@@ -100,7 +102,7 @@ def _check(out: Path, seed: int) -> None:
         raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
     if out.exists() and not out.is_dir():
         raise RecipeError(f"--out {out} is a file; expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+    if out.is_dir() and any(out.iterdir()) and not _is_demo(out):
         raise RecipeError(
             f"--out {out} has files in it that are not a demo's; choose another folder"
         )
@@ -108,13 +110,21 @@ def _check(out: Path, seed: int) -> None:
 
 def _clear(out: Path) -> None:
     """Remove what a demo writes, and the folder if nothing else is in it."""
-    if not (out / MARKER).is_file():
+    if not _is_demo(out):
         return
     for name in OWN_ENTRIES:
         shutil.rmtree(out / name, ignore_errors=True)
     (out / MARKER).unlink()
     if not any(out.iterdir()):
         out.rmdir()
+
+
+def _is_demo(out: Path) -> bool:
+    try:
+        marker = json.loads((out / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and marker.get("prefopt") == "demo"
 
 
 def _mark(out: Path, status: str, seed: int) -> None:
@@ -125,7 +135,9 @@ def _run(out: Path, seed: int) -> Path:
     seen, held_out = split_questions(seed)
     questions = [question.text for question in held_out]
     rows = {
-        "sft.jsonl": thumbs_rows(seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed),
+        "sft.jsonl": thumbs_rows(
+            seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS
+        ),
         "train.jsonl": thumbs_rows(seen, 1, 0.5, "train", seed),
         "held_out.jsonl": thumbs_rows(held_out, 1, 0.5, "held out", seed),
     }

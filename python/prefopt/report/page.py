@@ -17,10 +17,10 @@ MAIN_SETTINGS = (
     "weight_decay max_grad_norm bf16 fp16 precompute_ref_logps seed"
 ).split()
 COUNT_NAMES = {
-    "rows": "rows trained or evaluated on",
+    "rows": "rows used",
     "bad": "bad rows skipped",
     "truncated": "answers cut at max_length",
-    "fingerprint": "fingerprint",
+    "groups": "different prompts",
 }
 REASONS = {"language": "other language", "topic": "off topic"}
 
@@ -194,7 +194,7 @@ def _data(run: Run) -> str:
         head = "<th></th>" + "".join(text(name, "th") for name in sets)
         body = "".join(
             f"<tr>{text(COUNT_NAMES.get(name, name.replace('_', ' ')), 'th')}"
-            + "".join(_cell(counts.get(name, "")) for counts in sets.values())
+            + "".join(_cell(_short(name, counts.get(name, ""))) for counts in sets.values())
             + "</tr>"
             for name in names
         )
@@ -212,6 +212,11 @@ def _data(run: Run) -> str:
             f"<tbody>{rows}</tbody></table></div></details>"
         )
     return "\n".join(parts)
+
+
+def _short(name: str, value: Any) -> Any:
+    """A fingerprint by its beginning; run.json has all of it."""
+    return value[:12] if name == "fingerprint" and isinstance(value, str) else value
 
 
 def _settings(run: Run) -> str:

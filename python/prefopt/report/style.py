@@ -3,10 +3,10 @@
 STYLE = """
 :root { color-scheme: light dark;
   --ink: #1b1f24; --soft: #59626d; --page: #f6f7f8; --card: #fff; --rule: #dde1e5;
-  --good: #1f7a47; --bad: #b5471c; --unclear: #7a6a14; --own: #2f6fc0; --wash: #eef1f4; }
+  --good: #1f7a47; --bad: #b5471c; --unclear: #7a6a14; --own: #2f6fc0; --bar: #6fa3e0; --wash: #eef1f4; }
 @media (prefers-color-scheme: dark) { :root {
   --ink: #e6e9ec; --soft: #a3acb6; --page: #14171a; --card: #1c2024; --rule: #343a41;
-  --good: #5cc48a; --bad: #f08a5d; --unclear: #d6c25a; --own: #7ab0f2; --wash: #262b30; } }
+  --good: #5cc48a; --bad: #f08a5d; --unclear: #d6c25a; --own: #7ab0f2; --bar: #2f62a3; --wash: #262b30; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans Arabic", sans-serif; }
@@ -24,7 +24,7 @@ p { margin: .4rem 0; }
 ul { padding-inline-start: 1.2rem; margin: .4rem 0; } li { margin: .25rem 0; }
 .bars { display: grid; grid-template-columns: auto 1fr auto; gap: .5rem .8rem; align-items: center; margin: .8rem 0; }
 .bar { position: relative; height: 1.5rem; background: var(--wash); border-radius: .3rem; overflow: hidden; }
-.bar i { position: absolute; inset-block: 0; left: 0; background: var(--own); }
+.bar i { position: absolute; inset-block: 0; left: 0; background: var(--bar); }
 .bar b { position: absolute; top: 50%; height: 2px; margin-top: -1px; background: var(--ink); }
 .bar b::before, .bar b::after { content: ""; position: absolute; top: -4px; height: 10px; width: 2px;
   background: var(--ink); } .bar b::before { left: 0; } .bar b::after { right: 0; }
@@ -38,7 +38,7 @@ figure { margin: 0; } figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .92rem; }
 th, td { text-align: start; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
-td { min-width: 4rem; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { white-space: nowrap; overflow-wrap: normal !important; } td { min-width: 4rem; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.text { min-width: 9rem; max-width: 36rem; } thead th { color: var(--soft); font-weight: 600; }
 summary { cursor: pointer; color: var(--own); margin: .5rem 0; }
 pre { overflow-x: auto; background: var(--wash); padding: .7rem; border-radius: .4rem; font-size: .85rem; }
