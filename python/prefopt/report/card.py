@@ -100,9 +100,9 @@ def _use(run: Run) -> str:
 
 
 def _sample(sample: dict) -> str:
-    """HTML, because Markdown knows no direction of writing."""
+    """HTML, because Markdown knows no direction of writing; on one line, because an empty one would end it."""
     rows = "".join(
-        f'<p dir="auto"><b>{label}:</b> {html.escape(sample[key])}</p>\n'
+        f'<p dir="auto"><b>{label}:</b> {html.escape(" ".join(sample[key].split()))}</p>\n'
         for label, key in (("Question", "prompt"), ("Before", "before"), ("After", "after"))
     )
     return f"<div>\n{rows}</div>"

@@ -135,6 +135,9 @@ def _for_page(svg: str, plot: Plot) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"(?<=font: )([^;\"']*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
+    # matplotlib also names every group, the same names in each figure; in one page an id must be unique
+    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
     head = re.match(r"<svg[^>]*>", svg).group()
     box = re.search(r'viewBox="[^"]*"', head).group()
     start = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{plot.title}">'

@@ -67,7 +67,7 @@ def percent(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, never in exponents where a reader would stumble."""
+    """Four places after the point below 1, three significant digits otherwise."""
     return f"{value:.4f}" if 0.0001 <= abs(value) < 1 else f"{value:,.3g}" if value else "0"
 
 
@@ -88,7 +88,7 @@ def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
     if abs(mean) < NOTHING:
         return (
             "bad",
-            "The model did not learn: desirable and undesirable answers are still rewarded alike.",
+            f"The model learned next to nothing: the reward margin ended at {number(mean)}.",
         )
     if low > 0:
         return "good", "The model learned to prefer desirable answers to undesirable ones."

@@ -1,0 +1,97 @@
+"""The verdicts: each kind of run is told by its own sentence, and the figures are the run's."""
+
+from pathlib import Path
+
+import pytest
+
+from prefopt.report.read import Run
+from prefopt.report.words import judgement, tell
+
+
+def run_with(margins=(), losses=(), record=None, summary=None, samples=()):
+    logs = [{"step": i + 1, "rewards/margins": value} for i, value in enumerate(margins)]
+    logs += [{"step": i + 1, "loss": value} for i, value in enumerate(losses)]
+    return Run(
+        Path("run"), record=record or {}, logs=logs, summary=summary or {}, samples=list(samples)
+    )
+
+
+def samples(before: int, after: int, n: int):
+    """n samples; the first ``before`` were good before, the first ``after`` after."""
+    return [
+        {"prompt": "?", "before": "b", "after": "a", "before_ok": i < before, "after_ok": i < after}
+        for i in range(n)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("margins", "tone", "words"),
+    [
+        ([0.0, 0.1, 0.5, 0.9, 1.0, 1.1, 1.0, 1.1], "good", "learned to prefer desirable"),
+        ([0.0, 1e-4, -1e-4, 2e-4, 1e-4], "bad", "learned next to nothing"),
+        ([0.0, -0.4, -0.5, -0.5, -0.6], "bad", "learned the opposite"),
+        ([0.0, 0.9, -0.7, 0.8, -0.6], "unclear", "interval includes 0"),
+        ([0.5, 0.6, 0.7], "unclear", "Too little was logged"),
+        ([], "unclear", "Too little was logged"),
+    ],
+)
+def test_verdict_from_the_margin(margins, tone, words):
+    story = tell(run_with(margins))
+    assert story.tone == tone and words in story.verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "tone", "words"),
+    [
+        (40, 80, "good", "became better: +40.0 points"),
+        (80, 40, "bad", "became worse: -40.0 points"),
+        (40, 42, "unclear", "No clear change in the answers (+2.0 points"),
+    ],
+)
+def test_verdict_from_the_samples_comes_first(before, after, tone, words):
+    story = tell(run_with([0.0, 1.0, 1.0, 1.1, 1.0], samples=samples(before, after, 100)))
+    assert story.tone == tone and words in story.verdict
+
+
+def test_the_interval_is_told():
+    # 40 and 80 of 100 by Wilson's formula: 0.3094 to 0.4980, and 0.7112 to 0.8666
+    told = " ".join(tell(run_with(samples=samples(40, 80, 100))).sentences)
+    assert "40.0 % before (30.9 % to 49.8 %) and 80.0 % after (71.1 % to 86.7 %), n = 100" in told
+    assert "change of +40.0 points" in told
+
+
+def test_rewards_that_part_without_better_answers_are_remarked():
+    learned = [0.0, 1.0, 1.0, 1.1, 1.0]
+    remark = "sampled answers are not clearly better"
+    assert remark in " ".join(tell(run_with(learned, samples=samples(40, 41, 100))).sentences)
+    assert remark not in " ".join(tell(run_with(learned, samples=samples(40, 80, 100))).sentences)
+
+
+def test_shares_without_samples_have_no_paired_interval():
+    summary = {"metric": "share", "kind": "share", "before": 0.25, "after": 0.5, "n": 40}
+    judged = judgement(run_with(summary=summary))
+    assert judged.before[0] == 0.25 and judged.after[0] == 0.5 and judged.difference is None
+
+
+@pytest.mark.parametrize("wrong", [{"n": 0}, {"after": 1.2}, {"before": None}, {"kind": "margin"}])
+def test_what_is_no_share_is_not_judged(wrong):
+    summary = {"metric": "share", "kind": "share", "before": 0.25, "after": 0.5, "n": 40} | wrong
+    assert judgement(run_with(summary=summary)) is None
+
+
+def test_another_metric_is_told_with_its_numbers():
+    summary = {"metric": "reward margin on held-out rows", "before": 0.0, "after": 1.234, "n": 50}
+    told = tell(run_with(summary=summary)).sentences
+    assert "Reward margin on held-out rows: 0 before, 1.23 after (50 rows)." in told
+
+
+def test_a_stopped_run_says_why():
+    record = {"status": "stopped", "stopped_by": "NonFiniteError: loss is NaN at step 7"}
+    assert "NaN at step 7" in tell(run_with(record=record)).sentences[0]
+
+
+def test_loss_is_compared_between_quarters():
+    told = tell(run_with(losses=[0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.1])).sentences
+    assert told == [
+        "The loss went from 0.5000 (first quarter of training) to 0.1500 (last quarter)."
+    ]
