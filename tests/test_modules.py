@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from numerics import assert_as_good_as_torch
 from torch import tensor
 
+from numerics import assert_as_good_as_torch
 from prefopt_kernels import linear_logprob, modules
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.reference_point import MicrobatchKL
