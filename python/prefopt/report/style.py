@@ -42,6 +42,7 @@ th { white-space: nowrap; overflow-wrap: normal !important; } td { min-width: 4r
 td.text { min-width: 9rem; max-width: 36rem; } thead th { color: var(--soft); font-weight: 600; }
 summary { cursor: pointer; color: var(--own); margin: .5rem 0; }
 pre { overflow-x: auto; background: var(--wash); padding: .7rem; border-radius: .4rem; font-size: .85rem; }
-@media (max-width: 40rem) { .answers, .plots { grid-template-columns: 1fr; } section { padding: .8rem; } }
+@media (max-width: 40rem) { th { white-space: normal; overflow-wrap: anywhere !important; min-width: 7.5rem; }
+  thead th { min-width: 0; } td.text { min-width: 6.5rem; } .answers, .plots { grid-template-columns: 1fr; } section { padding: .8rem; } }
 @media print { section { break-inside: avoid; } }
 """
