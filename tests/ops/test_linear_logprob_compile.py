@@ -1,0 +1,254 @@
+"""linear_logprob under torch.library's checks, torch.compile and fake tensors: the same numbers, no graph break."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from linear_logprob_testing import (
+    DIFFERENTIABLE,
+    DTYPES,
+    OPERANDS,
+    backends,
+    check,
+    leaves,
+    ours,
+    problem,
+)
+from prefopt_kernels import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops.linear_logprob import op
+from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+
+T, H, V = 17, 34, 150
+WANTED = [(), ("hidden",), ("weight",), OPERANDS]
+
+
+@pytest.fixture(params=list(dict.fromkeys(name.split("/")[0] for name in backends())))
+def backend(request) -> str:
+    """Each backend once: the instruction set is below what a compiler sees."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_opcheck_of_the_forward(wanted, dtype, backend):
+    made = problem("normal", T, H, V, dtype=dtype, bias=True)
+    x = leaves(made, wanted)
+    unit = wanted == ("hidden",)
+    for optional in (False, True):
+        arguments = (x["hidden"], x["weight"], made.targets, x["bias"], 1.2, 7.5, 0.6)
+        wants = (optional, optional, optional, unit)
+        torch.library.opcheck(op._linear_logprob, (*arguments, *wants, backend))
+    plain = (x["hidden"], x["weight"], made.targets, None, 1.0, None, 1.0)
+    torch.library.opcheck(op._linear_logprob, (*plain, False, False, False, unit, backend))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("through", [("logp",), ("lse",), DIFFERENTIABLE], ids=str)
+@pytest.mark.parametrize("needed", [("hidden",), ("weight", "bias"), OPERANDS], ids=str)
+def test_opcheck_of_the_backward(needed, through, dtype, backend):
+    made = problem("normal", T, H, V, dtype=dtype, bias=True, through=through)
+    forward = ours(made, (), backend).outputs
+    torch.library.opcheck(
+        op._linear_logprob_backward,
+        (
+            *(made.upstream.get(name) for name in DIFFERENTIABLE),
+            made.hidden,
+            made.weight,
+            made.targets,
+            made.bias,
+            forward.lse,
+            forward.entropy,
+            None,
+            1.0,
+            None,
+            1.0,
+            *(name in needed for name in OPERANDS),
+            backend,
+        ),
+    )
+
+
+def test_opcheck_of_the_backward_of_a_frozen_head(backend):
+    made = problem("normal", T, H, V)
+    lse, unit = torch.randn(T), torch.randn(T, H)
+    torch.library.opcheck(
+        op._linear_logprob_backward,
+        (
+            made.upstream["logp"],
+            *(None, None),
+            made.hidden,
+            made.weight,
+            made.targets,
+            *(None, lse, None, unit),
+            *(1.0, None, 1.0),
+            *(True, False, False),
+            backend,
+        ),
+    )
+
+
+def same(results, expected):
+    for name, value in expected.outputs._asdict().items():
+        assert torch.equal(value, getattr(results.outputs, name)), name
+    for name, grad in expected.grads.items():
+        assert torch.equal(grad, results.grads[name]), name
+        assert grad.dtype == results.grads[name].dtype, name
+
+
+def through_logp(**arguments) -> TokenLogprobs:
+    """What a training step takes: a gradient through logp, numbers to log from the rest.
+
+    An output that a compiled function returns with a gradient gets one, zeros if need be, and then the gradient that the
+    forward has made for a frozen head does not do: the backward recomputes.
+    """
+    out = linear_logprob(**arguments)
+    return out._replace(lse=out.lse.detach(), entropy=out.entropy.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_compiled_is_eager(wanted, dtype, backend):
+    """One graph, forward and backward, and every bit of eager's numbers."""
+    made = problem("normal", T, H, V, dtype=dtype, bias=True, transform="all")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(through_logp, fullgraph=True, backend=counter)
+    same(ours(made, wanted, backend, call=compiled), ours(made, wanted, backend))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("wanted", WANTED, ids=str)
+def test_compiled_with_every_output(wanted, backend):
+    for through in (("logp",), DIFFERENTIABLE):
+        made = problem("normal", T, H, V, bias=True, through=through, transform="all")
+        compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+        check(made, ours(made, wanted, backend, call=compiled))
+
+
+def test_a_compiled_step_with_auto_and_a_loss():
+    """As a training step has it: backend chosen inside the graph, a projection before and a sum behind."""
+    made = problem("normal", T, H, V, ignored=0.2)
+    projection = torch.randn(H, H, requires_grad=True)
+
+    def step(projection):
+        out = linear_logprob(made.hidden @ projection, made.weight, made.targets)
+        return -(out.logp * made.upstream["logp"]).sum() / (made.targets >= 0).sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (step, compiled):
+        loss = call(projection)
+        results.append((loss.detach(), *torch.autograd.grad(loss, projection)))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def test_dynamic_shapes(backend):
+    """One graph serves every number of tokens."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(through_logp, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for tokens in (17, 5, 33, 64):
+        for wanted in (("hidden",), OPERANDS):
+            made = problem("normal", tokens, H, V, bias=True)
+            same(ours(made, wanted, backend, call=compiled), ours(made, wanted, backend))
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+
+
+def test_compiled_under_autocast(backend):
+    made = problem("normal", T, H, V, bias=True)
+
+    def call(**arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return through_logp(**arguments)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for wanted in (("hidden",), OPERANDS):
+        same(ours(made, wanted, backend, call=compiled), ours(made, wanted, backend, call=call))
+
+
+def test_a_temperature_that_changes(backend):
+    """The compiler turns a number that changes into a variable; each value is a compilation of its own all the same."""
+    compiled = torch.compile(linear_logprob, fullgraph=True, backend="aot_eager")
+    made = problem("normal", T, H, V)
+    for temperature in (1.0, 0.9, 0.8):
+        arguments = {"temperature": temperature, "backend": backend}
+        out = compiled(made.hidden, made.weight, made.targets, **arguments)
+        eager = linear_logprob(made.hidden, made.weight, made.targets, **arguments)
+        assert torch.equal(out.logp, eager.logp)
+
+
+def test_a_compiled_call_still_refuses(backend):
+    made = problem("normal", T, H, V)
+    compiled = torch.compile(linear_logprob, backend="aot_eager")
+    compiled(made.hidden, made.weight, made.targets, backend=backend)
+    with pytest.raises(ValueError, match=r"targets\[0\] is 150"):
+        compiled(made.hidden, made.weight, torch.full_like(made.targets, V), backend=backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", [("hidden",), OPERANDS], ids=str)
+def test_inductor(wanted, backend):
+    """The default compiler: what it does around the op changes no bit of these results."""
+    made = problem("normal", T, H, V, bias=True)
+    compiled = torch.compile(through_logp, fullgraph=True)
+    same(ours(made, wanted, backend, call=compiled), ours(made, wanted, backend))
+
+
+def test_fake_tensors(backend):
+    """Shapes, dtypes and devices of real outputs and gradients, without data."""
+    for dtype in DTYPES:
+        for wanted in WANTED:
+            made = problem("normal", T, H, V, dtype=dtype, bias=True)
+            real, x = ours(made, wanted, backend), leaves(made, wanted)
+            with FakeTensorMode() as mode:
+                x = {name: mode.from_tensor(leaf) for name, leaf in x.items()}
+                targets = mode.from_tensor(made.targets)
+                out = linear_logprob(**x, targets=targets, outputs=OUTPUTS, backend=backend)
+                if wanted:
+                    out.logp.sum().backward()
+            pairs = list(zip(out, real.outputs, strict=True))
+            pairs += [(x[name].grad, real.grads[name]) for name in wanted]
+            for fake, tensor in pairs:
+                assert (fake.shape, fake.dtype, fake.device) == (
+                    tensor.shape,
+                    tensor.dtype,
+                    tensor.device,
+                )
+                assert fake.stride() == tensor.stride()
+
+
+def test_fake_gradients_are_laid_out_as_real_ones(backend):
+    """Operands of odd strides: what the compiler plans for is what comes."""
+    made = problem("normal", T, H, V, bias=True)
+    for wanted in (("hidden",), OPERANDS):
+        x = leaves(made, wanted)
+        x["hidden"] = x["hidden"].detach().T.contiguous().T.requires_grad_("hidden" in wanted)
+        x["weight"] = x["weight"].detach().T.contiguous().T.requires_grad_("weight" in wanted)
+        for optional in (False, True):
+            arguments = (x["hidden"], x["weight"], made.targets, x["bias"], 1.0, None, 1.0)
+            wants = (optional, optional, optional, wanted == ("hidden",))
+            torch.library.opcheck(op._linear_logprob, (*arguments, *wants, backend))
+
+
+def test_an_exported_graph(backend):
+    class Head(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+        def forward(self, hidden, targets) -> TokenLogprobs:
+            return linear_logprob(hidden, self.weight, targets, backend=backend)
+
+    made = problem("normal", T, H, V)
+    head = Head(made.weight)
+    exported = torch.export.export(head, (made.hidden, made.targets)).module()
+    out = exported(made.hidden, made.targets)
+    assert torch.equal(out.logp, head(made.hidden, made.targets).logp)
