@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
   m.def(
       "linear_logprob_finish_unit(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor product, Tensor "
       "share, "
-      "Tensor slope, Tensor(a!) unit, str isa) -> ()");
+      "Tensor own, Tensor(a!) unit, str isa) -> ()");
   m.def(
       "linear_logprob_backward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float scale, "
       "float softcap, float temperature, Tensor coefficients, Tensor target_ids, bool through_entropy, Tensor(a!)? "

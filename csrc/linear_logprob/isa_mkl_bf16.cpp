@@ -76,8 +76,8 @@ struct MklPass {
     bf16* out = reinterpret_cast<bf16*>(hidden_packed);
     const int64_t N = layout.padded_tokens;
     for (int64_t i = N * worker / workers; i < N * (worker + 1) / workers; i++) {
-      if (i < in.T) __builtin_memcpy(out + i * in.H, rows[i], in.H * 2);
-      if (i >= in.T) __builtin_memset(out + i * in.H, 0, in.H * 2);
+      // filled up with the last token and not with 0, which times an infinite weight would be NaN
+      __builtin_memcpy(out + i * in.H, rows[i < in.T ? i : in.T - 1], in.H * 2);
     }
   }
 

@@ -121,10 +121,12 @@ struct Common {
       const int64_t first = panels.first_vector(p) * kLanes, width = panels.width(p) * kLanes;
       const int64_t count = in.T - first < width ? in.T - first : width;
       int32_t* out = reinterpret_cast<int32_t*>(hidden_packed) + first * K;
-      if (count < width) __builtin_memset(out, 0, width * K * 4);
       Rows<Element> rows = hidden_rows(in);
       rows.index += first;
       pack_rows<Dot>(rows, count, in.H, 1, width, out);
+      // The panel is filled up with its last token and not with 0, which times an infinite weight would be NaN
+      for (int64_t k = 0; k < K; k++)
+        for (int64_t i = count; i < width; i++) out[k * width + i] = out[k * width + count - 1];
     }
   }
 

@@ -93,7 +93,7 @@ struct ForwardPass : Common<Dot, Element> {
     vf tile_sum[N];
     for (int n = 0; n < N; n++) tile_sum[n] = splat(0.f);
     const bool capped = in.softcap != 0, product = call.out.product;
-    for (int64_t r = 0; r < count; r += kStep, p += p_stride) {
+    for (int64_t r = 0; r < count; r += kStep) {
       for (int n = 0; n < N; n++) {
         vf e[2] = {splat(0.f), splat(0.f)};
         for (int s = 0; s < kStep; s++) {
@@ -103,8 +103,16 @@ struct ForwardPass : Common<Dot, Element> {
           tile_sum[n] += e[s];
           if (capped && product) e[s] = e[s] * Base::slope_of(in, logit);
         }
-        if (product) Dot::put(p + n * kLanes * Dot::kUnitBytes, e[0], e[1]);
+        if (product) Dot::put(p + r / kStep * p_stride + n * kLanes * Dot::kUnitBytes, e[0], e[1]);
       }
+    }
+    // The target's own term stays out of the product: where p is near 1 it would cancel against W[y] after its
+    // rounding.
+    constexpr int64_t kElementBytes = Dot::kUnitBytes / kStep;
+    for (int64_t i = 0; i < valid && product; i++) {
+      const int64_t y = in.targets[token + i] - v;
+      if (y >= 0 && y < count)
+        __builtin_memset(p + y / kStep * p_stride + i * Dot::kUnitBytes + y % kStep * kElementBytes, 0, kElementBytes);
     }
     for (int n = 0; n < N; n++) {
       float* to = sum + n * kLanes;
@@ -156,14 +164,14 @@ struct ForwardPass : Common<Dot, Element> {
     }
   }
 
-  // unit = slope W[y] - sum over splits of share * product, subtracted in fp32 and rounded once
+  // unit = slope (1 - p[y]) W[y] - sum over splits of share * product, subtracted in fp32 and rounded once
   static void finish_unit(const FinishUnit& call, int64_t worker, int64_t workers) {
     const Operands& in = call.in;
     for (int64_t i = in.T * worker / workers; i < in.T * (worker + 1) / workers; i++) {
       const Element* target = Base::weight_rows(in, in.targets[i])[0];
       Element* out = static_cast<Element*>(call.unit) + in.rows[i] * in.H;
       for (int64_t h = 0; h < in.H; h++) {
-        float value = call.slope[i] * to_float(target[h]);
+        float value = call.own[i] * to_float(target[h]);
         for (int64_t s = 0; s < call.splits; s++)
           value -= call.share[s * in.T + i] * call.product[(s * in.T + i) * call.layout.padded_hidden + h];
         from_float(value, out + h);

@@ -203,7 +203,7 @@ void linear_logprob_forward(const Tensor& hidden, const Tensor& rows, const Tens
 }
 
 void linear_logprob_finish_unit(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const Tensor& targets,
-                                const Tensor& product, const Tensor& share, const Tensor& slope, const Tensor& unit,
+                                const Tensor& product, const Tensor& share, const Tensor& own, const Tensor& unit,
                                 std::string isa) {
   const Kernels& kernels = kernels_of(isa, hidden);
   FinishUnit call{};
@@ -212,7 +212,7 @@ void linear_logprob_finish_unit(const Tensor& hidden, const Tensor& rows, const 
   call.splits = product.size(0);
   call.product = pointer<const float>(product);
   call.share = pointer<const float>(share);
-  call.slope = pointer<const float>(slope);
+  call.own = pointer<const float>(own);
   call.unit = unit.data_ptr();
   each_worker(torch::stable::get_num_threads(), [&](int64_t w, int64_t n) { kernels.finish_unit(call, w, n); });
 }

@@ -26,7 +26,7 @@ void linear_logprob_forward(const torch::stable::Tensor& hidden, const torch::st
 void linear_logprob_finish_unit(const torch::stable::Tensor& hidden, const torch::stable::Tensor& rows,
                                 const torch::stable::Tensor& weight, const torch::stable::Tensor& targets,
                                 const torch::stable::Tensor& product, const torch::stable::Tensor& share,
-                                const torch::stable::Tensor& slope, const torch::stable::Tensor& unit, std::string isa);
+                                const torch::stable::Tensor& own, const torch::stable::Tensor& unit, std::string isa);
 
 void linear_logprob_backward(const torch::stable::Tensor& hidden, const torch::stable::Tensor& rows,
                              const torch::stable::Tensor& weight, const torch::stable::Tensor& targets,

@@ -36,7 +36,7 @@ struct Layout {
 // sum = sum exp(z - m), spread = sum exp(z - m) (z - m), total = sum z, target = z at the target (0 in other splits).
 struct Partials {
   float *max, *sum, *spread, *total, *target;
-  float* product;  // (splits, T, padded_hidden): sum exp(z - m) slope W, or null when no unit gradient is wanted
+  float* product;  // (splits, T, padded_hidden): sum exp(z - m) slope W without the target's term, or null
 };
 
 struct Forward {
@@ -54,7 +54,7 @@ struct FinishUnit {
   Layout layout;
   const float* product;  // (splits, T, padded_hidden)
   const float* share;    // (splits, T): exp(m - lse) / temperature * scale
-  const float* slope;    // (T,): d z / d raw at the target
+  const float* own;      // (T,): (1 - p) d z / d raw at the target
   int64_t splits;
   void* unit;  // (T, H), contiguous
 };

@@ -92,7 +92,7 @@ class _Call:
         self.hidden = _unit_stride(hidden)
         self.weight = _unit_stride(weight)
         if self.weight.stride(0) < weight.shape[1]:  # rows that overlap, such as an expanded one
-            self.weight = self.weight.contiguous()
+            self.weight = self.weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if bias is None else bias.float().contiguous()
         self.transform = transform
         self.isa = instruction_set()
@@ -142,14 +142,12 @@ class _Call:
             values["is_top1"] = (z_target >= top).float()
         if unit is not None:
             factor = self.transform.scale / self.transform.temperature
-            slope = (
-                torch.as_tensor(self.transform.slope_at(z_target)).expand(N).float().contiguous()
-            )
+            own = self.transform.slope_at(z_target) * -torch.expm1(values["logp"])  # (N,)
             torch.ops.prefopt_kernels_cpu.linear_logprob_finish_unit(
                 *self.operands,
                 product,
                 (largest - values["lse"]).exp() * factor,
-                slope,
+                own,
                 unit,
                 self.isa,
             )
@@ -169,6 +167,7 @@ class _Call:
             need["hidden"]
         )
         coefficients = torch.zeros(5, padded_tokens)
+        coefficients[0] = torch.finfo(torch.float32).max  # lse of the padding: its p is 0
         for row, values in enumerate((lse, None, dlogp, dentropy, entropy)):
             if values is not None:
                 coefficients[row, :N] = values[self.rows]
@@ -213,4 +212,5 @@ class _Call:
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    # not contiguous(): torch calls a matrix of one column contiguous whatever its strides
+    return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,5 @@
 """What a call of linear_logprob must look like; each refusal names the argument, what was got and what is expected."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,10 @@ from torch import Tensor
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST, SMALLEST = (
+    torch.finfo(torch.float32).max,
+    2.0**-149,
+)  # of fp32; below the second it rounds to 0
 
 
 def check_call(
@@ -89,10 +92,10 @@ def _check_tensor(name: str, value: Tensor, shape: str, dims: int) -> None:
 def _check_number(name: str, value: float, *, positive: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(
-            f"{name} is {value}; expected a finite number{' above 0' if positive else ''}"
-        )
+    # as fp32, in which the logits are computed; a comparison with NaN is false
+    if not (SMALLEST if positive else -LARGEST) <= value <= LARGEST:
+        above = " above 0" if positive else ""
+        raise ValueError(f"{name} is {value}; expected a finite number{above} that fits fp32")
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -83,8 +83,9 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([3, -100])).logp.exp()
         tensor([0.2500, 1.0000])
     """
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (_autocast(operand, dtype) for operand in (hidden, weight, bias))
     check_call(hidden, weight, targets, bias, logit_scale, softcap, temperature, outputs)
     frozen_head = not (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -160,7 +161,8 @@ def _linear_logprob(
         check_targets(targets, weight.shape[0])
     want = {"entropy": want_entropy, "mean_logit": want_mean_logit, "is_top1": want_is_top1}
     transform = Transform(logit_scale, softcap, temperature)
-    out = BACKENDS[backend].forward(hidden, weight, targets, bias, transform, want, want_unit)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
+        out = BACKENDS[backend].forward(hidden, weight, targets, bias, transform, want, want_unit)
     none = hidden.new_empty(0, dtype=torch.float32)
     return (
         out["logp"],
@@ -217,7 +219,7 @@ def _setup_context(ctx, inputs, output):
     ) = inputs
     _logp, lse, entropy, mean_logit, is_top1, unit = output
     ctx.transform = transform
-    ctx.mark_non_differentiable(mean_logit, is_top1, unit)
+    ctx.mark_non_differentiable(mean_logit, is_top1, unit, *(() if want_entropy else (entropy,)))
     ctx.set_materialize_grads(False)  # None says which of logp, lse and entropy the caller left out
     entropy, unit = entropy if want_entropy else None, unit if want_unit else None
     ctx.save_for_backward(hidden, weight, targets, bias, lse, entropy, unit)  # O(T H), never (T, V)
@@ -262,9 +264,12 @@ def _linear_logprob_backward(
     if unit is not None and dlse is None and dentropy is None:
         return (dlogp[:, None] * unit).to(unit.dtype), weight.new_empty(0), weight.new_empty(0)
     need = {"hidden": need_hidden, "weight": need_weight, "bias": need_bias}
-    grads = BACKENDS[backend].backward(
-        dlogp, dlse, dentropy, hidden, weight, targets, bias, lse, entropy, transform, need
-    )
+    with torch.autocast(
+        hidden.device.type, enabled=False
+    ):  # on where the backward runs inside the region
+        grads = BACKENDS[backend].backward(
+            dlogp, dlse, dentropy, hidden, weight, targets, bias, lse, entropy, transform, need
+        )
     return tuple(grads[name] if needed else weight.new_empty(0) for name, needed in need.items())
 
 
