@@ -28,7 +28,7 @@ PREFOPT_INLINE void multiply_tile(int64_t K, const char* a, int64_t am, int64_t 
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) sum[m][n] = accumulate ? load(c + m * cm + n * kLanes) : splat(0.f);
+    for (int n = 0; n < N; n++) sum[m][n] = splat(0.f);
   for (int64_t k = 0; k < K; k++) {
     vf column[N];
 #pragma GCC unroll 4
@@ -47,7 +47,10 @@ PREFOPT_INLINE void multiply_tile(int64_t K, const char* a, int64_t am, int64_t 
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; n++) store(c + m * cm + n * kLanes, sum[m][n]);
+    for (int n = 0; n < N; n++) {
+      float* to = c + m * cm + n * kLanes;
+      store(to, accumulate ? load(to) + sum[m][n] : sum[m][n]);
+    }
 }
 
 // Any number of rows: tiles of M, and the rest in tiles of 4, 2 and 1.

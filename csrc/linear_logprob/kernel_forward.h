@@ -115,8 +115,13 @@ struct ForwardPass : Common<Dot, Element> {
         __builtin_memset(p + y / kStep * p_stride + i * Dot::kUnitBytes + y % kStep * kElementBytes, 0, kElementBytes);
     }
     for (int n = 0; n < N; n++) {
-      float* to = sum + n * kLanes;
-      store(to, first_tile ? tile_sum[n] : load(to) * moved[n] + tile_sum[n]);
+      float *to = sum + n * kLanes, *low = call.out.low + at + n * kLanes;
+      const vf older = first_tile ? splat(0.f) : load(to) * moved[n], newer = older + tile_sum[n];
+      // where p is near 1, hundreds of tiles add less than 1e-7 of the sum each: their rounding errors are kept
+      // (Knuth's two-sum)
+      const vf added = newer - older, lost = (older - (newer - added)) + (tile_sum[n] - added);
+      store(to, newer);
+      store(low, first_tile ? lost : load(low) * moved[n] + lost);
       store(max + n * kLanes, top[n]);
     }
   }

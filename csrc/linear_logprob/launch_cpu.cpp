@@ -183,12 +183,17 @@ void linear_logprob_forward(const Tensor& hidden, const Tensor& rows, const Tens
   call.in = operands(hidden, rows, weight, targets, bias, scale, softcap, temperature);
   kernels.layout(call.in, &call.layout);
   const int64_t rows_out = splits * call.layout.padded_tokens;
-  STD_TORCH_CHECK(partials.numel() == 5 * rows_out, "partials has the wrong size");
+  STD_TORCH_CHECK(partials.numel() == 6 * rows_out, "partials has the wrong size");
   STD_TORCH_CHECK(!product || product->numel() == splits * call.in.T * call.layout.padded_hidden,
                   "product has the wrong size");
   float* sums = pointer<float>(partials);
-  call.out = {
-      sums, sums + rows_out, sums + 2 * rows_out, sums + 3 * rows_out, sums + 4 * rows_out, pointer<float>(product)};
+  call.out = {sums,
+              sums + rows_out,
+              sums + 2 * rows_out,
+              sums + 3 * rows_out,
+              sums + 4 * rows_out,
+              sums + 5 * rows_out,
+              pointer<float>(product)};
   call.splits = splits;
   call.groups = groups;
   call.want_spread = want_spread;

@@ -33,9 +33,10 @@ struct Layout {
 };
 
 // Running sums of a row over the vocabulary, each (splits, padded_tokens): with m the maximum,
-// sum = sum exp(z - m), spread = sum exp(z - m) (z - m), total = sum z, target = z at the target (0 in other splits).
+// sum + low = sum exp(z - m), low being what the running sum lost to rounding, spread = sum exp(z - m) (z - m), total =
+// sum z, target = z at the target (0 in other splits).
 struct Partials {
-  float *max, *sum, *spread, *total, *target;
+  float *max, *sum, *low, *spread, *total, *target;
   float* product;  // (splits, T, padded_hidden): sum exp(z - m) slope W without the target's term, or null
 };
 

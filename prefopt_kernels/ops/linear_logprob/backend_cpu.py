@@ -111,7 +111,7 @@ class _Call:
         padded_tokens, padded_hidden, splits, groups, workspace_bytes, *_backward = self.plan(
             unit is not None
         )
-        partials = self._empty(5, splits, padded_tokens)
+        partials = self._empty(6, splits, padded_tokens)
         product = None if unit is None else self._empty(splits, N, padded_hidden)
         torch.ops.prefopt_kernels_cpu.linear_logprob_forward(
             *self.operands,
@@ -126,12 +126,13 @@ class _Call:
             groups,
             self.isa,
         )
-        largest, total, spread, logits, target = partials[:, :, :N]  # each (splits, N)
+        # each (splits, N); fp64 costs nothing at this size and keeps log(1 + 1e-6) exact
+        largest, total, low, spread, logits, target = partials[:, :, :N].double()
+        total = total + low
         top = largest.amax(0)  # (N,)
         share = (largest - top).exp()  # (splits, N)
         log_sum = (share * total).sum(0).log()  # (N,), 0 or more
         z_target = target.sum(0)
-        # top and lse cancel to the last bit where the target is the top and alone
         values = {"logp": (z_target - top) - log_sum, "lse": top + log_sum}
         if want["entropy"]:  # lse - E[z]
             shifted = share * (spread + (largest - top) * total)
@@ -139,19 +140,20 @@ class _Call:
         if want["mean_logit"]:
             values["mean_logit"] = logits.sum(0) / V
         if want["is_top1"]:
-            values["is_top1"] = (z_target >= top).float()
+            values["is_top1"] = z_target >= top
         if unit is not None:
             factor = self.transform.scale / self.transform.temperature
+            share = (largest - values["lse"]).exp() * factor
             own = self.transform.slope_at(z_target) * -torch.expm1(values["logp"])  # (N,)
             torch.ops.prefopt_kernels_cpu.linear_logprob_finish_unit(
                 *self.operands,
                 product,
-                (largest - values["lse"]).exp() * factor,
-                own,
+                share.float(),
+                own.float(),
                 unit,
                 self.isa,
             )
-        return values
+        return {name: value.float() for name, value in values.items()}
 
     def backward(
         self,
