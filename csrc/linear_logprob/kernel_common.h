@@ -17,9 +17,8 @@ constexpr int kTokenVectors = 3, kVocabularyRows = 8, kHiddenVectors = 4, kToken
 constexpr int kTokenVectors = 3, kVocabularyRows = 4, kHiddenVectors = 2, kTokenRows = 6;  // 16 registers
 #endif
 constexpr int kGroup = kHiddenVectors * kLanes;  // columns of H that are packed side by side
-constexpr int64_t kTileRows =
-    128;  // of the vocabulary: a bf16 tile of H 1,024 and its packed copy are half of a 1 MiB L2
-128;      // of H in one running sum: a single one over H 1,024 is off by 4e-5 at a logit of 22
+// rows of the vocabulary: a bf16 tile of H 1,024 and its packed copy fill half of a 1 MiB second-level cache
+constexpr int64_t kTileRows = 128;
 constexpr int64_t kHeadRows = 256;  // rows of the head's gradient that are summed at a time
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
