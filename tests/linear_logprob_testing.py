@@ -148,10 +148,11 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
     }
     below = top - target
     clear = (below == 0) | (below > 4 * torch.finfo(torch.float32).eps * logits.amax(1))
-    # onehot - p cancels where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p; the slope of the
-    # softcap is at most 1, and is rounded as a difference from 1.
-    onehot = (problem.upstream.get("logp", torch.zeros(1)).abs() * counts)[:, None] * p
-    dz = (dz.abs() + onehot) * (1 + z.abs()) * factor
+    # onehot - p and log p + entropy cancel where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p;
+    # the slope of the softcap is at most 1, and is rounded as a difference from 1.
+    none = torch.zeros(())
+    weights = sum(problem.upstream.get(name, none).abs() for name in ("logp", "entropy")) * counts
+    dz = (dz.abs() + weights[:, None] * p) * (1 + z.abs()) * factor
     grads = {"hidden": dz @ size["weight"], "weight": dz.T @ size["hidden"], "bias": dz.sum(0)}
     outputs = {name: torch.where(counts, value, 0) for name, value in outputs.items()}
     return outputs | grads | {"is_top1": clear}

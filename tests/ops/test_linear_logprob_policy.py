@@ -9,6 +9,7 @@ from linear_logprob_testing import (
     DIFFERENTIABLE,
     DTYPES,
     Results,
+    backends,
     baseline,
     check,
     exact,
@@ -16,6 +17,7 @@ from linear_logprob_testing import (
     problem,
 )
 from numerics import FAMILIES, assert_as_good_as_torch
+from prefopt_kernels.ops import _extension, _sources
 
 T, H, V, TILE = 40, 65, 3001, 128
 
@@ -239,3 +241,11 @@ def test_gradients_of_the_truth_agree_with_finite_differences(through):
 def test_memory_comes_poisoned():
     """A row that nobody wrote is seen as NaN, in every test of this folder."""
     assert torch.empty(64).isnan().all()
+
+
+def test_the_kernels_are_among_what_is_tested():
+    """Where they can be built, a build that fails is a failure, and not a shorter list of backends."""
+    asked_away = _sources.build_choice() == "none"
+    if not asked_away and _sources.why_not_compile() is None:
+        assert _extension.why_not() is None
+        assert "cpu/generic" in backends()
