@@ -19,6 +19,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
         (17, 65, 130),  # too small a vocabulary: the tokens are divided
         (2, 3, 5),  # more threads than anything to do
         (150, 40, 1100),
+        (1100, 16, 700),  # the tokens in groups as well
     ],
 )
 @dtypes
@@ -31,6 +32,14 @@ def test_any_number_of_threads(dtype, T, H, V, count, backend, threads):
         results = [ours(made, wanted, backend) for made in problems]
         threads(1)  # the truth needs no more, and waits for nobody on a busy machine
         check(problems, results)
+
+
+@pytest.mark.slow
+def test_sums_of_the_unit_gradient_too_large_to_split(backend, threads):
+    """Above 32 MiB of them a split of the vocabulary would cost too much memory: the tokens are divided."""
+    made = problem("normal", 2060, 4096, 270, dtype=torch.bfloat16)
+    threads(2)
+    check(made, ours(made, ("hidden",), backend))
 
 
 @pytest.mark.parametrize("count", [2, 3])
