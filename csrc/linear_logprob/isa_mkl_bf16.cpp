@@ -53,7 +53,6 @@ struct MklPass {
   using B = BackwardPass<RowMajor, bf16>;
 
   static void layout(const Operands& in, Layout* out) {
-    out->lanes = kLanes;
     out->panels = divide_up(in.T, kPanel);
     out->padded_tokens = divide_up(in.T, kLanes) * kLanes;
     out->padded_hidden = divide_up(in.H, kLanes) * kLanes;

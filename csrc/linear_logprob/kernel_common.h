@@ -101,7 +101,6 @@ struct Common {
 
   static void layout(const Operands& in, Layout* out) {
     const Panels panels(in.T);
-    out->lanes = kLanes;
     out->panels = panels.count;
     out->packs_pairs = kStep == 2;
     out->padded_tokens = panels.vectors * kLanes;

@@ -22,7 +22,7 @@ struct Operands {
 // Sizes that follow from an instruction set's tiles. padded_tokens and padded_hidden are the leading dimensions of
 // buffers.
 struct Layout {
-  int64_t lanes, panels, padded_tokens, padded_hidden;
+  int64_t panels, padded_tokens, padded_hidden;
   int64_t hidden_bytes;    // all of hidden, packed as the second operand of the logits
   int64_t tokens_bytes;    // all of hidden, packed as the second operand of the head's gradient
   int64_t tile_rows;       // vocabulary rows of a tile
