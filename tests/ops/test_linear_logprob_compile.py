@@ -20,6 +20,8 @@ from prefopt_kernels.ops.linear_logprob import op
 from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
 
 T, H, V = 17, 34, 150
+LOW = (None, None)  # no adapter on the head
+FILTERS = (0.0, 0.0)
 WANTED = [(), ("hidden",), ("weight",), OPERANDS]
 
 
@@ -43,11 +45,14 @@ def test_opcheck_of_the_forward(wanted, dtype, backend):
     x = leaves(made, wanted)
     unit = wanted == ("hidden",)
     for optional in (False, True):
-        arguments = (x["hidden"], x["weight"], made.targets, x["bias"], 1.2, 7.5, 0.6)
-        wants = (optional, optional, optional, unit)
-        torch.library.opcheck(op._linear_logprob, (*arguments, *wants, backend))
-    plain = (x["hidden"], x["weight"], made.targets, None, 1.0, None, 1.0)
-    torch.library.opcheck(op._linear_logprob, (*plain, False, False, False, unit, backend))
+        arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
+        wants = (optional, optional, optional, unit, False)
+        torch.library.opcheck(
+            op._linear_logprob, (*arguments, *LOW, 1.2, 7.5, 0.6, *wants, *FILTERS, backend)
+        )
+    plain = (x["hidden"], x["weight"], made.targets, None, *LOW, 1.0, None, 1.0)
+    wants = (False, False, False, unit, False)
+    torch.library.opcheck(op._linear_logprob, (*plain, *wants, *FILTERS, backend))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -64,13 +69,15 @@ def test_opcheck_of_the_backward(needed, through, dtype, backend):
             made.weight,
             made.targets,
             made.bias,
+            *LOW,
             forward.lse,
             forward.entropy,
             None,
-            1.0,
             None,
-            1.0,
+            *(1.0, None, 1.0),
+            *FILTERS,
             *(name in needed for name in OPERANDS),
+            *(False, False),
             backend,
         ),
     )
@@ -87,9 +94,10 @@ def test_opcheck_of_the_backward_of_a_frozen_head(backend):
             made.hidden,
             made.weight,
             made.targets,
-            *(None, lse, None, unit),
+            *(None, *LOW, lse, None, unit, None),
             *(1.0, None, 1.0),
-            *(True, False, False),
+            *FILTERS,
+            *(True, False, False, False, False),
             backend,
         ),
     )
@@ -233,9 +241,11 @@ def test_fake_gradients_are_laid_out_as_real_ones(backend):
         x["hidden"] = x["hidden"].detach().T.contiguous().T.requires_grad_("hidden" in wanted)
         x["weight"] = x["weight"].detach().T.contiguous().T.requires_grad_("weight" in wanted)
         for optional in (False, True):
-            arguments = (x["hidden"], x["weight"], made.targets, x["bias"], 1.0, None, 1.0)
-            wants = (optional, optional, optional, wanted == ("hidden",))
-            torch.library.opcheck(op._linear_logprob, (*arguments, *wants, backend))
+            arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
+            wants = (optional, optional, optional, wanted == ("hidden",), False)
+            torch.library.opcheck(
+                op._linear_logprob, (*arguments, *LOW, 1.0, None, 1.0, *wants, *FILTERS, backend)
+            )
 
 
 def test_an_exported_graph(backend):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from prefopt_kernels.ops import _extension
+from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 
 
@@ -31,62 +32,40 @@ def instruction_set() -> str:
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    transform: Transform,
-    want: dict[str, bool],
-    unit_gradient: bool,
+    operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float
 ) -> dict[str, Tensor]:
-    T = hidden.shape[0]
-    names = ["logp", "lse", *(name for name, wanted in want.items() if wanted)]
-    out = {name: hidden.new_zeros(T, dtype=torch.float32) for name in names}
-    if unit_gradient:
+    """Every wanted output; nothing is filtered here."""
+    hidden, T = operands.hidden, operands.hidden.shape[0]
+    out = {name: hidden.new_zeros(T, dtype=torch.float32) for name in want}
+    if "unit" in want:
         out["unit"] = hidden.new_zeros(hidden.shape)
-    rows = (targets >= 0).nonzero().squeeze(-1)  # (N,)
+    rows = (operands.targets >= 0).nonzero().squeeze(-1)  # (N,)
     if rows.numel():
-        call = _Call(hidden, weight, targets, bias, transform, rows)
+        call = _Call(operands, transform, rows)
         for name, values in call.forward(want, out.get("unit")).items():
             out[name][rows] = values
-    if want["is_top1"]:
+    if "is_top1" in want:
         out["is_top1"] = out["is_top1"].bool()
     return out
 
 
 def backward(
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    transform: Transform,
-    need: dict[str, bool],
+    operands: Operands, upstream: Upstream, saved: Saved, transform: Transform, need: frozenset[str]
 ) -> dict[str, Tensor]:
-    rows = (targets >= 0).nonzero().squeeze(-1)  # (N,)
+    rows = (operands.targets >= 0).nonzero().squeeze(-1)  # (N,)
     if not rows.numel():
-        operands = {"hidden": hidden, "weight": weight, "bias": bias}
-        return {name: operands[name].new_zeros(operands[name].shape) for name in need if need[name]}
-    call = _Call(hidden, weight, targets, bias, transform, rows)
-    return call.backward(dlogp, dlse, dentropy, lse, entropy, need)
+        named = operands._asdict()
+        return {name: named[name].new_zeros(named[name].shape) for name in need}
+    return _Call(operands, transform, rows).backward(upstream, saved, need)
 
 
 class _Call:
     """The operands of one call as the kernels take them: N rows that count, rows of unit stride, fp32 bias."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        bias: Tensor | None,
-        transform: Transform,
-        rows: Tensor,
-    ):
+    def __init__(self, operands: Operands, transform: Transform, rows: Tensor):
+        hidden, weight, targets, bias, low_hidden, _low_weight = operands
+        if low_hidden is not None:
+            raise NotImplementedError("lora is not implemented by the cpu backend")
         self.rows = rows  # (N,)
         self.targets = targets[rows].long()  # (N,)
         self.hidden = _unit_stride(hidden)
@@ -105,7 +84,7 @@ class _Call:
             self.hidden, self.weight, N, product, self.isa
         )
 
-    def forward(self, want: dict[str, bool], unit: Tensor | None) -> dict[str, Tensor]:
+    def forward(self, want: frozenset[str], unit: Tensor | None) -> dict[str, Tensor]:
         """Each output for the N rows; fills ``unit`` in place."""
         N, V = self.rows.numel(), self.weight.shape[0]
         padded_tokens, padded_hidden, splits, groups, workspace_bytes, *_backward = self.plan(
@@ -117,8 +96,8 @@ class _Call:
             *self.operands,
             self.bias,
             *self.transform_numbers,
-            want["entropy"],
-            want["mean_logit"],
+            "entropy" in want,
+            "mean_logit" in want,
             partials,
             product,
             torch.empty(workspace_bytes, dtype=torch.uint8),
@@ -134,12 +113,12 @@ class _Call:
         log_sum = (share * total).sum(0).log()  # (N,), 0 or more
         z_target = target.sum(0)
         values = {"logp": (z_target - top) - log_sum, "lse": top + log_sum}
-        if want["entropy"]:  # lse - E[z]
+        if "entropy" in want:  # lse - E[z]
             shifted = share * (spread + (largest - top) * total)
             values["entropy"] = log_sum - shifted.sum(0) * (-log_sum).exp()
-        if want["mean_logit"]:
+        if "mean_logit" in want:
             values["mean_logit"] = logits.sum(0) / V
-        if want["is_top1"]:
+        if "is_top1" in want:
             values["is_top1"] = z_target >= top
         if unit is not None:
             factor = self.transform.scale / self.transform.temperature
@@ -155,22 +134,15 @@ class _Call:
             )
         return {name: value.float() for name, value in values.items()}
 
-    def backward(
-        self,
-        dlogp: Tensor | None,
-        dlse: Tensor | None,
-        dentropy: Tensor | None,
-        lse: Tensor,
-        entropy: Tensor | None,
-        need: dict[str, bool],
-    ) -> dict[str, Tensor]:
+    def backward(self, upstream: Upstream, saved: Saved, need: frozenset[str]) -> dict[str, Tensor]:
+        dlogp, dlse, dentropy = upstream
         N, (V, H), dtype = self.rows.numel(), self.weight.shape, self.weight.dtype
         padded_tokens, padded_hidden, *_forward, parts, chunk, workspace_bytes = self.plan(
-            need["hidden"]
+            "hidden" in need
         )
         coefficients = torch.zeros(5, padded_tokens)
         coefficients[0] = torch.finfo(torch.float32).max  # lse of the padding: its p is 0
-        for row, values in enumerate((lse, None, dlogp, dentropy, entropy)):
+        for row, values in enumerate((saved.lse, None, dlogp, dentropy, saved.entropy)):
             if values is not None:
                 coefficients[row, :N] = values[self.rows]
         coefficients[1] = -coefficients[2]
@@ -178,11 +150,11 @@ class _Call:
             coefficients[1, :N] += dlse[self.rows]
         target_ids = torch.full((padded_tokens,), -1, dtype=torch.int32)
         target_ids[:N] = self.targets
-        dhidden = self._empty(parts, N, padded_hidden) if need["hidden"] else None
+        dhidden = self._empty(parts, N, padded_hidden) if "hidden" in need else None
         grads = {}
-        if need["weight"]:
+        if "weight" in need:
             grads["weight"] = torch.empty(V, H, dtype=dtype)
-        if need["bias"]:
+        if "bias" in need:
             grads["bias"] = self._empty(V)
         torch.ops.prefopt_kernels_cpu.linear_logprob_backward(
             *self.operands,
@@ -199,12 +171,12 @@ class _Call:
             chunk,
             self.isa,
         )
-        if need["hidden"]:
+        if "hidden" in need:
             grads["hidden"] = self.hidden.new_zeros(self.hidden.shape)
             for part in dhidden[1:]:
                 dhidden[0] += part
             grads["hidden"][self.rows] = dhidden[0, :, :H].to(dtype)
-        if need["bias"]:
+        if "bias" in need:
             grads["bias"] = grads["bias"].to(dtype)
         return grads
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform, logit_gradient
 
 CHUNK_BYTES = 64 * 2**20  # one fp32 (tokens, V) tensor of a chunk; a few of them live at a time
@@ -13,88 +14,76 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 
 def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    transform: Transform,
-    want: dict[str, bool],
-    unit_gradient: bool,
+    operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float
 ) -> dict[str, Tensor]:
-    """Fill ``logp``, ``lse``, the wanted outputs and, if asked, ``unit`` = d logp / d hidden, row by row."""
+    """Fill every wanted output row by row, ``unit`` = d logp / d hidden among them; nothing is filtered here."""
+    hidden, weight, targets, *_ = operands
     T, H = hidden.shape
-    out = {
-        name: hidden.new_zeros(T, dtype=torch.float32)
-        for name in ("logp", "lse", *want)
-        if want.get(name, True)
-    }
-    if want["is_top1"]:
+    out = {name: hidden.new_zeros(T, dtype=torch.float32) for name in want}
+    if "is_top1" in want:
         out["is_top1"] = out["is_top1"].bool()
-    if unit_gradient:
+    if "unit" in want:
         out["unit"] = hidden.new_zeros(T, H)
-    weight = weight.float()  # (V, H)
+    operands = operands._replace(weight=weight.float())
     for rows in _chunks(targets, weight.shape[0]):
         target = targets[rows, None].long()  # (C, 1)
-        z, slope = transform.apply(_raw_logits(hidden[rows], weight, bias))  # (C, V)
+        z, slope = transform.apply(_raw_logits(operands, rows))  # (C, V)
         lse = z.logsumexp(-1)
         z_target = z.gather(-1, target).squeeze(-1)
         out["lse"][rows] = lse
         out["logp"][rows] = z_target - lse
-        if want["mean_logit"]:
+        if "mean_logit" in want:
             out["mean_logit"][rows] = z.mean(-1)
-        if want["is_top1"]:
+        if "is_top1" in want:
             out["is_top1"][rows] = z_target >= z.amax(-1)
         log_p = z - lse[:, None]
-        if want["entropy"]:
+        if "entropy" in want:
             out["entropy"][rows] = torch.special.entr(log_p.exp()).sum(-1)  # 0 where p is 0
-        if unit_gradient:
+        if "unit" in want:
             dz = -log_p.exp()
             dz.scatter_add_(-1, target, torch.ones_like(z_target)[:, None])
-            out["unit"][rows] = ((dz * slope) @ weight).to(hidden.dtype)
+            out["unit"][rows] = ((dz * slope) @ operands.weight).to(hidden.dtype)
     return out
 
 
 def backward(
-    dlogp: Tensor | None,
-    dlse: Tensor | None,
-    dentropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
-    transform: Transform,
-    need: dict[str, bool],
+    operands: Operands, upstream: Upstream, saved: Saved, transform: Transform, need: frozenset[str]
 ) -> dict[str, Tensor]:
-    """Gradients of ``sum(dlogp * logp + dlse * lse + dentropy * entropy)`` for the wanted operands; fp32 sums."""
+    """Gradients of ``sum(dlogp * logp + dlse * lse + dentropy * entropy)`` for the needed operands; fp32 sums."""
     grads = {
         name: torch.zeros_like(operand, dtype=torch.float32, memory_format=torch.contiguous_format)
-        for name, operand in (("hidden", hidden), ("weight", weight), ("bias", bias))
-        if need[name]
+        for name, operand in operands._asdict().items()
+        if name in need
     }
-    dtype, weight = weight.dtype, weight.float()
-    for rows in _chunks(targets, weight.shape[0]):
-        z, slope = transform.apply(_raw_logits(hidden[rows], weight, bias))  # (C, V)
+    wide = operands._replace(weight=operands.weight.float())
+    for rows in _chunks(operands.targets, operands.weight.shape[0]):
+        z, slope = transform.apply(_raw_logits(wide, rows))  # (C, V)
         dz = logit_gradient(
             z,
-            targets[rows].long(),
-            lse[rows],
-            *(None if grad is None else grad[rows] for grad in (dlogp, dlse, dentropy, entropy)),
+            operands.targets[rows].long(),
+            saved.lse[rows],
+            *(None if value is None else value[rows] for value in (*upstream, saved.entropy)),
         )
         dz *= slope
-        if need["hidden"]:
-            grads["hidden"][rows] = dz @ weight
-        if need["weight"]:
-            grads["weight"] += dz.T @ hidden[rows].float()
-        if need["bias"]:
+        if "hidden" in need:
+            grads["hidden"][rows] = dz @ wide.weight
+        if "weight" in need:
+            grads["weight"] += dz.T @ operands.hidden[rows].float()
+        if "bias" in need:
             grads["bias"] += dz.sum(0)
-    return {name: grad.to(dtype) for name, grad in grads.items()}
+        if "low_hidden" in need:
+            grads["low_hidden"][rows] = dz @ operands.low_weight.float()
+        if "low_weight" in need:
+            grads["low_weight"] += dz.T @ operands.low_hidden[rows]
+    return {name: grad.to(getattr(operands, name).dtype) for name, grad in grads.items()}
 
 
-def _raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    raw = hidden.float() @ weight.T  # (C, V)
-    return raw if bias is None else raw + bias.float()
+def _raw_logits(operands: Operands, rows: Tensor) -> Tensor:
+    """(C, V) fp32; ``operands.weight`` comes in fp32."""
+    raw = operands.hidden[rows].float() @ operands.weight.T
+    if operands.low_hidden is not None:
+        raw += operands.low_hidden[rows] @ operands.low_weight.float().T
+    return raw if operands.bias is None else raw + operands.bias.float()
 
 
 def _chunks(targets: Tensor, vocabulary: int) -> tuple[Tensor, ...]:

@@ -70,6 +70,54 @@ def check_call(
         raise ValueError(f"outputs is {outputs!r}; expected a sequence of names out of {OUTPUTS}")
 
 
+def check_filters(grad_filter: float, head_grad_filter: float) -> None:
+    """Raise unless both are probabilities below 1."""
+    for name, value in (("grad_filter", grad_filter), ("head_grad_filter", head_grad_filter)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; expected a probability in [0, 1), 0 to skip none")
+
+
+def check_lora(
+    lora: tuple[Tensor, Tensor, float] | None, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """A, B and the factor of a low-rank adapter on the head, or Nones; raise unless they fit the operands."""
+    if lora is None:
+        return None, None, 1.0
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError(f"lora is {_brief(lora)}; expected (A, B, scale) or None")
+    A, B, scale = lora
+    _check_number("lora[2], the scale,", scale, positive=False)
+    for name, tensor, shape in (("A", A, "(R, H)"), ("B", B, "(V, R)")):
+        name = f"lora's {name}"
+        _check_tensor(name, tensor, shape, 2)
+        if tensor.dtype not in (hidden.dtype, torch.float32):
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected that of hidden, {hidden.dtype}, or torch.float32"
+            )
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is"
+            )
+    R = A.shape[0]
+    for name, tensor, shape in (
+        ("A", A, (R, hidden.shape[1])),
+        ("B", B, (weight.shape[0], R)),
+    ):
+        if R == 0 or tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"lora's {name} has shape {tuple(tensor.shape)}; expected {shape} with a rank of 1 or more, "
+                f"because A has shape {tuple(A.shape)}, hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+            )
+    return A, B, float(scale)
+
+
+def _brief(value: object) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list)) else ""
+    return f"a {type(value).__name__}{size}"
+
+
 def check_targets(targets: Tensor, vocabulary: int) -> None:
     """Raise ValueError if a target is not below the vocabulary's size. CPU tensors only: it reads the values."""
     if targets.numel() and (largest := int(targets.max())) >= vocabulary:
