@@ -1,6 +1,14 @@
 """Fused losses for preference optimisation: per-token log-probabilities straight from hidden states and the LM head."""
 
-from prefopt_kernels.losses import apo_zero_loss, kto_loss
+from prefopt_kernels.losses import (
+    EnhancedKTOComponents,
+    apo_zero_loss,
+    bco_loss,
+    decision_weights,
+    enhanced_kto_components,
+    enhanced_kto_loss,
+    kto_loss,
+)
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
 from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
@@ -8,12 +16,17 @@ from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
 __version__ = "0.1.0"
 
 __all__ = [
+    "EnhancedKTOComponents",
     "FusedLinearKTOLoss",
     "KTOMetrics",
     "MicrobatchKL",
     "TokenLogprobs",
     "WindowKL",
     "apo_zero_loss",
+    "bco_loss",
+    "decision_weights",
+    "enhanced_kto_components",
+    "enhanced_kto_loss",
     "explain",
     "kto_loss",
     "linear_logprob",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from prefopt_kernels.losses._checks import check_baseline, check_positive, check_rows, check_weight
+from prefopt_kernels.losses._rows import constant, signed, widened
 
 
 def kto_loss(
@@ -56,13 +57,15 @@ def kto_loss(
     check_weight("desirable_weight", desirable_weight)
     check_weight("undesirable_weight", undesirable_weight)
 
-    # A bf16 sum near -200 has a step of 1 nat: widen first, subtract after.
-    dtype = torch.promote_types(torch.promote_types(logps.dtype, ref_logps.dtype), torch.float32)
-    log_ratios = logps.to(dtype) - ref_logps.to(dtype)  # (B,)
-    if isinstance(reference_point, Tensor):
-        reference_point = reference_point.detach().to(dtype)
-    margin = beta * (log_ratios - reference_point)  # (B,)
-    u = torch.where(labels, margin, -margin)
+    logps, ref_logps = widened(logps, ref_logps)
+    u = kto_margin(logps - ref_logps, labels, beta, constant(reference_point, logps))
     # sigmoid(-u), not 1 - sigmoid(u): the second is exactly 0 from u = 17 on in fp32.
     loss = torch.sigmoid(-u)
     return torch.where(labels, desirable_weight * loss, undesirable_weight * loss)
+
+
+def kto_margin(
+    log_ratios: Tensor, labels: Tensor, beta: float, reference_point: Tensor | float
+) -> Tensor:
+    """(B,) u: how far a row is on its right side of the reference point, in reward units."""
+    return signed(labels, beta * (log_ratios - reference_point))
