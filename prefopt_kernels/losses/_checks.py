@@ -20,9 +20,9 @@ def check_rows(logps: Tensor, ref_logps: Tensor, labels: Tensor) -> None:
         raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool (True = desirable)")
 
 
-def check_pairs(**logps: Tensor) -> None:
-    """Raise unless all are floating point, (P,) of one P on one device."""
-    _check_vectors("P", **logps)
+def check_logps(size: str, **logps: Tensor) -> None:
+    """Raise unless all are floating point and vectors of one length, named ``size``, on one device."""
+    _check_vectors(size, **logps)
     _check_floating(**logps)
 
 

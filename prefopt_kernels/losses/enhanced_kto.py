@@ -16,7 +16,7 @@ from prefopt_kernels.losses._checks import (
     check_choice,
     check_interval,
     check_lengths,
-    check_pairs,
+    check_logps,
     check_positive,
     check_rows,
     check_weight,
@@ -275,7 +275,7 @@ def decision_weights(
         >>> decision_weights(logps, lengths, weighting="tversky-kahneman")  # m is -.5 and -2
         tensor([0.7873, 1.5953])
     """
-    check_pairs(logps=logps)
+    check_logps("B", logps=logps)
     check_lengths(logps, lengths=lengths)
     if weighting is None:
         raise ValueError(f"weighting is None; expected one of {WEIGHTINGS}")
