@@ -1,4 +1,4 @@
-"""The command line: `prefopt demo`, `train`, `data check` and `report`.
+"""The command line: `prefopt demo`, `train`, `data check`, `report` and `study`.
 
 Nothing heavy is imported before a command runs, so that help is there at once.
 """
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _train_command(commands)
     _data_command(commands)
     _report_command(commands)
+    _study_command(commands)
     return parser
 
 
@@ -184,6 +185,40 @@ def _report(given: argparse.Namespace, rest: list[str]) -> int:
     from prefopt.report import write_report
 
     print(write_report(given.run))
+    return 0
+
+
+def _study_command(commands: Any) -> None:
+    study = commands.add_parser(
+        "study", help="run an experiment again", description="Run an experiment again."
+    )
+    studies = study.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    bco = _command(
+        studies,
+        "bco-stability",
+        _study_bco,
+        "when BCO's shift makes training unstable, and what cures it, on an embedded tiny policy",
+        epilog="A second start with the same --out runs only what is missing.",
+    )
+    size = bco.add_mutually_exclusive_group()
+    size.add_argument(
+        "--quick", action="store_true", help="a part of the grid, in about a minute (default)"
+    )
+    size.add_argument(
+        "--full", action="store_true", help="the whole grid: about an hour of one core"
+    )
+    bco.add_argument(
+        "--out", type=Path, default=Path("bco-stability"), help="folder (default: bco-stability)"
+    )
+    bco.add_argument("--processes", type=int, default=1, help="of one thread each (default: 1)")
+    bco.add_argument("--seeds", type=int, help="of each cell (default: what the plan says)")
+
+
+def _study_bco(given: argparse.Namespace, rest: list[str]) -> int:
+    _no_more(rest, ["--quick", "--full", "--out", "--processes", "--seeds"])
+    from prefopt.study import run_study
+
+    print(run_study(given.out, full=given.full, processes=given.processes, seeds=given.seeds))
     return 0
 
 

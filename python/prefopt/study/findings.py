@@ -1,0 +1,278 @@
+"""The answers, in words computed from the rows: what causes instability, what cures it, and at what price."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from prefopt.report.statistics import paired_difference
+from prefopt.study.grid import COMPONENTS, MISTAKES, REMEDIES, Config, remedies_of
+from prefopt.study.table import Cell, Share, cell_of, paired, share_of
+
+ENOUGH = 200  # runs of the defaults before a verdict is given
+Rows = list[dict]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one component does to the share of unstable runs: pairs of runs that differ in it alone."""
+
+    component: str
+    without: Share
+    with_it: Share
+    difference: tuple[float, float, float]  # with - without, and its 95 % interval
+
+    @property
+    def word(self) -> str:
+        _, low, high = self.difference
+        return "raises it" if low > 0 else "lowers it" if high < 0 else "no clear effect"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """A verdict, its tone, and the sentences of each section."""
+
+    tone: Literal["good", "bad", "unclear"]
+    verdict: str
+    cause: list[str]
+    cure: list[str]
+    price: list[str]
+
+
+def find(rows: Rows) -> Findings:
+    """All answers that the rows give."""
+    tone, verdict = _verdict(rows)
+    return Findings(tone, verdict, _cause(rows), _cure(rows), _price(rows))
+
+
+def plain(rows: Rows, form: str, **columns: object) -> Rows:
+    """The rows of a form as it is, with the given columns."""
+    return [
+        row
+        for row in rows
+        if row["form"] == form
+        and not row["changes"]
+        and all(row[name] == value for name, value in columns.items())
+    ]
+
+
+def effects(rows: Rows) -> list[Effect]:
+    """The effect of each component on the naive form, the largest first; only pairs of runs that both exist."""
+    naive = plain(rows, "naive")
+    found = []
+    for component in COMPONENTS:
+        pairs = _pairs(naive, component)
+        if not pairs:
+            continue
+        before, after = ([unstable for unstable in side] for side in zip(*pairs, strict=True))
+        found.append(
+            Effect(
+                component,
+                Share(sum(before), len(before)),
+                Share(sum(after), len(after)),
+                paired_difference(before, after),
+            )
+        )
+    return sorted(found, key=lambda effect: -effect.difference[0])
+
+
+def remedy_cells(rows: Rows) -> dict[tuple[str, str], dict[tuple[str, ...], Cell]]:
+    """(precision, components) -> remedy -> its cell, over the learning rates at which remedies were run."""
+    bases = {
+        (row["precision"], row["components"])
+        for row in rows
+        if row["form"] == "naive" and row["changes"].split("+")[0] in REMEDIES
+    }
+    found = {}
+    for precision, components in sorted(bases):
+        some = [
+            row
+            for row in rows
+            if (row["form"], row["precision"], row["components"])
+            == ("naive", precision, components)
+        ]
+        keys = {(row["learning_rate"], row["seed"]) for row in some if row["changes"]}
+        some = [row for row in some if (row["learning_rate"], row["seed"]) in keys]
+        found[precision, components] = {
+            changes: cell_of(row for row in some if row["changes"] == "+".join(changes))
+            for changes in [(), *remedies_of(tuple(components.split("+")))]
+            if any(row["changes"] == "+".join(changes) for row in some)
+        }
+    return found
+
+
+def _pairs(rows: Rows, component: str) -> list[tuple[bool, bool]]:
+    """(unstable without, unstable with) of runs that share everything else."""
+    unstable = {(Config.of(row), row["seed"]): row["outcome"] != "stable" for row in rows}
+    pairs = []
+    for (config, seed), after in unstable.items():
+        if component not in config.components:
+            continue
+        rest = tuple(one for one in config.components if one != component)
+        twin = Config(config.form, rest, config.precision, config.learning_rate, config.changes)
+        if (twin, seed) in unstable:
+            pairs.append((unstable[twin, seed], after))
+    return pairs
+
+
+def _defaults(rows: Rows) -> tuple[Rows, Rows]:
+    """Runs of our defaults with the shift on, and of KTO, at the same learning rates and seeds."""
+    ours = plain(rows, "ours", components="+".join(COMPONENTS), precision="fp32")
+    kto = plain(rows, "ours", components="", precision="fp32")
+    both = set.intersection(
+        *({(row["learning_rate"], row["seed"]) for row in side} for side in (ours, kto))
+    )
+    return tuple(
+        [row for row in side if (row["learning_rate"], row["seed"]) in both] for side in (ours, kto)
+    )
+
+
+def _verdict(rows: Rows) -> tuple[Literal["good", "bad", "unclear"], str]:
+    ours, kto = _defaults(rows)
+    if not ours:
+        return "unclear", "The defaults were not run."
+    share, margin = share_of(ours), paired(ours, kto, "margin")
+    text = (
+        f"With our defaults and the shift on, {share.words()} runs were unstable; of plain KTO, {share_of(kto).words()}. "
+        f"{_against(margin, 'margin')}"
+    )
+    if share.unstable or (margin is not None and margin[2] < 0):
+        return "bad", text
+    if share.n < ENOUGH or margin is None or margin[1] < 0:
+        return "unclear", text
+    return "good", text
+
+
+def _against(difference: tuple[float, float, float] | None, what: str) -> str:
+    if difference is None:
+        return f"Too few runs to compare the {what}."
+    mean, low, high = difference
+    word = "above" if low > 0 else "below" if high < 0 else "not clearly different from"
+    return f"The {what} on held-out pairs is {word} KTO's: {mean:+.3f} ({low:+.3f} to {high:+.3f})."
+
+
+def _cause(rows: Rows) -> list[str]:
+    naive = plain(rows, "naive")
+    if not naive:
+        return []
+    sentences = [
+        f"The naive form was unstable in {share_of(naive).words()} runs of the grid: "
+        f"{share_of(naive, _is(precision='fp32')).words()} with the loss in fp32, "
+        f"{share_of(naive, _is(precision='bf16')).words()} in bf16. {_kinds(naive)}"
+    ]
+    found = effects(rows)
+    raising = [effect for effect in found if effect.word == "raises it"]
+    if raising:
+        worst = raising[0]
+        sentences.append(
+            f"The component that raises it most is the {worst.component}: {worst.with_it.words()} with it, "
+            f"{worst.without.words()} without, all else equal."
+        )
+    else:
+        sentences.append("No single component raises it clearly.")
+    shift = next((effect for effect in found if effect.component == "shift"), None)
+    if shift is not None:
+        role = {
+            "raises it": "The shift adds to it",
+            "lowers it": "The shift is not the cause, it lowers the share",
+            "no clear effect": "The shift by itself has no clear effect",
+        }[shift.word]
+        sentences.append(
+            f"{role}: {shift.with_it.words()} with it, {shift.without.words()} without."
+        )
+    sentences += [_near_forty(rows), *_mistakes(rows)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _kinds(rows: Rows) -> str:
+    cell = cell_of(rows)
+    kinds = ", ".join(f"{count} {name}" for name, count in cell.outcomes.items() if count)
+    return f"Of the unstable ones: {kinds}." if kinds else ""
+
+
+def _near_forty(rows: Rows) -> str:
+    """The cell with all components whose share is nearest to the 40 % once reported, with and without the shift."""
+    every = "+".join(COMPONENTS)
+    cells = {
+        (row["precision"], row["learning_rate"]) for row in plain(rows, "naive", components=every)
+    }
+    if not cells:
+        return ""
+
+    def shares(cell: tuple[str, float]) -> tuple[Share, Share]:
+        where = {"precision": cell[0], "learning_rate": cell[1]}
+        return tuple(
+            share_of(plain(rows, "naive", components=components, **where))
+            for components in (every, "+".join(one for one in COMPONENTS if one != "shift"))
+        )
+
+    nearest = min(sorted(cells), key=lambda cell: abs(shares(cell)[0].share - 0.4))
+    with_it, without = shares(nearest)
+    rest = f"; the same without the shift, {without.words()}" if without.n else ""
+    return (
+        f"With all four components, the share nearest to 40 % is found in {nearest[0]} at a learning rate of "
+        f"{nearest[1]:g}: {with_it.words()}{rest}."
+    )
+
+
+def _mistakes(rows: Rows) -> list[str]:
+    sentences = []
+    for mistake in MISTAKES:
+        some = [row for row in rows if row["changes"] == mistake]
+        if some:
+            right = plain(rows, "naive", components=some[0]["components"], precision="fp32")
+            sentences.append(
+                f"A {mistake}: {share_of(some).words()} runs unstable, where the right one has {share_of(right).words()}."
+            )
+    return sentences
+
+
+def _cure(rows: Rows) -> list[str]:
+    sentences = []
+    for (precision, components), cells in remedy_cells(rows).items():
+        base = cells.pop((), None)
+        if base is None or not base.unstable.n:
+            continue
+        zero = [one for one, cell in cells.items() if not cell.unstable.unstable]
+        rest = [one for one in cells if one not in zero]
+        name = components.replace("+", " + ")
+        sentences.append(
+            f"Naive form with {name} in {precision}: {base.unstable.words()} unstable as it is. "
+            f"{_listed('Reaches zero', zero, cells)}{_listed('Does not', rest, cells)}"
+        )
+    ours = plain(rows, "ours", precision="fp32") + plain(rows, "ours", precision="bf16")
+    enhanced = [row for row in ours if row["components"]]
+    if enhanced:
+        sentences.append(
+            f"Our form, whatever components are on, in fp32 and bf16: {share_of(enhanced).words()} unstable."
+        )
+    return sentences
+
+
+def _listed(verb: str, remedies: list[tuple[str, ...]], cells: dict) -> str:
+    if not remedies:
+        return ""
+    words = [
+        f"{one[0] if len(one) == 1 else 'all together'} {cells[one].unstable.words()}"
+        for one in remedies
+    ]
+    return f"{verb}: {'; '.join(words)}. "
+
+
+def _price(rows: Rows) -> list[str]:
+    ours, kto = _defaults(rows)
+    sentences = []
+    for rate in sorted({row["learning_rate"] for row in ours}):
+        mine, theirs = ([r for r in side if r["learning_rate"] == rate] for side in (ours, kto))
+        a, b = cell_of(mine), cell_of(theirs)
+        sentences.append(
+            f"Learning rate {rate:g}: accuracy {a.accuracy:.3f} and margin {a.margin:.2f} (medians), KTO's {b.accuracy:.3f} "
+            f"and {b.margin:.2f}; unstable {a.unstable.unstable} of {a.unstable.n}, KTO's {b.unstable.unstable} of {b.unstable.n}."
+        )
+    if ours:
+        sentences.append(_against(paired(ours, kto, "margin"), "margin"))
+        sentences.append(_against(paired(ours, kto, "accuracy"), "accuracy"))
+    return sentences
+
+
+def _is(**columns: object) -> Callable[[dict], bool]:
+    return lambda row: all(row[name] == value for name, value in columns.items())

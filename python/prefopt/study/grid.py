@@ -1,0 +1,137 @@
+"""What the study runs: a configuration is one cell, and a plan says how many seeds each cell gets."""
+
+from dataclasses import asdict, dataclass
+from itertools import chain, combinations
+from typing import Literal
+
+COMPONENTS = ("value", "weighting", "odds", "shift")
+FORMS = ("naive", "ours")
+PRECISIONS = ("fp32", "bf16")
+RATES = (0.005, 0.01, 0.02)
+HIGHEST_RATE = (
+    0.02  # for this policy what 2e-4 is for a language model with LoRA: KTO itself begins to fail
+)
+
+# Changes of the naive form, each one remedy; and all of them.
+REMEDIES = (
+    "staging",
+    "component clip",
+    "EMA window",
+    "safe weighting",
+    "safe odds",
+    "bounded value",
+    "bounded shift",
+)
+# Changes of our form, each taking one part of the defaults away or adding one.
+ABLATIONS = ("no staging", "no shift bound", "running mean", "component bounds")
+# Changes of the naive form that are mistakes.
+MISTAKES = ("shift in nats", "shift not detached")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One cell of the grid: all that decides a run but its seed."""
+
+    form: Literal["naive", "ours"]
+    components: tuple[str, ...]  # some of COMPONENTS, in that order; none is KTO
+    precision: Literal["fp32", "bf16"]
+    learning_rate: float
+    changes: tuple[str, ...] = ()  # some of REMEDIES, ABLATIONS or MISTAKES
+
+    def fields(self) -> dict:
+        """The columns of this configuration in a result row: JSON without nesting."""
+        return asdict(self) | {
+            "components": "+".join(self.components),
+            "changes": "+".join(self.changes),
+        }
+
+    @staticmethod
+    def of(row: dict) -> "Config":
+        """The configuration that a result row came from; the inverse of :meth:`fields`."""
+        return Config(
+            row["form"],
+            tuple(row["components"].split("+")) if row["components"] else (),
+            row["precision"],
+            row["learning_rate"],
+            tuple(row["changes"].split("+")) if row["changes"] else (),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is, and the number of seeds of every cell."""
+
+    steps: int
+    pretraining_steps: int
+    cells: dict[Config, int]
+    traced: frozenset[Config]  # the cells whose traces are drawn
+
+    def runs(self) -> int:
+        return sum(self.cells.values())
+
+
+def quick_plan(seeds: int | None = None) -> Plan:
+    """A small part of the grid at the highest learning rate, in shorter runs."""
+    rate, seeds = HIGHEST_RATE, seeds or 6
+    some = ((), ("value",), ("weighting",), ("shift",), ("value", "weighting", "shift"), COMPONENTS)
+    cells = [
+        Config(form, components, precision, rate)
+        for form in FORMS
+        for components in (some if form == "naive" else ((), COMPONENTS))
+        for precision in PRECISIONS
+    ]
+    cells += _remedied(("bf16", COMPONENTS), (rate,))
+    traced = frozenset(Config(form, COMPONENTS, "bf16", rate) for form in FORMS)
+    return Plan(80, 600, dict.fromkeys(cells, seeds), traced)
+
+
+def full_plan(seeds: int | None = None) -> Plan:
+    """Every subset of the components in both forms and precisions, the remedies, and the defaults in many runs."""
+    subsets = list(chain.from_iterable(combinations(COMPONENTS, n) for n in range(5)))
+    cells: dict[Config, int] = {}
+
+    def add(some: list[Config], count: int) -> None:
+        for config in some:
+            cells[config] = max(cells.get(config, 0), seeds or count)
+
+    for components in ((), COMPONENTS):  # our defaults with the shift on, and KTO beside them
+        add([Config("ours", components, "fp32", rate) for rate in (0.003, *RATES)], 60)
+    for base in (("bf16", COMPONENTS), ("fp32", ("value", "weighting", "shift"))):
+        add(_remedied(base, (0.01, 0.02)), 24)
+    grid = [
+        Config(form, components, precision, rate)
+        for form in FORMS
+        for components in subsets
+        for precision in PRECISIONS
+        for rate in RATES
+    ]
+    add(grid, 12)
+    add(
+        [Config("ours", COMPONENTS, "fp32", r, (one,)) for one in ABLATIONS for r in (0.01, 0.02)],
+        12,
+    )
+    mistaken = ("value", "weighting", "shift")
+    add([Config("naive", mistaken, "fp32", r, (one,)) for one in MISTAKES for r in RATES], 12)
+    traced = frozenset(
+        Config(form, COMPONENTS, "bf16", rate) for form in FORMS for rate in (0.01, 0.02)
+    )
+    return Plan(200, 1500, cells, traced)
+
+
+def remedies_of(components: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Each remedy that can touch these components, alone, and all of them together."""
+    needs = {"safe weighting": "weighting", "safe odds": "odds", "bounded value": "value"}
+    apt = [one for one in REMEDIES if needs.get(one, "shift") in components]
+    apt = [one for one in apt if one != "component clip"] + ["component clip"]
+    return [(one,) for one in sorted(apt, key=REMEDIES.index)] + [
+        tuple(sorted(apt, key=REMEDIES.index))
+    ]
+
+
+def _remedied(base: tuple[str, tuple[str, ...]], rates: tuple[float, ...]) -> list[Config]:
+    precision, components = base
+    return [
+        Config("naive", components, precision, rate, changes)
+        for rate in rates
+        for changes in [(), *remedies_of(components)]
+    ]
