@@ -1,5 +1,6 @@
 """Fused losses for preference optimisation: per-token log-probabilities straight from hidden states and the LM head."""
 
+from prefopt_kernels.density_ratio import DensityRatio
 from prefopt_kernels.losses import (
     EnhancedKTOComponents,
     apo_zero_loss,
@@ -17,17 +18,31 @@ from prefopt_kernels.losses import (
 )
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
-from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
+from prefopt_kernels.reference_point import (
+    EMAKL,
+    CumulativeShift,
+    EMAShift,
+    MicrobatchKL,
+    ShiftSchedule,
+    WindowKL,
+    WindowShift,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMAKL",
+    "CumulativeShift",
+    "DensityRatio",
+    "EMAShift",
     "EnhancedKTOComponents",
     "FusedLinearKTOLoss",
     "KTOMetrics",
     "MicrobatchKL",
+    "ShiftSchedule",
     "TokenLogprobs",
     "WindowKL",
+    "WindowShift",
     "apo_zero_loss",
     "bco_loss",
     "cpo_loss",
