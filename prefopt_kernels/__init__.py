@@ -1,7 +1,7 @@
 """Fused losses for preference optimisation: per-token log-probabilities straight from hidden states and the LM head."""
 
-from prefopt_kernels.density_ratio import DensityRatio
 from prefopt_kernels.losses import (
+    DensityRatio,
     EnhancedKTOComponents,
     apo_zero_loss,
     bco_loss,

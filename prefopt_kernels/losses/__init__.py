@@ -3,6 +3,7 @@
 from prefopt_kernels.losses.apo import apo_zero_loss
 from prefopt_kernels.losses.bco import bco_loss
 from prefopt_kernels.losses.cpo import cpo_loss
+from prefopt_kernels.losses.density_ratio import DensityRatio
 from prefopt_kernels.losses.dpo import dpo_loss
 from prefopt_kernels.losses.enhanced_kto import (
     EnhancedKTOComponents,
@@ -17,6 +18,7 @@ from prefopt_kernels.losses.sft import sft_loss
 from prefopt_kernels.losses.simpo import simpo_loss
 
 __all__ = [
+    "DensityRatio",
     "EnhancedKTOComponents",
     "apo_zero_loss",
     "bco_loss",
