@@ -1,17 +1,34 @@
 """`prefopt data check`: what is in a source, what is wrong with it, and what of it a model would be scored on."""
 
-import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
+from prefopt.data.overlap import leaks, read_questions, twins
 from prefopt.data.read import LoadedRows, load_rows
 from prefopt.data.rows import BadRow, DataError
+from prefopt.data.scored import not_in_row, scored_tokens, template_notes
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 
 SHOWN = 10
-WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The text to print, every bad row, and how many rows contradict each other or hold an evaluation question."""
+
+    text: str
+    bad: list[BadRow] = field(default_factory=list)
+    contradictory: int = 0
+    leaked: int = 0
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was found that should be mended before training."""
+        return not (self.bad or self.contradictory or self.leaked)
 
 
 def check(
@@ -19,60 +36,78 @@ def check(
     *,
     split: str | None = None,
     revision: str | None = None,
-    model: str | None = None,
+    tokenizer: str | None = None,
     max_length: int | None = 1024,
-) -> tuple[str, list[BadRow]]:
+    chat_template_kwargs: Mapping | None = None,
+    questions: str | Path | None = None,
+    ngram: int = 8,
+    row: int = 0,
+) -> Checked:
     """Read a source as training would, and describe it.
 
     Args:
         source, split, revision: as for ``load_rows``.
-        model: folder or hub id whose tokenizer counts the tokens; None leaves that part out.
+        tokenizer: folder or hub id whose tokenizer counts the tokens; None leaves that part out.
         max_length: tokens of prompt and answer.
-
-    Returns:
-        The text to print, and every bad row.
+        chat_template_kwargs: passed to the chat template, as in training.
+        questions: file of evaluation questions that must not be in the data (``read_questions``).
+        ngram: words in a row that a question and a row must share (``leaks``).
+        row: which usable row's tokens are shown.
 
     Raises:
         DataError: the source cannot be read, or no row of it can be used.
     """
+    asked = None if questions is None else read_questions(questions)
     loaded = load_rows(source, split=split, revision=revision, on_bad_row="skip")
+    if not 0 <= row < len(loaded.rows):
+        raise DataError(f"row is {row}; expected 0 to {len(loaded.rows) - 1}")
     bad, parts = loaded.bad, [_rows(loaded)]
-    if model is not None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise DataError(f"cannot load a tokenizer from {model}: {first}") from None
-        tokenized = tokenize_rows(loaded, tokenizer, max_length=max_length, on_bad_row="skip")
+    same = twins(loaded)
+    parts.append(
+        f"repeated rows        {_listed(same.repeated, loaded)}\n"
+        f"contradictory rows   {_listed(same.contradictory, loaded)}"
+    )
+    leaked = {}
+    if asked is not None:
+        leaked, found = leaks(loaded, asked, ngram)
+        parts.append(_leaks(leaked, found, len(asked), ngram, loaded))
+    if tokenizer is not None:
+        loader = _tokenizer(tokenizer)
+        tokenized = tokenize_rows(
+            loaded,
+            loader,
+            max_length=max_length,
+            on_bad_row="skip",
+            chat_template_kwargs=chat_template_kwargs,
+        )
         bad = [*bad, *tokenized.bad]
-        parts += [_tokens(tokenized), scored_tokens(tokenized, tokenizer)]
+        index = _index(tokenized, row)
+        beside = not_in_row(loaded, tokenized, loader, index, dict(chat_template_kwargs or {}))
+        notes = template_notes(loaded, tokenized, loader)
+        parts += [_tokens(tokenized), scored_tokens(tokenized, loader, index, beside)]
+        parts += ["\n".join(f"note: {note}" for note in notes)] if notes else []
     if bad:
         rest = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
         parts.append(
-            "\n".join([f"{len(bad)} bad rows", *(f"  {row}" for row in bad[:SHOWN]), *rest])
+            "\n".join([f"{len(bad)} bad rows", *(f"  {one}" for one in bad[:SHOWN]), *rest])
         )
-    return "\n\n".join(parts), bad
+    return Checked("\n\n".join(parts), bad, len(same.contradictory), len(leaked))
 
 
-def scored_tokens(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
-    """One row as the model sees it: the prompt, which is not scored, and the tokens that are.
+def _tokenizer(path: str):
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"cannot load a tokenizer from {path}: {first}") from None
 
-    Tokens are split by ``│`` and a line break is written ``\\n``; a character that is spread over several tokens is shown once, with the last of them.
-    """
-    row = tokenized.dataset[index]
-    limit = tokenized.max_length
-    room = len(row["completion_ids"]) if limit is None else limit - len(row["prompt_ids"])
-    scored, cut = row["completion_ids"][:room], row["completion_ids"][room:]
-    lines = [
-        f"what is scored, row {row['row']} ({'desirable' if row['label'] else 'undesirable'})",
-        _block("prompt, not scored", tokenizer.decode(row["prompt_ids"])),
-        _block(f"scored, {len(scored)} tokens", "│".join(_pieces(scored, tokenizer))),
-    ]
-    if cut:
-        lines.append(
-            _block(f"cut off by max_length, {len(cut)} tokens", "│".join(_pieces(cut, tokenizer)))
-        )
-    return "\n".join(lines)
+
+def _index(tokenized: Tokenized, row: int) -> int:
+    """Where a row of ``LoadedRows`` stands after rows have left."""
+    rows = tokenized.dataset["row"][:]
+    if row not in rows:
+        raise DataError(f"row {row} cannot be shown: it is one of the bad rows")
+    return rows.index(row)
 
 
 def _rows(loaded: LoadedRows) -> str:
@@ -98,6 +133,26 @@ def _rows(loaded: LoadedRows) -> str:
     return "\n".join(lines)
 
 
+def _listed(rows: list[int], loaded: LoadedRows) -> str:
+    if not rows:
+        return "0"
+    lines = loaded.rows.select(rows[:SHOWN])["line"][:]
+    more = ", ..." if len(rows) > SHOWN else ""
+    return f"{len(rows)} (lines {', '.join(map(str, lines))}{more})"
+
+
+def _leaks(
+    leaked: Mapping[int, str], found: int, asked: int, ngram: int, loaded: LoadedRows
+) -> str:
+    lines = [
+        f"evaluation questions {found} of {asked} found, in {len(leaked)} rows ({ngram} words in a row, or all of a shorter "
+        "one)"
+    ]
+    for row, question in list(leaked.items())[:SHOWN]:
+        lines.append(f"  line {loaded.rows[row]['line']}: {' '.join(question.split()):.100}")
+    return "\n".join(lines)
+
+
 def _tokens(tokenized: Tokenized) -> str:
     rows = tokenized.dataset.with_format("numpy")
     prompt = np.array([len(ids) for ids in rows["prompt_ids"]])
@@ -116,31 +171,15 @@ def _tokens(tokenized: Tokenized) -> str:
         f"  max_length {tokenized.max_length} cuts {counts['truncated']} of {counts['rows']} answers "
         f"({counts['truncated_tokens']} of {total} tokens)"
     )
+    if counts["truncated"]:
+        labels = np.array(tokenized.dataset["label"][:])
+        cut = prompt + completion > tokenized.max_length
+        lines.append(
+            f"  of these {int((cut & labels).sum())} desirable and {int((cut & ~labels).sum())} undesirable; a cut answer "
+            "is not scored on its end of turn"
+        )
     if counts["prompt_cut"]:
         lines.append(
             f"  in {counts['prompt_cut']} rows the template renders the prompt differently without its answer"
         )
     return "\n".join(lines)
-
-
-def _pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token; tokens that end within a character wait for the rest of it."""
-    pieces, waiting = [], []
-    for token in ids:
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd"):
-            pieces.append(text)
-            waiting = []
-    pieces += [tokenizer.decode(waiting)] if waiting else []
-    return [piece.replace("\n", "\\n") for piece in pieces]
-
-
-def _block(title: str, text: str) -> str:
-    lines = [
-        line
-        for part in text.replace("\r", "").split("\n")
-        for line in textwrap.wrap(part, WIDTH, drop_whitespace=False, break_on_hyphens=False)
-        or [""]
-    ]
-    return "\n".join([f"  {title}:", *(f"    {line}" for line in lines)])

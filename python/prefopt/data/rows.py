@@ -19,6 +19,10 @@ ROLES = ("system", "user", "assistant")
 RATED_FIELDS = ("prompt", "completion", "label")
 PAIRED_FIELDS = ("prompt", "chosen", "rejected")
 OPTIONAL_FIELDS = ("group", "source")
+# Signs that change how Arabic looks but not what it says: tatweel, and the marks of writing direction.
+INVISIBLE = dict.fromkeys(
+    [0x0640, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+)
 # They change what the model is shown, so a row that has one cannot be trained on without it.
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
 
@@ -56,13 +60,18 @@ class Rated(NamedTuple):
     label: bool
 
 
-def bad_rows_error(bad: Sequence[BadRow], total: int, name: str) -> DataError:
-    """The error that stops before training: how many rows are bad, and the first ten of them."""
+def bad_rows_error(
+    bad: Sequence[BadRow],
+    total: int,
+    name: str,
+    remedy: str = "--data.on_bad_row skip, which lists them in the run folder",
+) -> DataError:
+    """The error that stops before any work: how many rows are bad, and the first ten of them."""
     shown = "\n".join(f"  {row}" for row in bad[:10])
     rest = "" if len(bad) <= 10 else f"\n  ... and {len(bad) - 10} more"
     return DataError(
         f"{len(bad)} of {total} rows of {name} cannot be used:\n{shown}{rest}\n"
-        "Correct them, or leave them out with --data.on_bad_row skip, which lists them in the run folder.",
+        f"Correct them, or leave them out with {remedy}.",
         bad,
     )
 
@@ -99,21 +108,16 @@ def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
     """The group of a row: rows of one group share a prompt (or whatever the field ``group`` says they share).
 
     A 63-bit hash of the prompt, the same in every run and on every machine. Spelling counts, but not case, spacing or
-    the choice between equivalent Unicode forms.
+    the choice between equivalent Unicode forms (`folded`).
     """
     given = raw.get("group")
     if given is None:
-        turns = (
-            [("text", prompt)]
-            if isinstance(prompt, str)
-            else [(m["role"], m["content"]) for m in prompt]
-        )
-        key = "prompt\x1e" + "\x1e".join(f"{role}\x1f{_folded(text)}" for role, text in turns)
+        key = "prompt\x1e" + folded_turns(prompt)
     elif isinstance(given, (str, int)) and not isinstance(given, bool):
         key = f"group\x1e{given}"
     else:
         raise RowError(f"group is {_show(given)}; expected text or an integer")
-    digest = hashlib.sha256(_utf8(key, "group")).digest()
+    digest = hashlib.sha256(utf8(key, "group")).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -174,7 +178,7 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
         raise RowError(f"prompt is {kinds[0]} but {name} is {kinds[1]}; expected both of one kind")
     if isinstance(prompt, str):
         for field, value in (("prompt", prompt), (name, completion)):
-            _utf8(value, field)
+            utf8(value, field)
             if not value.strip():
                 raise RowError(f"{field} is empty")
         return Rated(prompt, completion, label)
@@ -219,7 +223,7 @@ def _messages(value: list, field: str) -> list[dict[str, str]]:
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise RowError(f"{where} has the unknown role {role!r}; expected {', '.join(ROLES)}")
-        _utf8(content, where)
+        utf8(content, where)
         if not content.strip() and role != "system":
             raise RowError(f"{where} is empty")
         checked.append({"role": role, "content": content})
@@ -235,7 +239,8 @@ def _require(row: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]
             raise RowError(f"field {name!r} is missing{hint}")
 
 
-def _utf8(text: str, field: str) -> bytes:
+def utf8(text: str, field: str) -> bytes:
+    """The text's bytes; a ``RowError`` for text that has none, because half of a character is missing."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -244,8 +249,23 @@ def _utf8(text: str, field: str) -> bytes:
         ) from None
 
 
-def _folded(text: str) -> str:
-    return re.sub(r"\s+", " ", unicodedata.normalize("NFKC", text)).strip().casefold()
+def folded_turns(text: Text) -> str:
+    """Text or messages as one string that is equal where only the spelling differs, roles included."""
+    turns = [("text", text)] if isinstance(text, str) else [(m["role"], m["content"]) for m in text]
+    return "\x1e".join(f"{role}\x1f{folded(content)}" for role, content in turns)
+
+
+def folded(text: str) -> str:
+    """The text without what makes no other text of it: case, spacing, Unicode forms, tatweel, direction marks.
+
+    For comparing only; nothing is trained on a folded text.
+
+    Example:
+        >>> folded(" Caf\\u00e9  AU lait\\n") == folded("cafe\\u0301 au lait")
+        True
+    """
+    plain = unicodedata.normalize("NFKC", text).translate(INVISIBLE)
+    return re.sub(r"\s+", " ", plain).strip().casefold()
 
 
 def _show(value: Any) -> str:

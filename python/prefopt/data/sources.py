@@ -1,4 +1,4 @@
-"""Where rows come from: a dataset in memory, a list, a JSONL or Parquet file, or the hub.
+"""Where rows come from: a dataset in memory, a list, a JSONL or Parquet file, a folder that was built, or the hub.
 
 Each source gives its rows with their line numbers, counted from 1, and for a line that is no row the reason why.
 """
@@ -14,10 +14,14 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
 from prefopt.data.rows import RATED_FIELDS, DataError, RowError
 
+FILES = (".jsonl", ".json", ".parquet", ".csv")
+MANIFEST = "manifest.json"
 BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a time
 
 Raws = Iterator[
@@ -25,10 +29,21 @@ Raws = Iterator[
 ]  # (line, row | why it is none | blank)
 
 
-def open_rows(source: Any, split: str | None, revision: str | None) -> tuple[str, Raws]:
-    """The name under which rows are reported, and the rows with their line numbers (from 1)."""
+def open_rows(
+    source: Any,
+    split: str | None,
+    revision: str | None,
+    *,
+    data_dir: str | None = None,
+    needs: Sequence[str] | None = None,
+) -> tuple[str, Raws]:
+    """The name under which rows are reported, and the rows with their line numbers (from 1).
+
+    ``needs`` names the columns of another schema than that of rated rows and pairs; ``data_dir`` is a folder within a
+    hub dataset.
+    """
     if isinstance(source, Dataset):
-        return "dataset", _columnar(source, "dataset")
+        return "dataset", _columnar(source, "dataset", needs)
     if isinstance(source, Sequence) and not isinstance(source, str):
         return "rows", _listed(source)
     if not isinstance(source, (str, Path)):
@@ -38,20 +53,58 @@ def open_rows(source: Any, split: str | None, revision: str | None) -> tuple[str
         )
     path, name = Path(source).expanduser(), str(source)
     if path.is_dir():
-        raise DataError(f"{name} is a folder; expected a .jsonl or .parquet file, or a hub id")
+        path = split_file(path, split or "train")
+        name = str(path)
     if not path.exists():
-        if path.suffix.lower() in (".jsonl", ".json", ".parquet", ".csv") or not _is_hub_id(name):
+        if path.suffix.lower() in FILES or not is_hub_id(name):
             raise DataError(f"there is no file {name}")
-        return name, _hub(name, split or "train", revision)
+        return name, _hub(name, split or "train", revision, data_dir, needs)
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
-        return name, _jsonl(path)
+        return name, _jsonl(path, needs)
     if suffix == ".parquet":
-        return name, _parquet(path)
+        return name, _parquet(path, needs)
     raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
 
 
-def _is_hub_id(name: str) -> bool:
+def split_file(folder: Path, split: str) -> Path:
+    """The file of one split in a folder that `prefopt data build` wrote."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        splits = {name: entry["file"] for name, entry in manifest["splits"].items()}
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
+            f"wrote (this one has no {MANIFEST})"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder / MANIFEST} cannot be read: {type(error).__name__} {error}"
+        ) from None
+    if split not in splits:
+        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+    return folder / splits[split]
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit that a revision of a hub dataset stands for, so that what is loaded is what is recorded.
+
+    Raises:
+        DataError: there is no such dataset or revision, or the hub cannot be reached.
+    """
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision  # needs no network where the dataset is cached
+    try:
+        commit = HfApi().dataset_info(name, revision=revision).sha
+    except RevisionNotFoundError:
+        raise DataError(f"the dataset {name} has no revision {revision!r} on the hub") from None
+    except (OSError, ValueError, HTTPError) as error:
+        raise _unreachable(name, "any", revision, error) from None
+    return commit
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name could be that of a dataset on the hub."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None
 
 
@@ -60,8 +113,9 @@ def _listed(rows: Sequence) -> Raws:
         yield line, raw if isinstance(raw, Mapping) else RowError(f"is {raw!r}; expected an object")
 
 
-def _jsonl(path: Path) -> Raws:
+def _jsonl(path: Path, needs: Sequence[str] | None) -> Raws:
     """Line by line from bytes, so that a line that is not UTF-8 has a number and does not hide the others."""
+    checked = needs is None  # of the usual schema each row is checked by itself
     with (
         path.open("rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, delay=1) as bar,
@@ -72,7 +126,11 @@ def _jsonl(path: Path) -> Raws:
                 if data.startswith((b"\xff\xfe", b"\xfe\xff")):
                     raise DataError(f"{path} is UTF-16; save it as UTF-8")
                 data = data.removeprefix(b"\xef\xbb\xbf")
-            yield line, _parsed(data)
+            raw = _parsed(data)
+            if not checked and isinstance(raw, Mapping):
+                _check_columns(list(raw), str(path), needs)
+                checked = True
+            yield line, raw
 
 
 def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
@@ -105,12 +163,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parquet(path: Path) -> Raws:
+def _parquet(path: Path, needs: Sequence[str] | None) -> Raws:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
-    _check_columns(file.schema_arrow.names, str(path))
+    _check_columns(file.schema_arrow.names, str(path), needs)
     line = 0
     with tqdm(total=file.metadata.num_rows, unit="row", desc=path.name, delay=1) as bar:
         try:
@@ -123,30 +181,46 @@ def _parquet(path: Path) -> Raws:
             raise DataError(f"{path} cannot be read after row {line}: {error}") from None
 
 
-def _columnar(dataset: Dataset, name: str) -> Raws:
-    _check_columns(dataset.column_names, name)
+def _columnar(dataset: Dataset, name: str, needs: Sequence[str] | None) -> Raws:
+    _check_columns(dataset.column_names, name, needs)
     rows = dataset.with_format(None)
     yield from enumerate(tqdm(rows, desc=name, unit="row", delay=1), start=1)
 
 
-def _check_columns(columns: Sequence[str], name: str) -> None:
+def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | None) -> None:
     """One sentence for a column that is missing everywhere, instead of one for each row."""
-    needed = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
+    if needs is None:
+        needed = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
+        expected = "prompt, completion, label, or prompt (optional), chosen, rejected"
+    else:
+        needed, expected = needs, ", ".join(needs)
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
             f"{name} has no column {', '.join(missing)}; found {', '.join(columns) or 'none'}. "
-            "Expected prompt, completion, label, or prompt (optional), chosen, rejected"
+            f"Expected {expected}"
         )
 
 
-def _hub(name: str, split: str, revision: str | None) -> Raws:
+def _hub(
+    name: str,
+    split: str,
+    revision: str | None,
+    data_dir: str | None,
+    needs: Sequence[str] | None,
+) -> Raws:
     try:
-        dataset = datasets.load_dataset(name, split=split, revision=revision)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"cannot load {name} (split {split}, revision {revision or 'newest'}); it is neither a file here nor a "
-            f"dataset that can be fetched: {first}"
-        ) from None
-    yield from _columnar(dataset, name)
+        dataset = datasets.load_dataset(
+            name, split=split, revision=revision, **({"data_dir": data_dir} if data_dir else {})
+        )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, HTTPError) as error:
+        raise _unreachable(name, split, revision, error) from None
+    yield from _columnar(dataset, name, needs)
+
+
+def _unreachable(name: str, split: str, revision: str | None, error: Exception) -> DataError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(
+        f"cannot load {name} (split {split}, revision {revision or 'newest'}); it is neither a file here nor a "
+        f"dataset that can be fetched: {first}"
+    )

@@ -78,7 +78,7 @@ def tokenize_rows(
         raise DataError(
             f"{loaded.name} holds text, but the tokenizer has no EOS token to end it with"
         )
-    encode = _Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
+    encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     key = _key(loaded.fingerprint, _tokenizer_key(tokenizer), encode.template_kwargs)
     encoded = loaded.rows.select_columns(["prompt", "completion"]).map(
         encode,
@@ -159,7 +159,7 @@ _FEATURES = Features(
 )
 
 
-class _Encode:
+class Encode:
     """A batch of rows to ids; a row that the template refuses gets a ``problem`` instead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, template_kwargs: dict):
@@ -168,13 +168,13 @@ class _Encode:
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         prompts, wholes, problems = [], [], []
         for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True):
-            text, whole, problem = self._texts(prompt, completion)
+            text, whole, problem = self.texts(prompt, completion)
             prompts.append(text)
             wholes.append(whole)
             problems.append(problem)
         out: dict[str, list] = {name: [] for name in _FEATURES}
         for prompt, whole, problem in zip(
-            self._ids(prompts), self._ids(wholes), problems, strict=True
+            self.ids(prompts), self.ids(wholes), problems, strict=True
         ):
             length = common_prefix(prompt, whole)
             if not problem and length == 0:
@@ -189,7 +189,7 @@ class _Encode:
             out["problem"].append(problem)
         return out
 
-    def _texts(self, prompt: str | list, completion: str | list) -> tuple[str, str, str]:
+    def texts(self, prompt: str | list, completion: str | list) -> tuple[str, str, str]:
         """(prompt, prompt and completion, problem)"""
         if not self.chat:
             eos = self.tokenizer.eos_token
@@ -202,7 +202,8 @@ class _Encode:
         except jinja2.TemplateError as error:
             return "", "", f"the chat template refuses it: {error}"
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of rendered texts, one list each."""
         # A template writes its own special tokens; text gets those that the tokenizer adds.
         encoded = self.tokenizer(texts, add_special_tokens=not self.chat, verbose=False)
         return encoded["input_ids"]

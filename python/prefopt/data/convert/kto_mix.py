@@ -1,0 +1,28 @@
+"""trl-lib/kto-mix-14k: {prompt, completion, label}, rated rows of chat messages, taken as they are.
+
+Prompts can have several turns. The label must be true or false: 0 and 1 are refused, as everywhere. The set was made of
+pairs, so a slice from its start need not be balanced; the table of counts shows it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefopt.data.convert.answer import Answer, Dropped, Outcomes, Raws, each
+from prefopt.data.rows import group_of, rated_rows
+
+NEEDS = ("prompt", "completion", "label")
+
+
+def convert(raws: Raws) -> Outcomes:
+    """One answer a row; the group is the prompt."""
+    return each(raws, _answers)
+
+
+def _answers(raw: Mapping[str, Any]) -> list[Answer]:
+    completion = raw.get("completion")
+    if isinstance(completion, list) and len(completion) == 1:
+        content = completion[0].get("content") if isinstance(completion[0], Mapping) else None
+        if isinstance(content, str) and not content.strip():
+            raise Dropped("an answer is empty")
+    rated = rated_rows({name: raw.get(name) for name in NEEDS})[0]
+    return [Answer(*rated, group=f"{group_of({}, rated.prompt):016x}")]
