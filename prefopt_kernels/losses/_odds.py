@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NEAREST = -1e-4  # nats per token; above, log-odds go on along their tangent
@@ -16,7 +17,9 @@ def log_odds(mean_logps: Tensor) -> Tensor:
     would stop the gradient of exactly the rows that the odds ratio is to push down.
     """
     m = mean_logps.clamp(max=NEAREST)
-    return m - torch.log(-torch.expm1(m)) + LARGEST_SLOPE * (mean_logps - m)
+    # Not mean_logps - m: its two derivatives, 10,000 each, would cancel and leave their rounding.
+    beyond = F.relu(mean_logps - NEAREST)
+    return m - torch.log(-torch.expm1(m)) + LARGEST_SLOPE * beyond
 
 
 def log_odds_slope(mean_logps: Tensor) -> Tensor:

@@ -86,8 +86,8 @@ def enhanced_kto_loss(
     :math:`w \, \omega \, \beta \max(1, \lambda) \, h`, with h = 1/4, or .138 for the Tversky-Kahneman win
     weighting, or .173 for Prelec's; the decision weight is at most ``decision_clip[1] / decision_clip[0]``
     where this call divides by the mean. That of the odds term is at most
-    :math:`w_o \max(1, e^{b}) / T` in a desirable row and :math:`w_o \, p / ((1-p) \, T)`, below
-    :math:`10^4 w_o / T`, in another, p being the mean token probability :math:`e^m`; bound it with
+    :math:`w_o \max(1, e^{b}) / T` in a desirable row and :math:`w_o / ((1-p) \, T)` in another, p being
+    the mean token probability :math:`e^m`, and never above :math:`10{,}001 \, w_o / T`; bound it with
     ``odds_bound``, for which :math:`2 w_o` is a good value.
 
     Args:
