@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.data.overlap import leaks, read_questions, twins
 from prefopt.data.read import LoadedRows, load_rows
@@ -72,19 +72,19 @@ def check(
         leaked, found = leaks(loaded, asked, ngram)
         parts.append(_leaks(leaked, found, len(asked), ngram, loaded))
     if tokenizer is not None:
-        loader = _tokenizer(tokenizer)
+        loaded_tokenizer = _load_tokenizer(tokenizer)
         tokenized = tokenize_rows(
             loaded,
-            loader,
+            loaded_tokenizer,
             max_length=max_length,
             on_bad_row="skip",
             chat_template_kwargs=chat_template_kwargs,
         )
         bad = [*bad, *tokenized.bad]
         index = _index(tokenized, row)
-        beside = not_in_row(loaded, tokenized, loader, index, dict(chat_template_kwargs or {}))
-        notes = template_notes(loaded, tokenized, loader)
-        parts += [_tokens(tokenized), scored_tokens(tokenized, loader, index, beside)]
+        beside = not_in_row(loaded, tokenized, loaded_tokenizer, index, chat_template_kwargs)
+        notes = template_notes(loaded, tokenized, loaded_tokenizer, chat_template_kwargs)
+        parts += [_tokens(tokenized), scored_tokens(tokenized, loaded_tokenizer, index, beside)]
         parts += ["\n".join(f"note: {note}" for note in notes)] if notes else []
     if bad:
         rest = [f"  ... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
@@ -94,7 +94,7 @@ def check(
     return Checked("\n\n".join(parts), bad, len(same.contradictory), len(leaked))
 
 
-def _tokenizer(path: str):
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -13,12 +13,16 @@ BAD = "bad row (listed in bad_rows.jsonl)"
 
 @dataclass
 class Reading:
-    """What was found while one source was read: ``read`` is ``used`` plus all of ``left_out``."""
+    """What was found while one source was read: ``read`` is ``used`` plus all of ``left_out``.
+
+    ``without_use`` counts fields that the converter did not ask for, where the schema is one's own.
+    """
 
     read: int = 0
     blank_lines: int = 0
     used: int = 0
     left_out: Counter = field(default_factory=Counter)
+    without_use: Counter = field(default_factory=Counter)
 
 
 def count(
@@ -50,6 +54,7 @@ def count(
         sum(one.blank_lines for one in readings),
         sum(one.used for one in readings),
         sum((one.left_out for one in readings), Counter()),
+        sum((one.without_use for one in readings), Counter()),
     )
     return {
         "sources": {
@@ -71,6 +76,7 @@ def _counted(
         "read": reading.read,
         "blank_lines": reading.blank_lines,
         "left_out": {name: reading.left_out[name] for name in sorted(reading.left_out)},
+        "without_use": {name: reading.without_use[name] for name in sorted(reading.without_use)},
         "used": reading.used,
         "answers": len(numbers),
         "dropped": {name: reasons[name] for name in REASONS if reasons[name]},
@@ -126,7 +132,9 @@ def table(counts: Mapping[str, Any]) -> str:
         max(len(name), *(len(values[index]) for _, values in lines))
         for index, name in enumerate(columns)
     ]
-    return "\n".join(
-        f"{title:<{first}}  " + "  ".join(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))
+    text = [
+        "  ".join((f"{title:<{first}}", *(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))))
         for title, values in [("", list(columns)), *lines]
-    )  # fmt: skip
+    ]  # fmt: skip
+    fields = [f"{name} ({many:,})" for name, many in total["without_use"].items()]
+    return "\n".join([*text, *([f"fields without use: {', '.join(fields)}"] if fields else [])])

@@ -13,6 +13,7 @@ to train on. The two need not agree:
 
 import textwrap
 from collections import Counter
+from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,7 +37,7 @@ def scored_tokens(
     scored, cut = row["completion_ids"][:room], row["completion_ids"][room:]
     lines = [
         f"what is scored, row {row['row']} ({'desirable' if row['label'] else 'undesirable'})",
-        _block("prompt, not scored", tokenizer.decode(row["prompt_ids"])),
+        _block("prompt, not scored", decode(row["prompt_ids"], tokenizer)),
         beside,
         _block(f"scored, {len(scored)} tokens", "│".join(pieces(scored, tokenizer))),
     ]
@@ -52,7 +53,7 @@ def not_in_row(
     tokenized: Tokenized,
     tokenizer: PreTrainedTokenizerBase,
     index: int = 0,
-    chat_template_kwargs: dict | None = None,
+    chat_template_kwargs: Mapping | None = None,
 ) -> str:
     """The tokens with which the prompt alone goes on where the row goes on otherwise; empty if the row begins with the prompt."""
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
@@ -74,7 +75,10 @@ def not_in_row(
 
 
 def template_notes(
-    loaded: LoadedRows, tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase
+    loaded: LoadedRows,
+    tokenized: Tokenized,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: Mapping | None = None,
 ) -> list[str]:
     """Sentences about tokens that are scored in every row, or in none, whatever the answer says.
 
@@ -82,21 +86,22 @@ def template_notes(
     part of every row's sum, can carry the difference between desirable and undesirable rows in place of the answers.
     """
     special = _special_ids(tokenizer)
+    encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     heads, ends, trailing, rows = Counter(), Counter(), Counter(), 0
     changed = unended = 0
-    answers = loaded.rows.select(tokenized.dataset["row"][:])["completion"]
-    for ids, answer in zip(tokenized.dataset["completion_ids"], answers, strict=True):
+    sources = loaded.rows.select(tokenized.dataset["row"][:])
+    for ids, source in zip(tokenized.dataset["completion_ids"], sources, strict=True):
         rows += 1
+        answer = source["completion"]
         text = answer if isinstance(answer, str) else answer[0]["content"]
-        shown = tokenizer.decode(ids)
-        head, found, _ = shown.partition(text.strip())
+        head, found, _ = decode(ids, tokenizer).partition(text.strip())
         if found:
             heads[head.strip(" ")] += 1
-        else:
-            changed += 1
+        elif text.strip() not in encode.texts(source["prompt"], answer)[1]:
+            changed += 1  # the template did it, not the tokenizer's own spelling
         last = max((place for place, token in enumerate(ids) if token in special), default=None)
         # An end of turn stands behind the answer: nothing of the answer may come after it.
-        if last is None or text.strip()[-8:] in tokenizer.decode(ids[last + 1 :]):
+        if last is None or text.strip()[-8:] in decode(ids[last + 1 :], tokenizer):
             unended += 1
             continue
         ends[ids[last]] += 1
@@ -120,10 +125,15 @@ def template_notes(
     for end, many in ends.most_common(1):
         if end != eos:
             notes.append(
-                f"{many} of {rows} rows end their turn with {tokenizer.decode([end])!r}, but the tokenizer's EOS token is "
+                f"{many} of {rows} rows end their turn with {decode([end], tokenizer)!r}, but the tokenizer's EOS token is "
                 f"{tokenizer.eos_token!r}: generation stops there only if the model's generation config names it"
             )
     return notes
+
+
+def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens, special ones and spaces included."""
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -131,11 +141,11 @@ def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     found, waiting = [], []
     for token in ids:
         waiting.append(token)
-        text = tokenizer.decode(waiting)
+        text = decode(waiting, tokenizer)
         if not text.endswith("\ufffd"):
             found.append(text)
             waiting = []
-    found += [tokenizer.decode(waiting)] if waiting else []
+    found += [decode(waiting, tokenizer)] if waiting else []
     return [piece.replace("\n", "\\n") for piece in found]
 
 
@@ -149,9 +159,9 @@ def _head_note(head: str, many: int, rows: int) -> str:
 def _trailing_note(
     ids: tuple[int, ...], many: int, rows: int, ends: Counter, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    end = tokenizer.decode([ends.most_common(1)[0][0]])
+    end = decode([ends.most_common(1)[0][0]], tokenizer)
     return (
-        f"scored after the end of turn {end!r} in {many} of {rows} rows: {tokenizer.decode(list(ids))!r} "
+        f"scored after the end of turn {end!r} in {many} of {rows} rows: {decode(list(ids), tokenizer)!r} "
         f"({len(ids)} token{'s' if len(ids) > 1 else ''}). The model stops at {end!r} and never writes it, but it counts in "
         "each row's log-probability: a shortcut by which KTO's loss can fall while the answers stay as they were"
     )

@@ -1,0 +1,285 @@
+"""`prefopt data check`: repetitions, contradictions, evaluation questions, and which tokens a template has scored."""
+
+import importlib.resources
+import json
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefopt.cli import main
+from prefopt.data import DataError, load_rows, tokenize_rows
+from prefopt.data.check import check
+from prefopt.data.overlap import leaks, read_questions, twins, words
+from prefopt.data.scored import not_in_row, scored_tokens, template_notes
+from prefopt_testing import CHATML, EOS, make_rows, make_tokenizer
+
+TEMPLATES = importlib.resources.files("trl") / "chat_templates"
+END = "<｜end▁of▁sentence｜>"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("tokenizers")
+    for name in ("qwen3", "deepseek_r1_distill"):
+        tokenizer = make_tokenizer(made / name)
+        tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+        if name == "deepseek_r1_distill":
+            tokenizer.add_special_tokens({"eos_token": END})
+        tokenizer.save_pretrained(made / name)
+    make_tokenizer(made / "chatml")
+    return made
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+
+
+@pytest.fixture
+def chat(tmp_path):
+    return write(tmp_path / "chat.jsonl", *make_rows(True))
+
+
+def write(path, *rows):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def rated(prompt, completion, label=True):
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def prepared(folder, name, rows, **kwargs):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    loaded = load_rows(rows)
+    tokenized = tokenize_rows(loaded, tokenizer, max_length=None, chat_template_kwargs=kwargs)
+    return loaded, tokenized, tokenizer
+
+
+# ---------------------------------------------------------------- the tokens that are scored
+
+
+def test_qwen3_scores_an_empty_thought_unless_the_prompt_has_it(folder):
+    rows = make_rows(True)
+    loaded, tokenized, tokenizer = prepared(folder, "qwen3", rows)
+    shown = scored_tokens(tokenized, tokenizer).replace("│", "")
+    assert "<|im_start|>assistant\n" in shown.split("scored, ")[0]
+    assert "<think>\\n\\n</think>\\n\\nJupiter is the largest planet.<|im_end|>\\n" in shown
+    notes = template_notes(loaded, tokenized, tokenizer)
+    assert "scored before the answer in 20 of 20 rows: '<think>\\n\\n</think>\\n\\n'" in notes[0]
+    assert "{enable_thinking: false}" in notes[0]
+
+    loaded, tokenized, tokenizer = prepared(folder, "qwen3", rows, enable_thinking=False)
+    prompt, scored = scored_tokens(tokenized, tokenizer).replace("│", "").split("scored, ")
+    assert "<think>" in prompt and "<think>" not in scored
+    assert not any("before" in one for one in template_notes(loaded, tokenized, tokenizer))
+    assert not_in_row(loaded, tokenized, tokenizer, 0, {"enable_thinking": False}) == ""
+
+
+def test_r1_distills_prompt_is_no_beginning_of_the_row(folder):
+    loaded, tokenized, tokenizer = prepared(folder, "deepseek_r1_distill", make_rows(True))
+    assert tokenized.counts["prompt_cut"] == 20
+    lost = not_in_row(loaded, tokenized, tokenizer)
+    assert lost.replace("│", "").splitlines()[1].strip() == "<think>\\n"
+    assert "not into this row" in lost and "will be when it answers" in lost.replace("\n    ", " ")
+    # what is shown is what is trained on: neither the prompt nor the scored part has it
+    row = tokenized.dataset[0]
+    whole = tokenizer.apply_chat_template(
+        [*loaded.rows[0]["prompt"], *loaded.rows[0]["completion"]], tokenize=False
+    )
+    assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == whole
+    assert "<think>" not in whole
+    shown = scored_tokens(tokenized, tokenizer, 0, lost)
+    assert shown.index("left out, ") < shown.index("scored, ") and "  scored, " in shown
+    assert shown.split("scored, ")[-1].replace("│", "").endswith(f"Jupiter is the largest planet.{END}")  # fmt: skip
+    assert template_notes(loaded, tokenized, tokenizer) == []  # its turn ends with its EOS token
+
+
+def test_r1_distill_deletes_a_thought_and_that_is_said(folder):
+    rows = make_rows(True)
+    rows[0]["completion"] = [{"role": "assistant", "content": "<think>Hm.</think>Jupiter."}]
+    loaded, tokenized, tokenizer = prepared(folder, "deepseek_r1_distill", rows)
+    assert "Hm." not in scored_tokens(tokenized, tokenizer)
+    (note,) = template_notes(loaded, tokenized, tokenizer)
+    assert note.startswith("in 1 of 20 rows the template does not render the answer as it is")
+
+
+def test_a_scored_token_behind_the_end_of_turn_is_named(folder):
+    loaded, tokenized, tokenizer = prepared(folder, "chatml", make_rows(True))
+    (note,) = template_notes(loaded, tokenized, tokenizer)
+    assert note.startswith(
+        f"scored after the end of turn {EOS!r} in 20 of 20 rows: '\\n' (1 token)"
+    )
+    assert "shortcut" in note
+    assert tokenized.dataset[0]["completion_ids"][-2] == tokenizer.eos_token_id  # it is really so
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>")
+    tokenized = tokenize_rows(loaded, tokenizer, max_length=None)
+    assert template_notes(loaded, tokenized, tokenizer) == []
+
+
+def test_a_turn_without_an_end_and_another_eos_are_said(folder):
+    loaded, _, tokenizer = prepared(folder, "chatml", make_rows(True))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "\n")
+    tokenized = tokenize_rows(loaded, tokenizer, max_length=None)
+    assert template_notes(loaded, tokenized, tokenizer) == [
+        "in 20 of 20 rows no end-of-turn token is scored: they do not teach the model to stop"
+    ]
+    tokenizer.chat_template = CHATML
+    tokenizer.eos_token = "<|start|>"
+    tokenized = tokenize_rows(loaded, tokenizer, max_length=None)
+    notes = template_notes(loaded, tokenized, tokenizer)
+    assert notes[-1].startswith(
+        "20 of 20 rows end their turn with '<|im_end|>', but the tokenizer's EOS token is '<|start|>'"
+    )
+
+
+def test_text_ends_in_eos_and_a_merge_over_the_border_is_shown(folder):
+    loaded, tokenized, tokenizer = prepared(folder, "chatml", make_rows(False))
+    assert template_notes(loaded, tokenized, tokenizer) == []
+    assert not_in_row(loaded, tokenized, tokenizer) == ""
+    # "of" is one token of this vocabulary, so that a prompt ending in "o" goes on as another token
+    merged = next(t for t in tokenizer.get_vocab() if t.isascii() and t.isalpha() and len(t) == 2)
+    rows = [rated(f"a {merged[0]}", f"{merged[1]} b")]
+    loaded, tokenized, tokenizer = prepared(folder, "chatml", rows)
+    lost = not_in_row(loaded, tokenized, tokenizer)
+    assert lost.startswith("  left out, 1 tokens of the prompt alone:\n")
+    assert "becomes other tokens, which are scored" in lost
+    ids = tokenized.dataset[0]
+    assert tokenizer.decode(ids["prompt_ids"] + ids["completion_ids"]) == f"a {merged} b{EOS}"
+
+
+def test_the_command_shows_one_row_under_the_template(folder, chat, capsys):
+    given = ["data", "check", str(chat), "--tokenizer", str(folder / "qwen3"), "--row", "2"]
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "what is scored, row 2 (desirable)" in text and "note: scored before the answer" in text
+    assert main([*given, "--template", "{enable_thinking: false}"]) == 0
+    assert "scored before" not in capsys.readouterr().out
+    assert main([*given, "--template", "thinking"]) == 2
+    assert "--template is 'thinking'; expected {NAME: VALUE}" in capsys.readouterr().err
+    given = ["data", "check", str(chat), "--tokenizer", str(folder / "deepseek_r1_distill")]
+    assert main(given) == 0
+    text = capsys.readouterr().out
+    assert "in 20 rows the template renders the prompt differently" in text
+    assert "left out, " in text and "<｜Assistant｜>" in text
+    assert main([*given, "--row", "20"]) == 2
+    assert "row is 20; expected 0 to 19" in capsys.readouterr().err
+
+
+def test_truncation_is_counted_by_label(folder, chat):
+    text = check(chat, tokenizer=str(folder / "chatml"), max_length=40).text
+    loaded, tokenized, _ = prepared(folder, "chatml", make_rows(True))
+    sizes = [
+        (len(row["prompt_ids"]), len(row["completion_ids"]), row["label"])
+        for row in tokenized.dataset
+    ]
+    cut = [label for prompt, answer, label in sizes if prompt < 40 < prompt + answer]
+    assert 0 < sum(cut) < len(cut)  # the case is really there
+    assert f"of these {sum(cut)} desirable and {len(cut) - sum(cut)} undesirable" in text
+
+
+# ---------------------------------------------------------------- repetitions and contradictions
+
+
+def test_twins_by_line(tmp_path, capsys):
+    path = write(
+        tmp_path / "rows.jsonl",
+        rated("Hi", "Hello"),
+        rated("hi ", "hello"),
+        rated("ما لونه؟", "أحمر", False),
+        rated("ما لونه؟", "أحمـر", True),
+        rated("Hi", "Bye", False),
+    )
+    assert twins(load_rows(path)) == ([1], [2, 3])
+    assert main(["data", "check", str(path)]) == 1
+    text = capsys.readouterr().out
+    assert (
+        "repeated rows        1 (lines 2)" in text and "contradictory rows   2 (lines 3, 4)" in text
+    )
+
+
+def test_clean_data_are_clean(chat):
+    checked = check(chat)
+    assert checked.clean and "repeated rows        0\ncontradictory rows   0" in checked.text
+
+
+# ---------------------------------------------------------------- evaluation questions
+
+QUESTION = "What happens to you if you swallow the seeds of a watermelon?"
+
+
+def test_a_question_is_found_in_prompts_and_answers_whatever_its_spelling(tmp_path, capsys):
+    rows = [
+        rated(f"Tell me: {QUESTION.lower().replace('?', '')} please", "Nothing."),
+        rated("Where?", "you asked what happens to you if you swallow the seeds", False),
+        rated("What happens if you swallow seeds of a watermelon?", "Nothing."),
+        rated("who wrote it", "Nobody knows who wrote it.", False),
+        rated("Tell me who wrote it.", "No."),
+    ]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    questions = tmp_path / "questions.txt"
+    questions.write_text(f"{QUESTION}\n\nWho wrote it?\nIs it here?\n", encoding="utf-8")
+    found = leaks(load_rows(path), read_questions(questions))
+    # row 3 shares fewer than eight words in a row; a short question counts where it is a whole text
+    assert found.rows == {0: QUESTION, 1: QUESTION, 3: "Who wrote it?"} and found.questions == 2
+    assert set(leaks(load_rows(path), read_questions(questions), 4).rows) == {0, 1, 2, 3}
+    assert main(["data", "check", str(path), "--questions", str(questions)]) == 1
+    text = capsys.readouterr().out
+    assert "evaluation questions 2 of 3 found, in 3 rows (8 words in a row" in text
+    assert f"  line 1: {QUESTION}" in text
+
+
+def test_arabic_questions_match_without_vowel_signs(tmp_path):
+    question = "ما هي عاصمة المملكة الأردنية الهاشمية منذ عام 1921؟"
+    row = rated("سؤال: مَا هِيَ عاصمةُ المملكةِ الأردنيّة الهاشميّة منذ عام 1921", "عمّان")
+    assert leaks(load_rows([row]), [question]).questions == 1
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=1, max_size=12), st.integers(1, 5))
+def test_a_long_question_is_found_exactly_where_its_words_stand_in_a_row(letters, size):
+    question = ["q", "r", "s", "t", "u", "a", "b"]
+    loaded = load_rows([rated(" ".join(letters), "no")])
+    shared = any(
+        letters[i : i + size] == question[j : j + size]
+        for i in range(len(letters) - size + 1)
+        for j in range(len(question) - size + 1)
+    )
+    assert bool(leaks(loaded, [" ".join(question)], size).rows) is shared
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("q.csv", "a", "ends in .csv; expected questions as .txt or .jsonl"),
+        ("q.txt", "\n?\n", "has no questions in it"),
+        ("q.jsonl", '{"label": 1}', "q.jsonl:1: has no text in question, prompt, ctx, text"),
+        ("q.jsonl", "[1]", "q.jsonl:1: is '[1]'; expected an object"),
+        ("q.jsonl", "{", "q.jsonl:1: is not JSON"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_one_sentence(
+    tmp_path, capsys, chat, name, data, message
+):
+    (tmp_path / name).write_text(data, encoding="utf-8")
+    assert main(["data", "check", str(chat), "--questions", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_more_about_questions(tmp_path):
+    rows = [{"question": "One two?", "prompt": "x"}, {"ctx": "Three four"}]
+    path = write(tmp_path / "q.jsonl", *rows)
+    assert read_questions(path) == ["One two?", "Three four"]
+    with pytest.raises(DataError, match="there is no file of questions"):
+        read_questions(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match="latin.txt is not UTF-8 .byte 4"):
+        read_questions(tmp_path / "latin.txt")
+    with pytest.raises(DataError, match="ngram is 0; expected at least 1"):
+        leaks(load_rows([rated("a", "b")]), ["a"], 0)
+    assert words("ﻣﺮﺣﺒًﺎ  World's") == ("مرحبا", "world", "s")
