@@ -20,10 +20,10 @@ class _Estimator:
     """The last estimate and what else it takes to go on, as fp32 tensors; the one collective."""
 
     _shapes: dict[str, tuple[int, ...]] = {"value": ()}
+    value: Tensor  # 0-dim
 
     def __init__(self, group: "dist.ProcessGroup | None" = None):
         self.group = group
-        self.value: Tensor
         for name, shape in self._shapes.items():
             setattr(self, name, torch.zeros(shape))
 
@@ -175,6 +175,8 @@ class EMAKL(_Estimator):
     """
 
     _shapes = {"value": (), "numerator": (), "denominator": ()}
+    numerator: Tensor
+    denominator: Tensor
 
     def __init__(self, group: "dist.ProcessGroup | None" = None, *, decay: float = 0.9):
         super().__init__(group)
@@ -225,6 +227,7 @@ class CumulativeShift(_Estimator):
     """
 
     _shapes = {"value": (), "count": ()}
+    count: Tensor
 
     def estimate(self, rewards: Tensor, labels: Tensor, *, update: bool = True) -> Tensor:
         """Add the rewards of all ranks to the mean.
@@ -322,7 +325,9 @@ class EMAShift(_Estimator):
         tensor(1.5000)
     """
 
-    _shapes = {"value": (), "numerator": (2,), "denominator": (2,)}  # desirable, undesirable
+    _shapes = {"value": (), "numerator": (2,), "denominator": (2,)}
+    numerator: Tensor  # (2,) desirable, undesirable
+    denominator: Tensor
 
     def __init__(self, group: "dist.ProcessGroup | None" = None, *, decay: float = 0.9):
         super().__init__(group)

@@ -106,8 +106,8 @@ def enhanced_kto_loss(
         win_weighting: W on the win probability: None, "tversky-kahneman" (.61) or "prelec" (.65).
         decision_weighting: W of the decision weight; None is :math:`\omega = 1`.
         decision_clip: (low, high), 0 < low <= high.
-        decision_mean: what decision weights are divided by, a number or a 0-dim tensor; None is their
-            mean over the rows given. To have mean 1 over a window of several calls, pass the mean of
+        decision_mean: what decision weights are divided by, above 0, a number or a 0-dim tensor; None is
+            their mean over the rows given. To have mean 1 over a window of several calls, pass the mean of
             :func:`decision_weights` over the window.
         odds_weight: :math:`w_o`, 0 or above.
         odds_baseline: b in log-odds, as ``reference_point``.
@@ -150,8 +150,10 @@ def enhanced_kto_loss(
     check_choice("win_weighting", win_weighting, WEIGHTINGS)
     check_choice("decision_weighting", decision_weighting, WEIGHTINGS)
     check_interval("decision_clip", decision_clip)
-    if decision_mean is not None:
+    if isinstance(decision_mean, Tensor):
         check_baseline("decision_mean", decision_mean, logps, per_row=False, unit="weights")
+    elif decision_mean is not None:
+        check_positive("decision_mean", decision_mean)
     check_weight("odds_weight", odds_weight)
     check_baseline("odds_baseline", odds_baseline, logps, unit="log-odds")
     check_weight("desirable_weight", desirable_weight)
