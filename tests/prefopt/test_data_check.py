@@ -61,21 +61,27 @@ def prepared(folder, name, rows, **kwargs):
     return loaded, tokenized, tokenizer
 
 
+def parts(shown):
+    """The prompt and the scored tokens as `scored_tokens` shows them, without the marks between tokens."""
+    prompt, scored = shown.replace("│", "").split("\n  scored, ")
+    return prompt, scored
+
+
 # ---------------------------------------------------------------- the tokens that are scored
 
 
 def test_qwen3_scores_an_empty_thought_unless_the_prompt_has_it(folder):
     rows = make_rows(True)
     loaded, tokenized, tokenizer = prepared(folder, "qwen3", rows)
-    shown = scored_tokens(tokenized, tokenizer).replace("│", "")
-    assert "<|im_start|>assistant\n" in shown.split("scored, ")[0]
-    assert "<think>\\n\\n</think>\\n\\nJupiter is the largest planet.<|im_end|>\\n" in shown
+    prompt, scored = parts(scored_tokens(tokenized, tokenizer))
+    assert "<|im_start|>assistant" in prompt and "think" not in prompt
+    assert "<think>\\n\\n</think>\\n\\nJupiter is the largest planet.<|im_end|>\\n" in scored
     notes = template_notes(loaded, tokenized, tokenizer)
     assert "scored before the answer in 20 of 20 rows: '<think>\\n\\n</think>\\n\\n'" in notes[0]
     assert "{enable_thinking: false}" in notes[0]
 
     loaded, tokenized, tokenizer = prepared(folder, "qwen3", rows, enable_thinking=False)
-    prompt, scored = scored_tokens(tokenized, tokenizer).replace("│", "").split("scored, ")
+    prompt, scored = parts(scored_tokens(tokenized, tokenizer))
     assert "<think>" in prompt and "<think>" not in scored
     assert not any("before" in one for one in template_notes(loaded, tokenized, tokenizer))
     assert not_in_row(loaded, tokenized, tokenizer, 0, {"enable_thinking": False}) == ""
@@ -95,8 +101,9 @@ def test_r1_distills_prompt_is_no_beginning_of_the_row(folder):
     assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == whole
     assert "<think>" not in whole
     shown = scored_tokens(tokenized, tokenizer, 0, lost)
-    assert shown.index("left out, ") < shown.index("scored, ") and "  scored, " in shown
-    assert shown.split("scored, ")[-1].replace("│", "").endswith(f"Jupiter is the largest planet.{END}")  # fmt: skip
+    prompt, scored = parts(shown)
+    assert "left out, " in prompt and "left out, " not in scored
+    assert scored.endswith(f"Jupiter is the largest planet.{END}")
     assert template_notes(loaded, tokenized, tokenizer) == []  # its turn ends with its EOS token
 
 
@@ -142,15 +149,20 @@ def test_text_ends_in_eos_and_a_merge_over_the_border_is_shown(folder):
     loaded, tokenized, tokenizer = prepared(folder, "chatml", make_rows(False))
     assert template_notes(loaded, tokenized, tokenizer) == []
     assert not_in_row(loaded, tokenized, tokenizer) == ""
-    # "of" is one token of this vocabulary, so that a prompt ending in "o" goes on as another token
-    merged = next(t for t in tokenizer.get_vocab() if t.isascii() and t.isalpha() and len(t) == 2)
-    rows = [rated(f"a {merged[0]}", f"{merged[1]} b")]
-    loaded, tokenized, tokenizer = prepared(folder, "chatml", rows)
+    text = "Jupiter is the largest planet."
+    whole = tokenizer(text).input_ids
+    cut, alone = next(
+        (end, ids)
+        for end in range(9, len(text))
+        if (ids := tokenizer(text[:end]).input_ids) != whole[: len(ids)]
+    )
+    loaded, tokenized, tokenizer = prepared(folder, "chatml", [rated(text[:cut], text[cut:])])
     lost = not_in_row(loaded, tokenized, tokenizer)
-    assert lost.startswith("  left out, 1 tokens of the prompt alone:\n")
+    row = tokenized.dataset[0]
+    assert row["prompt_ids"] + row["completion_ids"] == [*whole, tokenizer.eos_token_id]
+    gone = len(alone) - len(row["prompt_ids"])
+    assert gone > 0 and lost.startswith(f"  left out, {gone} tokens of the prompt alone:\n")
     assert "becomes other tokens, which are scored" in lost
-    ids = tokenized.dataset[0]
-    assert tokenizer.decode(ids["prompt_ids"] + ids["completion_ids"]) == f"a {merged} b{EOS}"
 
 
 def test_the_command_shows_one_row_under_the_template(folder, chat, capsys):

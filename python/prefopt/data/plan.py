@@ -225,26 +225,30 @@ def _source(given: Any, where: str) -> Source:
 def _parsed(word: str) -> dict[str, Any]:
     """``[NAME=][KIND:]PATH[@REVISION]`` or ``KIND``."""
     values: dict[str, Any] = {}
-    named = re.fullmatch(r"([\w.-]+)=(.+)", word)
-    if named and not Path(word).exists():
+    if Path(word).exists():
+        return {"path": word}  # whatever signs its name has
+    if named := re.fullmatch(r"([\w.-]+)=(.+)", word):
         values["name"], word = named.groups()
     kind, colon, rest = word.partition(":")
     if word in KINDS and KINDS[word].path:
         return values | {"kind": word}
-    if colon and kind in KINDS:
+    if colon:
+        if kind not in KINDS:
+            raise DataError(f"{kind} is no kind of source{nearest_kind(kind)}")
         values["kind"], word = kind, rest
-    elif colon and not Path(word).exists():
-        raise DataError(f"{kind} is no kind of source{nearest_kind(kind)}")
-    if "@" in word and not Path(word).exists():
+    if "@" in word and not _is_file(word):
         word, _, values["revision"] = word.partition("@")
     values["path"] = word
-    file = Path(word)
-    bare = "/" not in word and file.suffix.lower() not in FILES and not file.exists()
-    if bare and "kind" not in values:
+    if "kind" not in values and "/" not in word and not _is_file(word):
         near = difflib.get_close_matches(word, [*KINDS, *plan_names()], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise DataError(f"there is no file, plan or published set {word}{hint}")
     return values
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word is meant to be a file or a folder here, and not something on the hub."""
+    return Path(word).suffix.lower() in FILES or Path(word).exists()
 
 
 def _kind_of(values: Mapping[str, Any]) -> str:

@@ -32,7 +32,8 @@ def convert(raws: Raws) -> Outcomes:
 
 
 def _answers(raw: Mapping[str, Any]) -> list[Answer]:
-    chosen, rejected = _turns(text_of(raw, "chosen")), _turns(text_of(raw, "rejected"))
+    transcripts = text_of(raw, "chosen"), text_of(raw, "rejected")
+    chosen, rejected = map(_turns, transcripts)
     if chosen == rejected:
         raise Dropped("both transcripts are the same")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
