@@ -3,6 +3,7 @@
 #   make test    the whole test suite; ARGS="tests/ops -k kto" runs a part of it
 #   make lint    ruff and clang-format, without changing a file
 #   make bench   the benchmarks, then the table in README.md
+#   make static-report   registers, spills and shared memory of the Triton kernels on GPUs that are not here
 #   make build   the C++ extension, after a change in csrc/
 # PYTHON=python3.12 names another interpreter for .venv (3.11 to 3.13).
 
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-warn-script
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench build
+.PHONY: demo test lint bench build static-report
 .DELETE_ON_ERROR:
 
 demo: .venv/.train .venv/.built
@@ -26,6 +27,9 @@ test: .venv/.dev .venv/.built
 bench: .venv/.dev .venv/.built
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.table
+
+static-report: .venv/.dev
+	$(BIN)/python -m benchmarks.static_report $(ARGS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference
+from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference, backend_triton
 from prefopt_kernels.ops.linear_logprob.checks import (
     OUTPUTS,
     check_call,
@@ -24,11 +24,10 @@ from prefopt_kernels.ops.linear_logprob.transform import Transform
 
 BACKENDS = {
     "cpu": backend_cpu,
+    "triton": backend_triton,
     "reference": backend_reference,
 }  # in the order in which "auto" tries them
-ABSENT = {
-    name: f"this version has no {name} kernel for linear_logprob" for name in ("triton", "cuda")
-}
+ABSENT = {"cuda": "this version has no cuda kernel for linear_logprob"}
 
 
 class TokenLogprobs(NamedTuple):

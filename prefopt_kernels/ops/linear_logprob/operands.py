@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-FILTER_TILE = 128  # token ids of a tile that a gradient filter keeps or leaves out
+FILTER_TILE = 64  # token ids of a tile that a gradient filter keeps or leaves out, by 128 tokens
 
 
 class Operands(NamedTuple):

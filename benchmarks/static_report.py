@@ -1,0 +1,239 @@
+"""What every Triton kernel becomes on GPUs that are not here: registers, spills, shared memory, matrix instructions.
+
+    python -m benchmarks.static_report [--arch 80 90 100] [--dtype bf16 fp16 fp32] [--json]
+
+Each case runs a backend on meta tensors, so that nothing is computed and every launch is listed with the arguments of a real
+call; each kernel that came up is compiled for the architecture with the ptxas of Triton's wheel. No GPU, driver or toolkit
+is needed. Leave TRITON_INTERPRET unset.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from prefopt_kernels.ops._launch import Launch, recording
+from prefopt_kernels.ops.linear_logprob import backend_triton, backend_triton_choices
+from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
+from prefopt_kernels.ops.linear_logprob.transform import Transform
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    80: backend_triton_choices.Target((8, 0), 108, 166_912),
+    90: backend_triton_choices.H100,
+    100: backend_triton_choices.Target((10, 0), 148, 232_448),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+MATRIX = {80: r"\bHMMA", 90: r"\bHGMMA|\bHMMA", 100: r"\bUTC\w*MMA|\bHMMA"}
+T, H, V, RANK = 4096, 1024, 151_936, 16
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel on one architecture; ``flags`` are its constexprs, ``calls`` the cases in which it came up."""
+
+    arch: int
+    dtype: str
+    kernel: str
+    flags: str
+    warps: int
+    stages: int
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared_bytes: int
+    matrix_instructions: int
+    needs_matrix: bool
+    calls: str
+
+
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, partial]]:
+    """Calls of the backend that between them launch every kernel with every flag."""
+    meta = {"device": "meta"}
+    hidden, weight = torch.empty(T, H, dtype=dtype, **meta), torch.empty(V, H, dtype=dtype, **meta)
+    targets, row = torch.empty(T, dtype=torch.int64, **meta), torch.empty(T, **meta)
+    bias = torch.empty(V, dtype=dtype, **meta)
+    low = torch.empty(T, RANK, **meta), torch.empty(V, RANK, dtype=dtype, **meta)
+    plain, capped = Transform(1.0, None, 1.0), Transform(1.2, 30.0, 0.7)
+    operands = Operands(hidden, weight, targets)
+    odd = Operands(hidden[:, :-1], weight[:, :-1], targets)  # rows no descriptor can read
+    full = operands._replace(bias=bias, low_hidden=low[0], low_weight=low[1])
+    basic = frozenset({"logp", "lse"})
+    every = basic | {"entropy", "mean_logit", "is_top1"}
+    tile_max = torch.empty(-(-V // 128), T, **meta)
+    saved = partial(Saved, row)
+    forward, backward = backend_triton.forward, backend_triton.backward
+    yield "forward", partial(forward, operands, plain, basic, 0.0)
+    yield "forward, pointers", partial(forward, odd, plain, basic, 0.0)
+    yield "forward, every output", partial(forward, full, capped, every | {"tile_max"}, 0.0)
+    yield "unit", partial(forward, operands, plain, basic | {"unit"}, 0.0)
+    yield "unit, pointers", partial(forward, odd, plain, basic | {"unit"}, 0.0)
+    yield "unit, filter", partial(forward, operands, plain, basic | {"unit"}, 2.0**-12)
+    yield "unit, every output", partial(forward, full, capped, every | {"unit"}, 0.0)
+    head = frozenset({"hidden", "weight"})
+    every = frozenset({"hidden", "weight", "bias", "low_hidden", "low_weight"})
+    by_logp = Upstream(row, None, None)
+    yield "backward", partial(backward, operands, by_logp, saved(None, None, 0.0, 0.0), plain, head)
+    yield (
+        "backward, pointers",
+        partial(backward, odd, by_logp, saved(None, None, 0.0, 0.0), plain, head),
+    )
+    filters = saved(None, None, 2.0**-12, 0.0)
+    yield "backward, filter", partial(backward, operands, by_logp, filters, plain, head)
+    filters = saved(None, tile_max, 2.0**-12, 2.0**-12)
+    yield "backward, head filter", partial(backward, operands, by_logp, filters, plain, head)
+    through = Upstream(row, row, row)
+    yield (
+        "backward, everything",
+        partial(backward, full, through, saved(row, None, 0.0, 0.0), capped, every),
+    )
+
+
+def argument_type(value) -> str:
+    """How the compiler writes the type of an argument; as the launcher would specialise it."""
+    if value is None or (type(value) is int and value == 1):
+        return "constexpr"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, TensorDescriptor):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{TYPES[value.base.dtype]}[{block}]>"
+    return f"*{TYPES[value.dtype]}"
+
+
+def aligned(value) -> bool:
+    if isinstance(value, Tensor):
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return type(value) is int and value % 16 == 0 and value != 1
+
+
+def source_of(launch: Launch) -> tuple[ASTSource, str]:
+    """What to compile, and a key that tells different kernels apart."""
+    signature, constexprs, attrs = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = "constexpr" if parameter.is_constexpr else argument_type(value)
+        if signature[parameter.name] == "constexpr":
+            constexprs[(i,)] = value
+        elif aligned(value):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    names = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    key = json.dumps([signature, names, sorted(attrs)], default=str)
+    return source, key
+
+
+def compile_launch(launch: Launch, arch: int, dtype: str, names: list[str]) -> Compiled:
+    source, _ = source_of(launch)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    flags = [
+        name if value is True else f"{name}={value}"
+        for name, value in launch.arguments.items()
+        if name.isupper()
+        and value not in (False, 0, None)
+        and name not in ("T", "V", "M", "N", "K")
+    ]
+    return Compiled(
+        arch=arch,
+        dtype=dtype,
+        kernel=launch.kernel.__name__,
+        flags=" ".join(flags),
+        warps=launch.num_warps,
+        stages=launch.num_stages,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spill_stores=len(re.findall(r"\bSTL\b", sass)),
+        spill_loads=len(re.findall(r"\bLDL\b", sass)),
+        shared_bytes=kernel.metadata.shared,
+        matrix_instructions=len(re.findall(MATRIX[arch], sass)),
+        needs_matrix="tt.dot" in kernel.asm["ttir"],
+        calls="; ".join(names),
+    )
+
+
+def compile_all(arch: int, dtype: str) -> list[Compiled]:
+    """Every kernel that the cases launch, each once."""
+    jobs: dict[tuple, tuple[Launch, list[str]]] = {}
+    for name, call in calls(DTYPES[dtype]):
+        with backend_triton_choices.pretending(TARGETS[arch]), recording() as launches:
+            call()
+        for launch in launches:
+            key = (launch.kernel.__name__, source_of(launch)[1])
+            names = jobs.setdefault(key, (launch, []))[1]
+            if name not in names:
+                names.append(name)
+    return [compile_launch(launch, arch, dtype, names) for launch, names in jobs.values()]
+
+
+def report(archs: list[int], dtypes: list[str]) -> list[Compiled]:
+    """One process for each architecture and dtype, as many at a time as there are cores."""
+    pairs = [(arch, dtype) for arch in archs for dtype in dtypes]
+    with ProcessPoolExecutor(min(len(pairs), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return [row for rows in pool.map(compile_all, *zip(*pairs, strict=True)) for row in rows]
+
+
+def table(rows: list[Compiled]) -> str:
+    lines = [
+        "| sm | dtype | kernel | cases | warps | stages | registers | spills st/ld | shared, bytes | matrix instructions |",
+        "|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r.arch} | {r.dtype} | {r.kernel} | {r.calls} | {r.warps} | {r.stages} | {r.registers} | "
+        f"{r.spill_stores}/{r.spill_loads} | {r.shared_bytes} | {r.matrix_instructions} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", action="store_true", help="one JSON object per kernel")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    rows = report(options.arch, options.dtype)
+    print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The Triton kernels compile for GPUs that are not here, without spills and with matrix instructions."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.origin import ROOT
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may have
+KERNELS = {"scan", "combine", "check_reference", "target_logits", "product", "finish"}
+KERNELS |= {"logit_gradients"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Every kernel, flag, dtype and architecture; compiled in a process of its own, where triton is not the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.static_report", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_kernels_keep_their_registers_and_use_the_matrix_units(rows, arch):
+    ours = [row for row in rows if row["arch"] == arch]
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert {row["kernel"] for row in ours if row["dtype"] == dtype} >= KERNELS
+    for row in ours:
+        name = f"{row['kernel']} {row['dtype']} sm_{arch} in {row['calls']}: {row['flags']}"
+        assert (row["spill_stores"], row["spill_loads"]) == (0, 0), name
+        assert row["shared_bytes"] <= SHARED_LIMIT[arch], name
+        assert not row["needs_matrix"] or row["matrix_instructions"] > 0, name
+    assert any(row["needs_matrix"] for row in ours)
+
+
+def test_the_interpreter_is_refused():
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.static_report"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "TRITON_INTERPRET is set" in done.stderr
