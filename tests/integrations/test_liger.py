@@ -5,6 +5,8 @@ The contract is 1e-5 of the largest entry. Where ours differ on purpose, a test 
 
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 
 import liger_kernel.chunked_loss as theirs
 import pytest
@@ -283,7 +285,7 @@ def test_half_precision_keeps_fp32_logits():
     assert error[ours] <= CONTRACT * exact.abs() and error[theirs] > 10 * error[ours]
 
 
-# Cross-entropy: Liger's runs on a GPU only; torch's is the definition that it follows.
+# Cross-entropy against torch's, whose definition Liger follows; then against Liger's own kernel.
 
 
 def cross_entropy(x, ce_weight=None, **options):
@@ -420,3 +422,62 @@ def kto(x, use_ref_model=False, **arguments):
     arguments = {"preference_labels": x.labels} | arguments
     module = ours.LigerFusedLinearKTOLoss(use_ref_model=use_ref_model)
     return module(x.input, x.weight, x.target, **arguments)
+
+
+# Liger's cross-entropy is a Triton kernel. Triton's interpreter runs it on the CPU, if asked before it is imported; not with
+# class weights or a softcap, whose Python floats it does not take.
+WITH_LIGER = """
+import os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+cases, operands = torch.load(sys.argv[1])
+found = []
+for options in cases:
+    x = {name: value.clone().requires_grad_() for name, value in operands.items() if name != "target"}
+    out = LigerFusedLinearCrossEntropyLoss(**options)(x["weight"], x["input"], operands["target"], x["bias"])
+    loss = getattr(out, "loss", out)
+    loss.sum().backward()
+    logged = [getattr(out, name, None) for name in ("z_loss", "token_accuracy")]
+    logged = [None if value is None else value.detach() for value in logged]
+    found.append([loss.detach(), *logged, *(value.grad for value in x.values())])
+torch.save(found, sys.argv[2])
+"""
+
+
+def test_cross_entropy_is_ligers(tmp_path):
+    everything = {"lse_square_scale": 1e-2, "return_z_loss": True, "return_token_accuracy": True}
+    cases = [
+        {},
+        {"reduction": "none"},
+        {"reduction": "sum", "label_smoothing": 0.2},
+        {"label_smoothing": 0.2, **everything},
+        {"use_token_scaling": True, **everything},
+        {"reduction": "none", **everything},
+    ]
+    x = Batch()
+    x.target[0, :4] = (x.input[0] @ x.weight.T + x.bias).argmax(-1)[:4]
+    operands = {
+        "input": x.input.detach().flatten(0, 1),
+        "weight": x.weight.detach(),
+        "bias": x.bias.detach(),
+        "target": x.target.flatten(),
+    }
+    torch.save((cases, operands), tmp_path / "cases")
+    command = [sys.executable, "-c", WITH_LIGER, tmp_path / "cases", tmp_path / "found"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for options, results in zip(cases, torch.load(tmp_path / "found"), strict=True):
+        mine = Batch()
+        mine.target = x.target
+        out = cross_entropy(mine, **options)
+        loss = getattr(out, "loss", out)
+        loss.sum().backward()
+        logged = [getattr(out, name, None) for name in ("z_loss", "token_accuracy")]
+        gradients = mine.gradients()
+        gradients["input"] = gradients["input"].flatten(0, 1)
+        found = [loss, *logged, *gradients.values()]
+        for i, (value, expected) in enumerate(zip(found, results, strict=True)):
+            assert (value is None) == (expected is None), (options, i)
+            if value is not None:
+                assert_agree(value.detach(), expected, f"{options} {i}")
