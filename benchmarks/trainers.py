@@ -1,0 +1,208 @@
+"""TRL's trainers with and without the patch: tokens per second of forward and backward of one micro-batch.
+
+    python -m benchmarks.trainers                                          the required cases; about an hour on 2 cores
+    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        tries the harness, keeps no row
+
+One trainer of TRL, built once, takes the same micro-batch again and again, in interleaved rounds: patched, not patched.
+The model has a real head on a few random layers, because it is the head that differs; the share of the head in a step
+falls with the number of layers, so a row names it. Tokens are those of the matched sequences, prompt and completion. A
+KTO step runs the policy and the reference on the mismatched ones too. Rows go to results/trainers/<device>/.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import CASES, DTYPES, Case
+from benchmarks.measure import interleaved, summary
+from benchmarks.origin import ROOT, origin
+from benchmarks.rows import RESULTS, keep
+from prefopt_kernels.integrations import trl as integration
+
+TRAINERS = ("kto", "dpo")
+REQUIRED = ("smollm2-360m", "qwen3-0.6b")
+KEPT_ROUNDS = 5  # fewer show a number and keep no row
+GATE = ("tests/ops", "tests/integrations/test_trl.py")
+# TRL rounds the logits of bf16 models: .1 nat in a completion's sum, of which the losses take a twentieth.
+LOSS_DIFFERENCE = {"bf16": 1e-2, "fp32": 1e-4}
+
+
+def tokenizer_of(vocabulary: int):
+    """One token for each of the words w0, w1, ...: texts of exactly as many tokens as wanted."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(vocabulary - 2)}
+    words |= {"<eos>": vocabulary - 2, "<pad>": vocabulary - 1}
+    core = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+
+
+def model_of(case: Case, layers: int, dtype: str, seed: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    heads = max(1, case.H // 64)
+    config = LlamaConfig(
+        vocab_size=case.V,
+        hidden_size=case.H,
+        intermediate_size=3 * case.H,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        pad_token_id=case.V - 1,
+        eos_token_id=case.V - 2,
+    )
+    return LlamaForCausalLM(config).to(DTYPES[dtype])
+
+
+def rows_of(trainer: str, case: Case, rows: int, tokens: int):
+    """``rows`` sequences of ``tokens`` tokens, half prompt, half completion; a pair counts as two."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(0)
+
+    def text(number: int) -> str:
+        ids = torch.randint(case.V - 2, (number,), generator=generator).tolist()
+        return " ".join(f"w{i}" for i in ids)
+
+    prompt, completion = tokens // 2, tokens - tokens // 2 - 1  # and the end of the sequence
+
+    def row(i: int) -> dict:
+        found = {"prompt": text(prompt)}
+        if trainer == "dpo":
+            return found | {"chosen": " " + text(completion), "rejected": " " + text(completion)}
+        return found | {"completion": " " + text(completion), "label": i % 2 == 0}
+
+    return Dataset.from_list([row(i) for i in range(rows // 2 if trainer == "dpo" else rows)])
+
+
+def build(name: str, case: Case, options: argparse.Namespace, folder: str):
+    """TRL's trainer, ready for ``training_step``, and its micro-batch."""
+    import trl
+
+    data = rows_of(name, case, options.rows, options.tokens)
+    config = getattr(trl, f"{name.upper()}Config")(
+        output_dir=folder,
+        per_device_train_batch_size=len(data),
+        max_length=None,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = getattr(trl, f"{name.upper()}Trainer")(
+        model=model_of(case, options.layers, options.dtype, seed=0),
+        ref_model=model_of(case, options.layers, options.dtype, seed=1),
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer_of(case.V),
+    )
+    for parameter in trainer.model.lm_head.parameters():
+        parameter.requires_grad_(options.head == "trainable")
+    trainer.current_gradient_accumulation_steps = 1
+    (batch,) = trainer.get_train_dataloader()
+    return trainer, batch
+
+
+def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> list[dict]:
+    """Two rows: TRL as it is, and patched."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, batch = build(name, case, options, folder)
+
+        def step() -> Tensor:
+            trainer.model.zero_grad(set_to_none=True)
+            return trainer.training_step(trainer.model, dict(batch)).detach()
+
+        def patched() -> Tensor:
+            with integration.patch() as patch:
+                loss = step()
+                assert patch.calls > 0 and patch.passed_on == 0
+            return loss
+
+        seconds, losses = interleaved({"trl": step, "ours": patched}, options.rounds)
+    difference = abs(losses["trl"] - losses["ours"]).item()
+    if not difference <= LOSS_DIFFERENCE[options.dtype]:
+        raise RuntimeError(f"the losses differ by {difference:.1e}: no numbers from a wrong kernel")
+    T = options.rows * options.tokens
+    unit = statistics.median(seconds["trl"])
+    return [
+        {
+            **where,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "op": f"trl_{name}_step",
+            "case": case.name,
+            "H": case.H,
+            "V": case.V,
+            "T": T,
+            "dtype": options.dtype,
+            "threads": options.threads,
+            "variant": f"{who}-{options.head}",
+            "skipped": None,
+            "layers": options.layers,
+            "rows": options.rows,
+            "rounds": options.rounds,
+            **summary(seconds[who]),
+            "ratio": statistics.median(seconds[who]) / unit,
+            "tokens_per_second": T / statistics.median(seconds[who]),
+            "loss": losses[who].item(),
+        }
+        for who in ("trl", "ours")
+    ]
+
+
+def green() -> None:
+    """End here unless the op's tests and the patch's pass in this checkout."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *GATE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{done.stdout}{done.stderr}\n{' '.join(GATE)} failed: no numbers")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.trainers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--case", action="append", choices=CASES, help="a head; may be repeated")
+    parser.add_argument("--trainer", action="append", choices=TRAINERS, help="may be repeated")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--head", choices=("frozen", "trainable"), default="trainable")
+    parser.add_argument("--rows", type=int, default=4, help="sequences; a pair has two")
+    parser.add_argument("--tokens", type=int, default=256, help="of each sequence")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=KEPT_ROUNDS, help=f"{KEPT_ROUNDS} are kept")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(arguments)
+    if options.rounds < 2 or options.rows < 4 or options.rows % 2:
+        parser.error("expected --rounds 2 or more and --rows even, 4 or more")
+    cases = options.case or REQUIRED
+    kept = options.rounds >= KEPT_ROUNDS and "smoke" not in cases
+    if kept:
+        green()
+    where = origin()
+    for case in cases:
+        for name in options.trainer or TRAINERS:
+            rows = measure(name, CASES[case], options, where)
+            for row in rows:
+                print(
+                    f"\n{row['case']} {name} {row['variant']}: {row['tokens_per_second']:,.0f} tokens/s, "
+                    f"{row['median_ms']:,.0f} ms, ratio {row['ratio']:.2f}",
+                    flush=True,
+                )
+            if kept:
+                print(keep(rows, RESULTS / "trainers"))
+
+
+if __name__ == "__main__":
+    main()
