@@ -140,5 +140,6 @@ def _check_floating(**logps: Tensor) -> None:
 def _check_finite(name: str, value: float, expected: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")
-    if not math.isfinite(value):
+    # Not math.isfinite, which torch.compile cannot trace where a number changes between calls.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} is {value}; expected {expected}")
