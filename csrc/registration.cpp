@@ -4,20 +4,20 @@
 
 STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
   m.def("isas() -> str[]");
-  m.def("linear_logprob_plan(Tensor hidden, Tensor weight, int tokens, bool product, str isa) -> int[]");
+  m.def("linear_logprob_plan(Tensor hidden, Tensor weight, int tokens, int rank, bool product, str isa) -> int[]");
   m.def(
-      "linear_logprob_forward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float scale, "
-      "float softcap, float temperature, bool want_spread, bool want_total, Tensor(a!) partials, Tensor(b!)? product, "
-      "Tensor(c!) workspace, int splits, int groups, str isa) -> ()");
+      "linear_logprob_forward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor? low_hidden, Tensor? low_weight, float scale, float softcap, float temperature, bool want_spread, "
+      "bool want_total, Tensor(a!) partials, Tensor(b!)? product, Tensor(c!) workspace, int splits, int groups, "
+      "str isa) -> ()");
   m.def(
-      "linear_logprob_finish_unit(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor product, Tensor "
-      "share, "
-      "Tensor own, Tensor(a!) unit, str isa) -> ()");
+      "linear_logprob_finish_unit(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor product, "
+      "Tensor share, Tensor own, Tensor(a!) unit, str isa) -> ()");
   m.def(
-      "linear_logprob_backward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, float scale, "
-      "float softcap, float temperature, Tensor coefficients, Tensor target_ids, bool through_entropy, Tensor(a!)? "
-      "dhidden, "
-      "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!) workspace, int parts, int chunk, str isa) -> ()");
+      "linear_logprob_backward(Tensor hidden, Tensor rows, Tensor weight, Tensor targets, Tensor? bias, "
+      "Tensor? low_hidden, Tensor? low_weight, float scale, float softcap, float temperature, Tensor coefficients, "
+      "Tensor target_ids, bool through_entropy, Tensor(a!)? dhidden, Tensor(b!)? dweight, Tensor(c!)? dbias, "
+      "Tensor(d!)? dlow_hidden, Tensor(e!)? dlow_weight, Tensor(f!) workspace, int parts, int chunk, str isa) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CompositeExplicitAutograd, m) {

@@ -1,6 +1,6 @@
 """What the tests of linear_logprob share: problems, their truth in fp64 and in plain torch, and the backends of this machine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ from prefopt_kernels.ops.linear_logprob.checks import FLOATS, OUTPUTS
 
 DTYPES = FLOATS
 OPERANDS = ("hidden", "weight", "bias")
+LORA_OPERANDS = (*OPERANDS, "A", "B")
 DIFFERENTIABLE = ("logp", "lse", "entropy")
 TRANSFORMS = {
     "plain": {},
@@ -41,10 +42,13 @@ class Problem:
     bias: Tensor | None
     transform: dict
     upstream: dict[str, Tensor]
+    A: Tensor | None = None  # of a low-rank adapter on the head, with B and lora_scale
+    B: Tensor | None = None
+    lora_scale: float = 1.0
 
     @property
     def operands(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in OPERANDS}
+        named = {name: getattr(self, name) for name in LORA_OPERANDS}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -78,6 +82,35 @@ def problem(
     )
 
 
+def with_adapter(
+    made: Problem, R: int, dtype: torch.dtype | None = None, *, scale: float = 0.7, seed: int = 0
+) -> Problem:
+    """The problem with a rank-``R`` adapter on its head whose part of a raw logit is about a third of the head's."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, dtype = made.hidden.float(), made.weight.float(), dtype or made.hidden.dtype
+    A = torch.randn(R, hidden.shape[1], generator=generator) / max(1, hidden.shape[1]) ** 0.5
+    B = torch.randn(len(weight), R, generator=generator)
+    head, adapter = (hidden @ x for x in (weight.T, A.T @ B.T))
+    if adapter.any():
+        B *= head.norm() / (3 * scale * adapter.norm())
+    return replace(made, A=A.to(dtype), B=B.to(dtype), lora_scale=scale)
+
+
+def adapted(
+    family: str = "normal",
+    T: int = 17,
+    H: int = 65,
+    V: int = 300,
+    R: int = 5,
+    *,
+    adapter: torch.dtype | None = None,
+    **options,
+) -> Problem:
+    """A problem with bias and a rank-``R`` adapter; ``adapter`` is the dtype of A and B, None for that of hidden."""
+    made = problem(family, T, H, V, **{"bias": True, "through": DIFFERENTIABLE, **options})
+    return with_adapter(made, R, adapter)
+
+
 @dataclass(frozen=True)
 class Results:
     """Outputs, gradients by operand; of the truth also the sizes of the terms of each result.
@@ -91,10 +124,20 @@ class Results:
 
 
 def formula(
-    hidden, weight, targets, bias=None, *, logit_scale=1.0, softcap=None, temperature=1.0
+    hidden,
+    weight,
+    targets,
+    bias=None,
+    A=None,
+    B=None,
+    *,
+    lora_scale=1.0,
+    logit_scale=1.0,
+    softcap=None,
+    temperature=1.0,
 ) -> tuple[TokenLogprobs, Tensor]:
     """All outputs, and the logits z (T, V), in the operands' precision: the definition, on all logits at once."""
-    z = hidden @ weight.T
+    z = hidden @ (weight if A is None else weight + lora_scale * (B @ A)).T
     z = logit_scale * (z if bias is None else z + bias)
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / temperature
     lse = torch.logsumexp(z, 1)
@@ -116,6 +159,12 @@ def leaves(problem: Problem, wanted: tuple[str, ...], dtype: torch.dtype | None 
     return {name: copy.requires_grad_(name in wanted) for name, copy in copies.items()}
 
 
+def arguments_of(problem: Problem) -> dict:
+    """What the formula takes beside the operands."""
+    adapter = {} if problem.A is None else {"lora_scale": problem.lora_scale}
+    return {"targets": problem.targets, **adapter, **problem.transform}
+
+
 def detached(outputs: TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(*(None if value is None else value.detach() for value in outputs))
 
@@ -123,8 +172,8 @@ def detached(outputs: TokenLogprobs) -> TokenLogprobs:
 @lru_cache(maxsize=16)
 def exact(problem: Problem) -> Results:
     """The truth: the formula and its derivatives in fp64."""
-    x = leaves(problem, OPERANDS, torch.float64)
-    outputs, z = formula(**x, targets=problem.targets, **problem.transform)
+    x = leaves(problem, tuple(problem.operands), torch.float64)
+    outputs, z = formula(**x, **arguments_of(problem))
     z.retain_grad()
     backward(problem, outputs)
     grads = {name: x[name].grad for name in x}
@@ -136,7 +185,11 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
     counts = problem.targets >= 0
     size = {name: operand.detach().abs() for name, operand in x.items()}
     factor = abs(problem.transform.get("logit_scale", 1) / problem.transform.get("temperature", 1))
-    logits = (size["hidden"] @ size["weight"].T + size.get("bias", 0)) * factor
+    head = size["weight"]
+    if problem.A is not None:
+        low_hidden = problem.lora_scale * (size["hidden"] @ size["A"].T)
+        head = head + problem.lora_scale * (size["B"] @ size["A"])
+    logits = (size["hidden"] @ head.T + size.get("bias", 0)) * factor
     p, top = z.softmax(1), z.amax(1)
     lse = top.abs() + (z.logsumexp(1) - top)
     target = z[torch.arange(len(z)), problem.targets.long().clamp(min=0)]
@@ -153,7 +206,10 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
     none = torch.zeros(())
     weights = sum(problem.upstream.get(name, none).abs() for name in ("logp", "entropy")) * counts
     dz = (dz.abs() + weights[:, None] * p) * (1 + z.abs()) * factor
-    grads = {"hidden": dz @ size["weight"], "weight": dz.T @ size["hidden"], "bias": dz.sum(0)}
+    grads = {"hidden": dz @ head, "weight": dz.T @ size["hidden"], "bias": dz.sum(0)}
+    if problem.A is not None:
+        grads["A"] = problem.lora_scale * (dz @ size["B"]).T @ size["hidden"]
+        grads["B"] = dz.T @ low_hidden
     outputs = {name: torch.where(counts, value, 0) for name, value in outputs.items()}
     return outputs | grads | {"is_top1": clear}
 
@@ -161,11 +217,11 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
 @lru_cache(maxsize=16)
 def baseline(problem: Problem) -> Results:
     """What plain torch makes of the operands cast up to fp32; gradients rounded once, to the operands' dtype."""
-    x = leaves(problem, OPERANDS, torch.float32)
-    outputs, _ = formula(**x, targets=problem.targets, **problem.transform)
+    x = leaves(problem, tuple(problem.operands), torch.float32)
+    outputs, _ = formula(**x, **arguments_of(problem))
     backward(problem, outputs)
-    dtype = problem.hidden.dtype
-    return Results(detached(outputs), {name: x[name].grad.to(dtype) for name in x})
+    grads = {name: x[name].grad.to(operand.dtype) for name, operand in problem.operands.items()}
+    return Results(detached(outputs), grads)
 
 
 def ours(
@@ -176,12 +232,22 @@ def ours(
     call=linear_logprob,
 ) -> Results:
     x = leaves(problem, wanted)
-    values = call(
-        **x, targets=problem.targets, **problem.transform, outputs=outputs, backend=backend
-    )
+    operands = {name: x[name] for name in OPERANDS if name in x}
+    if problem.A is not None:
+        operands["lora"] = (x["A"], x["B"], problem.lora_scale)
+    arguments = {"targets": problem.targets, **problem.transform, "outputs": outputs}
+    values = call(**operands, **arguments, backend=backend)
     if wanted:
         backward(problem, values)
     return Results(detached(values), {name: x[name].grad for name in wanted})
+
+
+def assert_same(results: Results, expected: Results) -> None:
+    """Bit for bit, in all that ``expected`` has."""
+    for name, value in expected.outputs._asdict().items():
+        assert torch.equal(value, getattr(results.outputs, name)), name
+    for name, grad in expected.grads.items():
+        assert torch.equal(grad, results.grads[name]), name
 
 
 def check(problems: Problem | list[Problem], results: Results | list[Results]) -> None:
@@ -212,7 +278,7 @@ def check(problems: Problem | list[Problem], results: Results | list[Results]) -
             wrong = result.outputs.is_top1 != truth.outputs.is_top1
             assert not (wrong & truth.terms["is_top1"]).any(), "is_top1"
         for name, grad in result.grads.items():
-            assert grad.dtype == problem.hidden.dtype, f"d{name}"
+            assert grad.dtype == problem.operands[name].dtype, f"d{name}"
             assert grad.shape == problem.operands[name].shape, f"d{name}"
         if "hidden" in result.grads:
             assert (result.grads["hidden"][ignored] == 0).all(), (

@@ -48,7 +48,19 @@ void each_columns(int64_t width, const Body& body) {
   if (width - c == kLanes) body(Constant<1>{}, c);
 }
 
+// The panels of tokens in which the rest of a tile is worked on.
+struct Columns {
+  template <class Body>
+  static void each(int64_t tokens, const Body& body) {
+    const int64_t padded = divide_up(tokens, kLanes) * kLanes;
+    for (int64_t token = 0; token < padded; token += kPanel)
+      each_columns(padded - token < kPanel ? padded - token : kPanel,
+                   [&](auto registers, int64_t c) { body(registers, token + c); });
+  }
+};
+
 struct MklPass {
+  using L = LowRank<bf16, Columns>;
   using F = ForwardPass<RowMajor, bf16>;
   using B = BackwardPass<RowMajor, bf16>;
 
@@ -59,11 +71,15 @@ struct MklPass {
     out->hidden_bytes = out->padded_tokens * in.H * 2;
     out->tokens_bytes = 0;  // hidden_packed serves both products
     out->tile_rows = kRows;
-    out->forward_bytes = kRows * kPanel * 6;
-    out->backward_bytes = kRows * kPanel * 4 + kHeadRows * in.H * 4;
-    out->chunk_bytes = (2 * out->padded_tokens + out->padded_hidden) * 2 + out->panels * 4;
+    L::layout(in, out);
+    out->forward_bytes = low_bytes(in) + kRows * kPanel * 6;
+    out->backward_bytes = low_bytes(in) + kRows * kPanel * 4 + kHeadRows * in.H * 4;
+    out->chunk_bytes = (2 * out->padded_tokens + out->padded_hidden) * 2 + out->panels * 4 + out->dz_low_bytes;
     out->packs_pairs = true;
   }
+
+  // A worker's scratch begins with LowRank's part.
+  static int64_t low_bytes(const Operands& in) { return low_scratch(in.R, kRows) * 4; }
 
   static const uint16_t* weight(const Operands& in, int64_t row) {
     return static_cast<const uint16_t*>(in.weight) + row * in.weight_stride;
@@ -93,18 +109,20 @@ struct MklPass {
     for (int64_t task = worker; task < call.splits * call.groups; task += workers) {
       const int64_t split = task % call.splits, group = task / call.splits;
       const int64_t begin = in.V * split / call.splits, end = in.V * (split + 1) / call.splits;
+      char* scratch = call.scratch + worker * call.layout.forward_bytes;
       for (int64_t v = begin; v < end; v += kRows) {
         const int64_t count = end - v < kRows ? end - v : kRows;
+        const LowTile low = L::tile(in, v, count, reinterpret_cast<float*>(scratch));
         for (int64_t panel = call.layout.panels * group / call.groups;
              panel < call.layout.panels * (group + 1) / call.groups; panel++) {
-          forward_tile(call, call.scratch + worker * call.layout.forward_bytes, v, count, v == begin, split, panel);
+          forward_tile(call, scratch + low_bytes(in), low, v, count, v == begin, split, panel);
         }
       }
     }
   }
 
-  static void forward_tile(const Forward& call, char* scratch, int64_t v, int64_t count, bool first_tile, int64_t split,
-                           int64_t panel) {
+  static void forward_tile(const Forward& call, char* scratch, const LowTile& low, int64_t v, int64_t count,
+                           bool first_tile, int64_t split, int64_t panel) {
     const Operands& in = call.in;
     const int64_t token = panel * kPanel, width = panel_width(call.layout, panel), columns = call.layout.padded_hidden;
     float* z = reinterpret_cast<float*>(scratch);
@@ -116,6 +134,7 @@ struct MklPass {
     each_columns(width, [&](auto registers, int64_t c) {
       constexpr int N = decltype(registers)::value;
       vf moved[N];
+      L::add_logits<N>(in, low, count, call.low_packed, token + c, z + c, width);
       F::transform<N>(in, v, count, z + c, width);
       F::softmax_columns<N>(call, z + c, width, p + c * 2, width * 2, v, count, first_tile, split, token + c, moved);
       const int64_t here = valid - c < N * kLanes ? valid - c : N * kLanes;
@@ -127,18 +146,24 @@ struct MklPass {
 
   static void logit_gradient(const Backward& call, int64_t worker, int64_t workers) {
     const Operands& in = call.in;
-    float* z = reinterpret_cast<float*>(call.scratch + worker * call.layout.backward_bytes);
+    char* scratch = call.scratch + worker * call.layout.backward_bytes;
+    float* z = reinterpret_cast<float*>(scratch + low_bytes(in));
+    int64_t loaded = -1;
+    LowTile low{};
     const int64_t rows = call.end - call.begin, panels = call.layout.panels, stride = call.layout.padded_tokens * 2;
     const int64_t tasks = divide_up(rows, kRows) * panels;
     for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
       const int64_t v = call.begin + task / panels * kRows, panel = task % panels, token = panel * kPanel;
       const int64_t count = call.end - v < kRows ? call.end - v : kRows, width = panel_width(call.layout, panel);
+      if (v != loaded) low = L::tile(in, v, count, reinterpret_cast<float*>(scratch));
+      loaded = v;
       product(kNo, kYes, count, width, in.H, weight(in, v), in.weight_stride, call.hidden_packed + token * in.H * 2,
               in.H, 0, z, width);
       float* dbias = call.dbias_parts ? call.dbias_parts + panel * rows + v - call.begin : nullptr;
       each_columns(width, [&](auto registers, int64_t c) {
         constexpr int N = decltype(registers)::value;
         char* by_token = call.dz_by_token + (v - call.begin) * stride + (token + c) * 2;
+        L::add_logits<N>(in, low, count, call.low_packed, token + c, z + c, width);
         F::transform<N>(in, v, count, z + c, width);
         B::gradient_columns<N>(call, z + c, width, by_token, stride, dbias, c > 0, v, count, token + c);
       });
@@ -155,7 +180,8 @@ struct MklPass {
 
   static void write_head_gradient(const Backward& call, int64_t worker, int64_t workers) {
     const int64_t H = call.in.H, N = call.layout.padded_tokens, rows = call.end - call.begin;
-    float* sums = reinterpret_cast<float*>(call.scratch + worker * call.layout.backward_bytes + kRows * kPanel * 4);
+    float* sums = reinterpret_cast<float*>(call.scratch + worker * call.layout.backward_bytes + low_bytes(call.in) +
+                                           kRows * kPanel * 4);
     const int64_t first = rows * worker / workers, last = rows * (worker + 1) / workers;
     B::finish_dbias(call, first, last);
     for (int64_t r = first; r < last && call.dweight; r += kHeadRows) {
@@ -167,8 +193,9 @@ struct MklPass {
   }
 
   static constexpr Kernels kernels() {
-    return {layout,         pack_hidden, nothing_to_pack,    forward, F::finish_unit, nothing_to_pack,
-            logit_gradient, add_dhidden, write_head_gradient};
+    return {layout,      pack_hidden,         nothing_to_pack,        L::pack,
+            forward,     F::finish_unit,      nothing_to_pack,        logit_gradient,
+            add_dhidden, write_head_gradient, L::add_hidden_gradient, L::write_weight_gradient};
   }
 };
 

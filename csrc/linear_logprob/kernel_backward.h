@@ -24,14 +24,15 @@ struct BackwardPass : Common<Dot, Element> {
 
   static void logit_gradient(const Backward& call, int64_t worker, int64_t workers) {
     const Panels panels(call.in.T);
-    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden);
+    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden,
+                          call.in.R);
     const int64_t tasks = divide_up(call.end - call.begin, kTileRows) * panels.count;
     int64_t loaded = -1;
     Tile tile{};
     for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
       const int64_t v = call.begin + task / panels.count * kTileRows, panel = task % panels.count;
       const int64_t count = call.end - v < kTileRows ? call.end - v : kTileRows;
-      if (v != loaded) tile = Base::weight_tile(call.in, v, count, scratch.weight);
+      if (v != loaded) tile = Base::weight_tile(call.in, v, count, scratch);
       loaded = v;
       panels.visit(panel, [&](auto width) {
         gradient_panel<decltype(width)::value>(call, scratch, tile, v, count, panel,
@@ -41,17 +42,17 @@ struct BackwardPass : Common<Dot, Element> {
   }
 
   template <int N>
-  static void gradient_panel(const Backward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count,
+  static void gradient_panel(const Backward& call, const Scratch& scratch, const Tile& tile, int64_t v, int64_t count,
                              int64_t panel, int64_t token) {
     constexpr int kWidth = N * kLanes;
-    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed + token * units(call.in.H) * 4, scratch.z);
+    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed, call.low_packed, token, scratch.z);
     const int64_t rows = call.end - call.begin, row = v - call.begin;
     char* by_token = call.dz_by_token + (token * units(rows) + row / kStep * kWidth) * 4;
     float* dbias = call.dbias_parts ? call.dbias_parts + panel * rows + row : nullptr;
     gradient_columns<N>(call, scratch.z, kWidth, by_token, kWidth * 4, dbias, false, v, count, token);
   }
 
-  // dz of a tile for N registers of tokens, in the layouts of both products, and summed over the tokens for the bias.
+  // dz of a tile for N registers of tokens, in the layouts of all products, and summed over the tokens for the bias.
   // z_stride in floats; by_token_stride in bytes, of kStep rows; add_bias: another column of the panel came before.
   template <int N>
   static void gradient_columns(const Backward& call, const float* z, int64_t z_stride, char* by_token,
@@ -59,12 +60,14 @@ struct BackwardPass : Common<Dot, Element> {
                                int64_t token) {
     const int64_t row_bytes = call.layout.padded_tokens * kElementBytes;
     char* by_row = call.dz_by_row + (v - call.begin) * row_bytes + token * kElementBytes;
+    float* low = call.dz_low ? call.dz_low + token * (call.end - call.begin) + (v - call.begin) * N * kLanes : nullptr;
     for (int64_t r = 0; r < count; r += kStep, by_token += by_token_stride) {
       for (int n = 0; n < N; n++) {
         vf dz[2] = {splat(0.f), splat(0.f)};
         for (int s = 0; s < kStep && r + s < count; s++) {
           dz[s] = gradient(call, load(z + (r + s) * z_stride + n * kLanes), v + r + s, token + n * kLanes);
           if (call.dz_by_row) Dot::put_row(by_row + (r + s) * row_bytes + n * kLanes * kElementBytes, dz[s]);
+          if (low) store(low + ((r + s) * N + n) * kLanes, dz[s]);
           if (dbias) dbias[r + s] = (n || add_bias ? dbias[r + s] : 0) + sum_of(dz[s]);
         }
         if (call.dz_by_token) Dot::put(by_token + n * kLanes * Dot::kUnitBytes, dz[0], dz[1]);
@@ -110,7 +113,8 @@ struct BackwardPass : Common<Dot, Element> {
   // dweight (V, H) and dbias (V,) of the chunk: every row is finished here, summed in fp32 over all tokens and rounded
   // once
   static void write_head_gradient(const Backward& call, int64_t worker, int64_t workers) {
-    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden);
+    const Scratch scratch(call.scratch + worker * call.layout.backward_bytes, call.in.H, call.layout.padded_hidden,
+                          call.in.R);
     const int64_t rows = call.end - call.begin;
     const int64_t first = rows * worker / workers, last = rows * (worker + 1) / workers;
     finish_dbias(call, first, last);

@@ -5,59 +5,16 @@
 // holds the same vocabulary row for kLanes tokens. The softmax then needs no sum across lanes, W is read where it lies,
 // and a tile of logits (at most 128 x 48 floats) never leaves the second-level cache.
 #pragma once
-#include "../common/gemm.h"
+#include "kernel_low_rank.h"
 #include "linear_logprob.h"
+#include "panels.h"
 
 namespace prefopt::PREFOPT_ISA {
-
-// Tiles, chosen for the number of registers: a product keeps M x N sums, N columns and a broadcast in them.
-#if PREFOPT_LANES == 16
-constexpr int kTokenVectors = 3, kVocabularyRows = 8, kHiddenVectors = 4, kTokenRows = 6;  // 32 registers
-#else
-constexpr int kTokenVectors = 3, kVocabularyRows = 4, kHiddenVectors = 2, kTokenRows = 6;  // 16 registers
-#endif
-constexpr int kGroup = kHiddenVectors * kLanes;  // columns of H that are packed side by side
-// rows of the vocabulary: a bf16 tile of H 1,024 and its packed copy fill half of a 1 MiB second-level cache
-constexpr int64_t kTileRows = 128;
-// of H in one running sum: a single one over H 4,096 put logp off by 2e-5, blocks of this size by less than 4e-6
-constexpr int64_t kSumUnits = 512;
-constexpr int64_t kHeadRows = 256;  // rows of the head's gradient that are summed at a time
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t aligned(int64_t bytes) { return divide_up(bytes, 64) * 64; }
-
-template <int n>
-struct Constant {
-  static constexpr int value = n;
-};
-
-// Tokens are cut into panels of kTokenVectors registers. A single register left over would run at half speed, so the
-// last four registers make two panels of two.
-struct Panels {
-  int64_t vectors, full, count;
-  explicit Panels(int64_t tokens) {
-    vectors = divide_up(tokens, kLanes);
-    full = vectors / kTokenVectors - (vectors % kTokenVectors == 1 && vectors > kTokenVectors ? 1 : 0);
-    const int64_t rest = vectors - full * kTokenVectors;
-    count = full + (rest == 4 ? 2 : rest > 0 ? 1 : 0);
-  }
-  int64_t first_vector(int64_t panel) const { return panel <= full ? panel * kTokenVectors : full * kTokenVectors + 2; }
-  int64_t width(int64_t panel) const {
-    const int64_t rest = vectors - full * kTokenVectors;
-    return panel < full ? kTokenVectors : rest == 4 ? 2 : rest;
-  }
-  template <class Body>
-  void visit(int64_t panel, const Body& body) const {
-    const int64_t width = this->width(panel);
-    if (width == 3) body(Constant<3>{});
-    if (width == 2) body(Constant<2>{});
-    if (width == 1) body(Constant<1>{});
-  }
-};
 
 template <class Dot, class Element>
 struct Common {
   using Unit = typename Dot::Unit;
+  using Low = LowRank<Element, Panels>;
   static constexpr int kStep = Dot::kStep;
   // the dot product reads these elements as they are; others are converted a tile at a time
   static constexpr bool kNative = sizeof(Unit) == sizeof(Element) && !__is_same(Element, fp16);
@@ -73,13 +30,14 @@ struct Common {
 
   // Scratch of one worker, carved from a buffer.
   struct Scratch {
+    float* low;    // first, for LowRank
     char* weight;  // (kTileRows, units(H)): a converted tile
     float* z;      // (kTileRows, panel)
     char* p;       // (units(kTileRows), panel) units, forward only
     char* packed;  // (groups, units(kTileRows), kGroup) units, forward only
     float* head;   // (kHeadRows, kGroup), backward only
     int64_t forward_bytes, backward_bytes;
-    Scratch(char* base, int64_t H, int64_t padded_hidden) {
+    Scratch(char* base, int64_t H, int64_t padded_hidden, int64_t R) {
       const int64_t panel = kTokenVectors * kLanes;
       char* next = base;
       auto take = [&next](int64_t bytes) {
@@ -87,6 +45,7 @@ struct Common {
         next += aligned(bytes);
         return at;
       };
+      low = reinterpret_cast<float*>(take(low_scratch(R, kTileRows) * 4));
       weight = take(kTileRows * units(H) * 4);
       z = reinterpret_cast<float*>(take(kTileRows * panel * 4));
       char* shared = next;
@@ -108,10 +67,11 @@ struct Common {
     out->hidden_bytes = out->padded_tokens * units(in.H) * 4;
     out->tokens_bytes = units(in.T) * out->padded_hidden * 4;
     out->tile_rows = kTileRows;
-    const Scratch scratch(nullptr, in.H, out->padded_hidden);
+    const Scratch scratch(nullptr, in.H, out->padded_hidden, in.R);
     out->forward_bytes = scratch.forward_bytes;
     out->backward_bytes = scratch.backward_bytes;
-    out->chunk_bytes = (2 * out->padded_tokens + out->padded_hidden) * 4 / kStep + panels.count * 4;
+    Low::layout(in, out);
+    out->chunk_bytes = (2 * out->padded_tokens + out->padded_hidden) * 4 / kStep + panels.count * 4 + out->dz_low_bytes;
   }
 
   // panels of (units(H), width): the second operand of the logits
@@ -142,26 +102,27 @@ struct Common {
   struct Tile {
     const char* data;
     int64_t stride;  // bytes
+    LowTile low;
   };
-  static Tile weight_tile(const Operands& in, int64_t first, int64_t count, char* scratch) {
+  static Tile weight_tile(const Operands& in, int64_t first, int64_t count, const Scratch& scratch) {
+    const LowTile low = Low::tile(in, first, count, scratch.low);
     const Rows<Element> rows = weight_rows(in, first);
     if (kNative && in.H % kStep == 0) {
-      return {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(Element))};
+      return {reinterpret_cast<const char*>(rows.data), rows.stride * static_cast<int64_t>(sizeof(Element)), low};
     }
-    pack_rows<Dot>(rows, count, in.H, units(in.H), 1, reinterpret_cast<int32_t*>(scratch));
-    return {scratch, units(in.H) * 4};
+    pack_rows<Dot>(rows, count, in.H, units(in.H), 1, reinterpret_cast<int32_t*>(scratch.weight));
+    return {scratch.weight, units(in.H) * 4, low};
   }
 
-  // z (count, width): the logits of a tile and a panel
+  // z (count, N registers): the logits of a tile for the panel that starts at `token`
   template <int N>
-  static void logits(const Operands& in, Tile tile, int64_t first, int64_t count, const char* panel, float* z) {
+  static void logits(const Operands& in, const Tile& tile, int64_t first, int64_t count, const char* hidden_packed,
+                     const char* low_packed, int64_t token, float* z) {
     constexpr int kWidth = N * kLanes;
-    for (int64_t k = 0; k < units(in.H); k += kSumUnits) {
-      const int64_t K = units(in.H) - k < kSumUnits ? units(in.H) - k : kSumUnits;
-      multiply<Dot, kVocabularyRows, N>(count, K, tile.data + k * 4, tile.stride, 4,
-                                        reinterpret_cast<const float*>(panel) + k * kWidth, z, kWidth, k > 0);
-    }
+    add_blocks<Dot, N>(count, units(in.H), tile.data, tile.stride, hidden_packed + token * units(in.H) * 4, z, kWidth,
+                       false);
     if (in.H == 0) __builtin_memset(z, 0, count * kWidth * 4);
+    Low::template add_logits<N>(in, tile.low, count, low_packed, token, z, kWidth);
     transform<N>(in, first, count, z, kWidth);
   }
 

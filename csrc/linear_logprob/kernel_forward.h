@@ -15,7 +15,7 @@ struct ForwardPass : Common<Dot, Element> {
   static void forward(const Forward& call, int64_t worker, int64_t workers) {
     const Operands& in = call.in;
     const Panels panels(in.T);
-    const Scratch scratch(call.scratch + worker * call.layout.forward_bytes, in.H, call.layout.padded_hidden);
+    const Scratch scratch(call.scratch + worker * call.layout.forward_bytes, in.H, call.layout.padded_hidden, in.R);
     for (int64_t task = worker; task < call.splits * call.groups; task += workers) {
       const int64_t split = task % call.splits, group = task / call.splits;
       const int64_t tiles = divide_up(in.V, kVocabularyRows);
@@ -26,7 +26,7 @@ struct ForwardPass : Common<Dot, Element> {
       const int64_t last_panel = panels.count * (group + 1) / call.groups;
       for (int64_t v = begin; v < end; v += kTileRows) {
         const int64_t count = end - v < kTileRows ? end - v : kTileRows;
-        const Tile tile = Base::weight_tile(in, v, count, scratch.weight);
+        const Tile tile = Base::weight_tile(in, v, count, scratch);
         if (call.out.product) {
           pack_columns<Dot, kGroup>(Base::weight_rows(in, v), count, in.H, 0, call.layout.padded_hidden / kGroup,
                                     reinterpret_cast<int32_t*>(scratch.packed));
@@ -42,10 +42,10 @@ struct ForwardPass : Common<Dot, Element> {
   }
 
   template <int N>
-  static void forward_panel(const Forward& call, const Scratch& scratch, Tile tile, int64_t v, int64_t count,
+  static void forward_panel(const Forward& call, const Scratch& scratch, const Tile& tile, int64_t v, int64_t count,
                             bool first_tile, int64_t split, int64_t token) {
     constexpr int kWidth = N * kLanes;
-    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed + token * units(call.in.H) * 4, scratch.z);
+    Base::template logits<N>(call.in, tile, v, count, call.hidden_packed, call.low_packed, token, scratch.z);
     vf moved[N];
     softmax_columns<N>(call, scratch.z, kWidth, scratch.p, kWidth * Dot::kUnitBytes, v, count, first_tile, split, token,
                        moved);

@@ -76,7 +76,8 @@ T* pointer(const std::optional<Tensor>& tensor) {
 }
 
 Operands operands(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const Tensor& targets,
-                  const std::optional<Tensor>& bias, double scale, double softcap, double temperature) {
+                  const std::optional<Tensor>& bias, const std::optional<Tensor>& low_hidden,
+                  const std::optional<Tensor>& low_weight, double scale, double softcap, double temperature) {
   STD_TORCH_CHECK(hidden.stride(1) == 1 && weight.stride(1) == 1, "rows of hidden and weight must be contiguous");
   Operands in{};
   in.hidden = hidden.data_ptr();
@@ -89,6 +90,16 @@ Operands operands(const Tensor& hidden, const Tensor& rows, const Tensor& weight
   in.T = rows.size(0);
   in.H = hidden.size(1);
   in.V = weight.size(0);
+  if (low_hidden && low_weight) {
+    in.R = low_hidden->size(1);
+    STD_TORCH_CHECK(low_hidden->numel() == in.T * in.R && low_weight->size(0) == in.V && low_weight->size(1) == in.R,
+                    "low_hidden or low_weight has the wrong shape");
+    STD_TORCH_CHECK(low_weight->stride(1) == 1, "rows of low_weight must be contiguous");
+    in.low_hidden = pointer<const float>(low_hidden);
+    in.low_weight = low_weight->data_ptr();
+    in.low_weight_stride = low_weight->stride(0);
+    in.low_weight_is_float = low_weight->scalar_type() == torch::headeronly::ScalarType::Float;
+  }
   in.scale = static_cast<float>(scale);
   in.softcap = static_cast<float>(softcap);
   in.temperature = static_cast<float>(temperature);
@@ -142,12 +153,13 @@ std::vector<std::string> isas() {
 }
 
 // {padded_tokens, padded_hidden, forward: splits, groups, bytes of its workspace, backward: parts, chunk rows, bytes}
-std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& weight, int64_t tokens, bool product,
-                                         std::string isa) {
+std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& weight, int64_t tokens, int64_t rank,
+                                         bool product, std::string isa) {
   Operands in{};
   in.T = tokens;
   in.H = hidden.size(1);
   in.V = weight.size(0);
+  in.R = rank;
   Layout layout{};
   kernels_of(isa, hidden).layout(in, &layout);
   const int64_t workers = torch::stable::get_num_threads();
@@ -162,25 +174,26 @@ std::vector<int64_t> linear_logprob_plan(const Tensor& hidden, const Tensor& wei
   const int64_t parts = splits == workers ? workers : 1;
   const int64_t rows = std::min({kChunkRows, kChunkBytes / (parts * layout.chunk_bytes), (in.V + parts - 1) / parts});
   const int64_t chunk = std::max<int64_t>(1, (rows + layout.tile_rows - 1) / layout.tile_rows) * layout.tile_rows;
-  const int64_t slack = 8 * 64;  // alignment of the parts
+  const int64_t slack = 10 * 64;  // alignment of the buffers: as many as the backward takes
   return {layout.padded_tokens,
           layout.padded_hidden,
           splits,
           groups,
-          layout.hidden_bytes + workers * layout.forward_bytes + slack,
+          layout.hidden_bytes + layout.low_bytes + workers * layout.forward_bytes + slack,
           parts,
           chunk,
-          layout.hidden_bytes + layout.tokens_bytes + workers * layout.backward_bytes +
-              parts * (chunk * layout.chunk_bytes + slack)};
+          layout.hidden_bytes + layout.tokens_bytes + layout.low_bytes + layout.low_tokens_bytes +
+              workers * layout.backward_bytes + parts * (chunk * layout.chunk_bytes + slack)};
 }
 
 void linear_logprob_forward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const Tensor& targets,
-                            std::optional<Tensor> bias, double scale, double softcap, double temperature,
+                            std::optional<Tensor> bias, std::optional<Tensor> low_hidden,
+                            std::optional<Tensor> low_weight, double scale, double softcap, double temperature,
                             bool want_spread, bool want_total, const Tensor& partials, std::optional<Tensor> product,
                             const Tensor& workspace, int64_t splits, int64_t groups, std::string isa) {
   const Kernels& kernels = kernels_of(isa, hidden);
   Forward call{};
-  call.in = operands(hidden, rows, weight, targets, bias, scale, softcap, temperature);
+  call.in = operands(hidden, rows, weight, targets, bias, low_hidden, low_weight, scale, softcap, temperature);
   kernels.layout(call.in, &call.layout);
   const int64_t rows_out = splits * call.layout.padded_tokens;
   STD_TORCH_CHECK(partials.numel() == 6 * rows_out, "partials has the wrong size");
@@ -201,9 +214,14 @@ void linear_logprob_forward(const Tensor& hidden, const Tensor& rows, const Tens
   const int64_t workers = torch::stable::get_num_threads();
   Workspace space(workspace);
   char* hidden_packed = space.take(call.layout.hidden_bytes);
+  char* low_packed = space.take(call.layout.low_bytes);
   call.hidden_packed = hidden_packed;
+  call.low_packed = low_packed;
   call.scratch = space.take(workers * call.layout.forward_bytes);
-  each_worker(workers, [&](int64_t w, int64_t n) { kernels.pack_hidden(call.in, call.layout, hidden_packed, w, n); });
+  each_worker(workers, [&](int64_t w, int64_t n) {
+    kernels.pack_hidden(call.in, call.layout, hidden_packed, w, n);
+    if (call.in.R) kernels.pack_low(call.in, low_packed, nullptr, w, n);
+  });
   each_worker(workers, [&](int64_t w, int64_t n) { kernels.forward(call, w, n); });
 }
 
@@ -212,7 +230,7 @@ void linear_logprob_finish_unit(const Tensor& hidden, const Tensor& rows, const 
                                 std::string isa) {
   const Kernels& kernels = kernels_of(isa, hidden);
   FinishUnit call{};
-  call.in = operands(hidden, rows, weight, targets, std::nullopt, 1, 0, 1);
+  call.in = operands(hidden, rows, weight, targets, std::nullopt, std::nullopt, std::nullopt, 1, 0, 1);
   kernels.layout(call.in, &call.layout);
   call.splits = product.size(0);
   call.product = pointer<const float>(product);
@@ -224,19 +242,24 @@ void linear_logprob_finish_unit(const Tensor& hidden, const Tensor& rows, const 
 
 // coefficients: (5, padded_tokens) fp32: lse, factor, dlogp, dentropy, entropy
 void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Tensor& weight, const Tensor& targets,
-                             std::optional<Tensor> bias, double scale, double softcap, double temperature,
+                             std::optional<Tensor> bias, std::optional<Tensor> low_hidden,
+                             std::optional<Tensor> low_weight, double scale, double softcap, double temperature,
                              const Tensor& coefficients, const Tensor& target_ids, bool through_entropy,
                              std::optional<Tensor> dhidden, std::optional<Tensor> dweight, std::optional<Tensor> dbias,
+                             std::optional<Tensor> dlow_hidden, std::optional<Tensor> dlow_weight,
                              const Tensor& workspace, int64_t parts, int64_t chunk, std::string isa) {
   const Kernels& kernels = kernels_of(isa, hidden);
   Backward call{};
-  call.in = operands(hidden, rows, weight, targets, bias, scale, softcap, temperature);
+  call.in = operands(hidden, rows, weight, targets, bias, low_hidden, low_weight, scale, softcap, temperature);
   kernels.layout(call.in, &call.layout);
   const Layout& layout = call.layout;
   STD_TORCH_CHECK(coefficients.numel() == 5 * layout.padded_tokens, "coefficients has the wrong size");
   STD_TORCH_CHECK(target_ids.numel() == layout.padded_tokens, "target_ids has the wrong size");
   STD_TORCH_CHECK(!dhidden || dhidden->numel() == parts * call.in.T * layout.padded_hidden,
                   "dhidden has the wrong size");
+  STD_TORCH_CHECK(!dlow_hidden || dlow_hidden->numel() == parts * call.in.R * layout.padded_tokens,
+                  "dlow_hidden has the wrong size");
+  STD_TORCH_CHECK(!dlow_weight || dlow_weight->numel() == call.in.V * call.in.R, "dlow_weight has the wrong size");
   const float* rows_in = pointer<const float>(coefficients);
   call.lse = rows_in;
   call.factor = rows_in + layout.padded_tokens;
@@ -246,6 +269,7 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   call.target_ids = pointer<const int32_t>(target_ids);
   call.dweight = pointer<void>(dweight);
   call.dbias = pointer<float>(dbias);
+  call.dlow_weight = pointer<void>(dlow_weight);
   if (dweight) prefer_huge_pages(call.dweight, dweight->numel() * dweight->element_size());
   const int64_t workers = torch::stable::get_num_threads();
   Workspace space(workspace);
@@ -253,26 +277,34 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   char* tokens_packed = space.take(layout.tokens_bytes);
   call.hidden_packed = hidden_packed;
   call.tokens_packed = tokens_packed;
+  char* low_packed = space.take(layout.low_bytes);
+  char* low_by_token = space.take(layout.low_tokens_bytes);
+  call.low_packed = low_packed;
+  call.low_by_token = low_by_token;
   call.scratch = space.take(workers * layout.backward_bytes);
   each_worker(workers, [&](int64_t w, int64_t n) {
     kernels.pack_hidden(call.in, layout, hidden_packed, w, n);
     if (dweight) kernels.pack_tokens(call.in, layout, tokens_packed, w, n);
+    if (call.in.R) kernels.pack_low(call.in, low_packed, dlow_weight ? low_by_token : nullptr, w, n);
   });
 
   std::vector<Backward> calls(parts, call);
   for (int64_t part = 0; part < parts; part++) {
     Backward& mine = calls[part];
-    // layout.chunk_bytes is the sum of these four, for a row of the vocabulary
+    // layout.chunk_bytes is the sum of these five, for a row of the vocabulary
     const int64_t unit = layout.packs_pairs ? 2 : 4;
     char* by_token = space.take(chunk * layout.padded_tokens * unit);
     char* by_row = space.take(chunk * layout.padded_tokens * unit);
     char* weight_packed = space.take(chunk * layout.padded_hidden * unit);
     float* dbias_parts = reinterpret_cast<float*>(space.take(chunk * layout.panels * 4));
+    float* dz_low = reinterpret_cast<float*>(space.take(chunk * layout.dz_low_bytes));
     mine.dhidden = dhidden ? pointer<float>(dhidden) + part * call.in.T * layout.padded_hidden : nullptr;
     mine.dz_by_token = dhidden ? by_token : nullptr;
     mine.weight_packed = dhidden ? weight_packed : nullptr;
     mine.dz_by_row = dweight ? by_row : nullptr;
     mine.dbias_parts = dbias ? dbias_parts : nullptr;
+    mine.dz_low = dlow_hidden || dlow_weight ? dz_low : nullptr;
+    mine.dlow_hidden = dlow_hidden ? pointer<float>(dlow_hidden) + part * call.in.R * layout.padded_tokens : nullptr;
   }
   const auto each_chunk = [&](int64_t part, const auto& body) {
     Backward& mine = calls[part];
@@ -290,6 +322,8 @@ void linear_logprob_backward(const Tensor& hidden, const Tensor& rows, const Ten
   const auto products_pass = [&](const Backward& mine, int64_t w, int64_t n) {
     if (dhidden) kernels.add_dhidden(mine, w, n);
     if (dweight || dbias) kernels.write_head_gradient(mine, w, n);
+    if (dlow_hidden) kernels.add_low_hidden_gradient(mine, w, n);
+    if (dlow_weight) kernels.write_low_weight_gradient(mine, w, n);
   };
   if (parts == 1) {  // the workers share each chunk, and meet between its passes
     each_chunk(0, [&](const Backward& mine) {

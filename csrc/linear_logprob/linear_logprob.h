@@ -9,13 +9,16 @@
 namespace prefopt {
 
 struct Operands {
-  const void* hidden;      // (rows, H)
-  const int64_t* rows;     // (T,)
-  const void* weight;      // (V, H)
-  const int64_t* targets;  // (T,), all in [0, V)
-  const float* bias;       // (V,) or null
-  int64_t hidden_stride, weight_stride;
-  int64_t T, H, V;
+  const void* hidden;       // (rows, H)
+  const int64_t* rows;      // (T,)
+  const void* weight;       // (V, H)
+  const int64_t* targets;   // (T,), all in [0, V)
+  const float* bias;        // (V,) or null
+  const float* low_hidden;  // (T, R), contiguous, or null
+  const void* low_weight;   // (V, R), or null
+  int64_t hidden_stride, weight_stride, low_weight_stride;
+  int64_t T, H, V, R;                 // R 0: no low-rank operand
+  bool low_weight_is_float;           // otherwise of hidden's dtype
   float scale, softcap, temperature;  // softcap 0: none
 };
 
@@ -23,13 +26,16 @@ struct Operands {
 // buffers.
 struct Layout {
   int64_t panels, padded_tokens, padded_hidden;
-  int64_t hidden_bytes;    // all of hidden, packed as the second operand of the logits
-  int64_t tokens_bytes;    // all of hidden, packed as the second operand of the head's gradient
-  int64_t tile_rows;       // vocabulary rows of a tile
-  int64_t forward_bytes;   // scratch of one worker in the forward
-  int64_t chunk_bytes;     // buffers of the backward for one vocabulary row of a chunk, all tokens
-  int64_t backward_bytes;  // scratch of one worker in the backward
-  bool packs_pairs;        // a packed element takes 2 bytes, otherwise 4
+  int64_t hidden_bytes;      // all of hidden, packed as the second operand of the logits
+  int64_t tokens_bytes;      // all of hidden, packed as the second operand of the head's gradient
+  int64_t low_bytes;         // all of low_hidden, packed as the second operand of the logits
+  int64_t low_tokens_bytes;  // all of low_hidden, packed as the second operand of low_weight's gradient
+  int64_t dz_low_bytes;      // part of chunk_bytes: of dz in fp32 for the gradients of the low-rank operand
+  int64_t tile_rows;         // vocabulary rows of a tile
+  int64_t forward_bytes;     // scratch of one worker in the forward
+  int64_t chunk_bytes;       // buffers of the backward for one vocabulary row of a chunk, all tokens
+  int64_t backward_bytes;    // scratch of one worker in the backward
+  bool packs_pairs;          // a packed element takes 2 bytes, otherwise 4
 };
 
 // Running sums of a row over the vocabulary, each (splits, padded_tokens): with m the maximum,
@@ -44,7 +50,7 @@ struct Forward {
   Operands in;
   Layout layout;
   Partials out;
-  const char* hidden_packed;
+  const char *hidden_packed, *low_packed;
   char* scratch;
   int64_t splits, groups;  // of the vocabulary, of the tokens
   bool want_spread, want_total;
@@ -68,27 +74,33 @@ struct Backward {
   const float *lse, *factor, *dlogp, *dentropy,
       *entropy;               // (padded_tokens,), 0 beyond T; dentropy null when not wanted
   const int32_t* target_ids;  // (padded_tokens,), -1 beyond T
-  const char *hidden_packed, *tokens_packed;
+  const char *hidden_packed, *tokens_packed, *low_packed, *low_by_token;
   char *weight_packed, *dz_by_token, *dz_by_row;  // of the chunk; null where no gradient needs them
+  float* dz_low;                                  // of the chunk, panels of (chunk rows, width), or null
   float* dbias_parts;                             // (panels, chunk rows) or null
   char* scratch;
   int64_t begin, end;
-  bool first_chunk;  // of those that add to dhidden
-  float* dhidden;    // (T, padded_hidden) sums, or null
-  void* dweight;     // (V, H) contiguous, or null
-  float* dbias;      // (V,) or null
+  bool first_chunk;    // of those that add to dhidden
+  float* dhidden;      // (T, padded_hidden) sums, or null
+  void* dweight;       // (V, H) contiguous, or null
+  float* dbias;        // (V,) or null
+  float* dlow_hidden;  // (R, padded_tokens) sums, or null
+  void* dlow_weight;   // (V, R) contiguous, or null
 };
 
 struct Kernels {
   void (*layout)(const Operands&, Layout*);
   void (*pack_hidden)(const Operands&, const Layout&, char* hidden_packed, int64_t worker, int64_t workers);
   void (*pack_tokens)(const Operands&, const Layout&, char* tokens_packed, int64_t worker, int64_t workers);
+  void (*pack_low)(const Operands&, char* low_packed, char* low_by_token, int64_t worker, int64_t workers);
   void (*forward)(const Forward&, int64_t worker, int64_t workers);
   void (*finish_unit)(const FinishUnit&, int64_t worker, int64_t workers);
   void (*pack_weight)(const Backward&, int64_t worker, int64_t workers);
   void (*logit_gradient)(const Backward&, int64_t worker, int64_t workers);
   void (*add_dhidden)(const Backward&, int64_t worker, int64_t workers);
   void (*write_head_gradient)(const Backward&, int64_t worker, int64_t workers);
+  void (*add_low_hidden_gradient)(const Backward&, int64_t worker, int64_t workers);
+  void (*write_low_weight_gradient)(const Backward&, int64_t worker, int64_t workers);
 };
 
 enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };

@@ -63,9 +63,7 @@ class _Call:
     """The operands of one call as the kernels take them: N rows that count, rows of unit stride, fp32 bias."""
 
     def __init__(self, operands: Operands, transform: Transform, rows: Tensor):
-        hidden, weight, targets, bias, low_hidden, _low_weight = operands
-        if low_hidden is not None:
-            raise NotImplementedError("lora is not implemented by the cpu backend")
+        hidden, weight, targets, bias, low_hidden, low_weight = operands
         self.rows = rows  # (N,)
         self.targets = targets[rows].long()  # (N,)
         self.hidden = _unit_stride(hidden)
@@ -73,15 +71,18 @@ class _Call:
         if self.weight.stride(0) < weight.shape[1]:  # rows that overlap, such as an expanded one
             self.weight = self.weight.clone(memory_format=torch.contiguous_format)
         self.bias = None if bias is None else bias.float().contiguous()
+        self.low_hidden = None if low_hidden is None else low_hidden[rows].contiguous()  # (N, R)
+        self.low_weight = None if low_weight is None else _unit_stride(low_weight)
         self.transform = transform
         self.isa = instruction_set()
         self.operands = (self.hidden, self.rows, self.weight, self.targets)
+        self.raw_logits = (*self.operands, self.bias, self.low_hidden, self.low_weight)
         self.transform_numbers = (transform.scale, transform.softcap or 0.0, transform.temperature)
 
     def plan(self, product: bool) -> list[int]:
-        N = self.rows.numel()
+        N, R = self.rows.numel(), 0 if self.low_hidden is None else self.low_hidden.shape[1]
         return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(
-            self.hidden, self.weight, N, product, self.isa
+            self.hidden, self.weight, N, R, product, self.isa
         )
 
     def forward(self, want: frozenset[str], unit: Tensor | None) -> dict[str, Tensor]:
@@ -93,8 +94,7 @@ class _Call:
         partials = self._empty(6, splits, padded_tokens)
         product = None if unit is None else self._empty(splits, N, padded_hidden)
         torch.ops.prefopt_kernels_cpu.linear_logprob_forward(
-            *self.operands,
-            self.bias,
+            *self.raw_logits,
             *self.transform_numbers,
             "entropy" in want,
             "mean_logit" in want,
@@ -156,9 +156,13 @@ class _Call:
             grads["weight"] = torch.empty(V, H, dtype=dtype)
         if "bias" in need:
             grads["bias"] = self._empty(V)
+        dlow_hidden = None
+        if "low_hidden" in need:
+            dlow_hidden = self._empty(parts, self.low_hidden.shape[1], padded_tokens)
+        if "low_weight" in need:
+            grads["low_weight"] = torch.empty(self.low_weight.shape, dtype=self.low_weight.dtype)
         torch.ops.prefopt_kernels_cpu.linear_logprob_backward(
-            *self.operands,
-            self.bias,
+            *self.raw_logits,
             *self.transform_numbers,
             coefficients,
             target_ids,
@@ -166,6 +170,8 @@ class _Call:
             dhidden,
             grads.get("weight"),
             grads.get("bias"),
+            dlow_hidden,
+            grads.get("low_weight"),
             torch.empty(workspace_bytes, dtype=torch.uint8),
             parts,
             chunk,
@@ -173,12 +179,22 @@ class _Call:
         )
         if "hidden" in need:
             grads["hidden"] = self.hidden.new_zeros(self.hidden.shape)
-            for part in dhidden[1:]:
-                dhidden[0] += part
-            grads["hidden"][self.rows] = dhidden[0, :, :H].to(dtype)
+            grads["hidden"][self.rows] = self._sum(dhidden)[:, :H].to(dtype)
+        if "low_hidden" in need:
+            grads["low_hidden"] = self.low_hidden.new_zeros(
+                saved.lse.shape[0], self.low_hidden.shape[1]
+            )
+            grads["low_hidden"][self.rows] = self._sum(dlow_hidden)[:, :N].T
         if "bias" in need:
             grads["bias"] = grads["bias"].to(dtype)
         return grads
+
+    @staticmethod
+    def _sum(parts: Tensor) -> Tensor:
+        """Over the parts of the vocabulary, in place in the first."""
+        for part in parts[1:]:
+            parts[0] += part
+        return parts[0]
 
     @staticmethod
     def _empty(*shape: int) -> Tensor:
