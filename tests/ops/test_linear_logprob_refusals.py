@@ -8,7 +8,7 @@ import torch
 
 from prefopt_kernels import explain, linear_logprob
 from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference
+from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference, backend_triton
 from prefopt_kernels.ops.linear_logprob.op import BACKENDS
 
 T, H, V = 5, 4, 7
@@ -174,7 +174,7 @@ VALUES = {
     ),
     "backend unknown": (
         {"backend": "cpp"},
-        r"backend is 'cpp'; expected one of \['auto', 'cpu', 'reference', 'triton', 'cuda'\]",
+        r"backend is 'cpp'; expected one of \['auto', 'cpu', 'triton', 'reference', 'cuda'\]",
     ),
 }
 
@@ -216,7 +216,7 @@ def test_a_number_that_does_not_fit_fp32(name):
         refused(ValueError, f"{name} is .*; expected a finite number above 0", **{name: 1e-46})
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["cuda"])
 def test_a_backend_that_this_version_lacks(name):
     message = f"backend '{name}' cannot run this call: this version has no {name} kernel"
     refused(RuntimeError, message, backend=name)
@@ -229,6 +229,7 @@ def test_a_backend_whose_library_is_missing(monkeypatch):
 
 def test_auto_takes_the_reference_where_the_library_is_missing(monkeypatch):
     monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
+    monkeypatch.setattr(backend_triton, "why_not", lambda hidden, weight: "no GPU")
     with pytest.raises(AssertionError, match="a backend was called"):
         linear_logprob(**arguments())
     found = explain(torch.zeros(T, H), torch.zeros(V, H))
@@ -253,10 +254,10 @@ def test_operands_without_data_give_outputs_without_data():
 
 def test_explain_names_every_backend():
     found = explain(torch.zeros(T, H), torch.zeros(V, H))
-    assert list(found) == ["cpu", "reference", "triton", "cuda"]
-    assert list(BACKENDS) == ["cpu", "reference"]
+    assert list(found) == ["cpu", "triton", "reference", "cuda"]
+    assert list(BACKENDS) == ["cpu", "triton", "reference"]
     assert found["cpu"] == _extension.why_not() and found["reference"] is None
-    assert found["triton"] == "this version has no triton kernel for linear_logprob"
+    assert found["cuda"] == "this version has no cuda kernel for linear_logprob"
     assert "on meta" in explain(meta(T, H), meta(V, H))["cpu"]
 
 
