@@ -1,7 +1,7 @@
 // Every schema and implementation of the CPU library. Outputs are arguments that Python allocated: no op returns a new
 // tensor.
 #include "linear_logprob/launch_cpu.h"
-#include "sequence_loss/launch_cpu.h"
+#include "sequence_loss/sequence_loss_cpu.h"
 
 STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
   m.def("isas() -> str[]");

@@ -1,6 +1,7 @@
-// Host side of sequence_loss on the CPU. Python has checked the arguments, made them contiguous and allocated the
-// outputs (ops/sequence_loss/backend_cpu.py).
-#include "launch_cpu.h"
+// Host side of sequence_loss on the CPU; not launch_cpu.cpp, because the build on the fly keeps objects of all folders
+// in one. Python has checked the arguments, made them contiguous and allocated the outputs
+// (ops/sequence_loss/backend_cpu.py).
+#include "sequence_loss_cpu.h"
 
 #include <string.h>
 #include <torch/csrc/stable/ops.h>

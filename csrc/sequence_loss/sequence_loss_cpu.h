@@ -1,4 +1,4 @@
-// The host functions that registration.cpp registers; launch_cpu.cpp has them.
+// The host functions that registration.cpp registers; sequence_loss_cpu.cpp has them.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
