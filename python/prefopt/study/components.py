@@ -88,19 +88,21 @@ def rewards(config: Config, logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def _our_terms(config: Config, window: Window, leaf: Tensor) -> list[Tensor]:
-    on = set(config.components)
+    on, changes = set(config.components), set(config.changes)
     settings: dict = {"beta": BETA}
-    if "shift" in on:
-        bound = 1e9 if "no shift bound" in config.changes else SHIFT_BOUND
-        settings |= {"shift_gate": window.gate, "shift_bound": bound}
     if "value" in on:
-        settings |= {"loss_aversion": LOSS_AVERSION, "alpha": ALPHA, "kappa": KAPPA}
+        aversion = 1.5 if "loss aversion 1.5" in changes else LOSS_AVERSION
+        settings |= {"loss_aversion": aversion, "alpha": ALPHA, "kappa": KAPPA}
     if "weighting" in on:
-        settings |= {"decision_weighting": TVERSKY_KAHNEMAN}
+        kind = "win_weighting" if "win weighting" in changes else "decision_weighting"
+        settings[kind] = TVERSKY_KAHNEMAN
     if "odds" in on:
-        settings |= {"odds_weight": ODDS_WEIGHT}
-    if "component bounds" in config.changes:
-        settings |= {"main_bound": MAIN_BOUND, "odds_bound": ODDS_BOUND}
+        settings["odds_weight"] = ODDS_WEIGHT
+    if "shift" in on:  # as the trainer sets it: with the shift come bounds on the coefficients
+        bound = 1e9 if "no shift bound" in changes else SHIFT_BOUND
+        settings |= {"shift_gate": window.gate, "shift_bound": bound}
+        if "no component bounds" not in changes:
+            settings |= {"main_bound": MAIN_BOUND, "odds_bound": ODDS_BOUND}
     dtype = DTYPES[config.precision]
 
     def loss(logps, ref_logps, labels, lengths, z0, shift):

@@ -22,8 +22,20 @@ REMEDIES = (
     "bounded value",
     "bounded shift",
 )
-# Changes of our form, each taking one part of the defaults away or adding one.
-ABLATIONS = ("no staging", "no shift bound", "running mean", "component bounds")
+# Changes of our form: one part of the defaults taken away, or another in its place.
+VARIANTS = (
+    "no staging",
+    "no shift bound",
+    "no component bounds",
+    "running mean",
+    "win weighting",
+    "loss aversion 1.5",
+)
+VARIED = (
+    *((one,) for one in VARIANTS),
+    ("no shift bound", "loss aversion 1.5"),
+    ("win weighting", "loss aversion 1.5"),
+)
 # Changes of the naive form that are mistakes.
 MISTAKES = ("shift in nats", "shift not detached")
 
@@ -36,7 +48,7 @@ class Config:
     components: tuple[str, ...]  # some of COMPONENTS, in that order; none is KTO
     precision: Literal["fp32", "bf16"]
     learning_rate: float
-    changes: tuple[str, ...] = ()  # some of REMEDIES, ABLATIONS or MISTAKES
+    changes: tuple[str, ...] = ()  # some of REMEDIES, VARIANTS or MISTAKES
 
     def fields(self) -> dict:
         """The columns of this configuration in a result row: JSON without nesting."""
@@ -80,38 +92,38 @@ def quick_plan(seeds: int | None = None) -> Plan:
         for components in (some if form == "naive" else ((), COMPONENTS))
         for precision in PRECISIONS
     ]
-    cells += _remedied(("bf16", COMPONENTS), (rate,))
+    cells += _remedied(("bf16", ("value", "weighting", "shift")), (rate,))
     traced = frozenset(Config(form, COMPONENTS, "bf16", rate) for form in FORMS)
     return Plan(80, 600, dict.fromkeys(cells, seeds), traced)
 
 
 def full_plan(seeds: int | None = None) -> Plan:
-    """Every subset of the components in both forms and precisions, the remedies, and the defaults in many runs."""
-    subsets = list(chain.from_iterable(combinations(COMPONENTS, n) for n in range(5)))
+    """The defaults in many runs, the remedies, and every subset of the components in both forms and precisions.
+
+    In this order, so that an interrupted study has its main answers first.
+    """
     cells: dict[Config, int] = {}
 
     def add(some: list[Config], count: int) -> None:
         for config in some:
             cells[config] = max(cells.get(config, 0), seeds or count)
 
-    for components in ((), COMPONENTS):  # our defaults with the shift on, and KTO beside them
-        add([Config("ours", components, "fp32", rate) for rate in (0.003, *RATES)], 60)
-    for base in (("bf16", COMPONENTS), ("fp32", ("value", "weighting", "shift"))):
-        add(_remedied(base, (0.01, 0.02)), 24)
+    for components in (COMPONENTS, ()):  # our defaults with the shift on, and KTO beside them
+        add([Config("ours", components, "fp32", rate) for rate in (0.003, *RATES)], 52)
+    add(_remedied(("bf16", COMPONENTS), (0.01, 0.02)), 20)
+    add(_remedied(("fp32", ("value", "weighting", "shift")), (0.02,)), 20)
+    add([Config("ours", COMPONENTS, "fp32", rate, one) for one in VARIED for rate in RATES], 12)
+    subsets = list(chain.from_iterable(combinations(COMPONENTS, n) for n in range(5)))
     grid = [
         Config(form, components, precision, rate)
         for form in FORMS
-        for components in subsets
         for precision in PRECISIONS
+        for components in subsets
         for rate in RATES
     ]
-    add(grid, 12)
-    add(
-        [Config("ours", COMPONENTS, "fp32", r, (one,)) for one in ABLATIONS for r in (0.01, 0.02)],
-        12,
-    )
+    add(grid, 8)
     mistaken = ("value", "weighting", "shift")
-    add([Config("naive", mistaken, "fp32", r, (one,)) for one in MISTAKES for r in RATES], 12)
+    add([Config("naive", mistaken, "fp32", r, (one,)) for one in MISTAKES for r in RATES], 8)
     traced = frozenset(
         Config(form, COMPONENTS, "bf16", rate) for form in FORMS for rate in (0.01, 0.02)
     )

@@ -16,10 +16,7 @@ from prefopt.study.grid import COMPONENTS, Config, remedies_of
 from prefopt.study.runs import share_name
 from prefopt.study.table import Share, by_config, cell_of
 
-SECOND, THIRD = (
-    "#8a5cc4",
-    "#b08a2a",
-)  # with the report's three: to be told apart on white and on near-black
+SECOND = "#8a5cc4"  # beside the report's three: to be told apart on white and on near-black
 SHARE_COLOURS = {"kto": INK, "shift": BAD, "value": OWN, "weighting": SECOND, "odds": GOOD}
 STYLE = {
     "axes.edgecolor": INK,

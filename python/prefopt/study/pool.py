@@ -7,13 +7,13 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+import prefopt_kernels
 from prefopt.recipe.load import RecipeError
 from prefopt.study.grid import Config, Plan
 from prefopt.study.policy import Reference, make_reference, pretrain
@@ -25,7 +25,7 @@ RESULTS, TRACES, SETTINGS, WEIGHTS = (
     "study.json",
     "reference.safetensors",
 )
-TOGETHER = 24  # seeds side by side: more gain nothing and cost memory
+TOGETHER = 26  # seeds side by side: more gain nothing and cost memory
 
 _reference: Reference | None = None  # of a worker process
 
@@ -68,10 +68,7 @@ def run_plan(plan: Plan, out: Path, processes: int) -> None:
 
 
 def missing(plan: Plan, rows: list[dict]) -> list[tuple[Config, list[int]]]:
-    """The cells of a plan with the seeds that have no row yet, at most :data:`TOGETHER` at a time.
-
-    Cells of the same seeds come one after the other, for they share what the reference model says of their rows.
-    """
+    """The cells of a plan, in its order, with the seeds that have no row yet, at most :data:`TOGETHER` at a time."""
     done: dict[Config, set[int]] = {}
     for row in rows:
         done.setdefault(Config.of(row), set()).add(row["seed"])
@@ -79,7 +76,7 @@ def missing(plan: Plan, rows: list[dict]) -> list[tuple[Config, list[int]]]:
     for config, seeds in plan.cells.items():
         left = [seed for seed in range(seeds) if seed not in done.get(config, ())]
         tasks += [(config, left[i : i + TOGETHER]) for i in range(0, len(left), TOGETHER)]
-    return sorted(tasks, key=lambda task: task[1])
+    return tasks
 
 
 def read_lines(path: Path, mend: bool = False) -> list[dict]:
@@ -111,7 +108,7 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
 
 def versions() -> str:
     """What decides the numbers besides the configuration."""
-    return f"prefopt-kernels {version('prefopt-kernels')}, torch {torch.__version__}"
+    return f"prefopt-kernels {prefopt_kernels.__version__}, torch {torch.__version__}"
 
 
 def commit() -> str | None:

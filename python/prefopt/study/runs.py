@@ -11,7 +11,7 @@ from torch import Tensor
 from prefopt.study.components import BETA, SHARES, Window, coefficients, pair_means, rewards, shares
 from prefopt.study.grid import Config
 from prefopt.study.policy import Reference, new_adapters, preference, score, sequence_logps
-from prefopt.study.shifts import EMA, Running, gate_at
+from prefopt.study.shifts import EMA, Running, schedule_of
 
 BATCH = 16  # rows of one optimizer step: 8 micro-batches of 2
 NOISE = 0.15  # share of labels that are wrong
@@ -132,7 +132,7 @@ class _Run:
         self.order, self.labels, self.mismatched = _rows_of(reference, tuple(seeds), steps)
         self.adapters = new_adapters(seeds).requires_grad_()
         self.first, self.second = torch.zeros_like(self.adapters), torch.zeros_like(self.adapters)
-        self.shift = _estimator(config, len(seeds))
+        self.shift, self.schedule = _estimator(config, len(seeds)), schedule_of(config, steps)
         self.alive = torch.ones(len(seeds), dtype=torch.bool)
         self.failed_at: list[int | None] = [None] * len(seeds)
         self.norms: list[Tensor] = []
@@ -148,7 +148,10 @@ class _Run:
         at = self.order[:, now]
         prompts, answers, lengths = rows.prompts[at], rows.answers[at], rows.lengths[at]
         ref_logps, labels = rows.ref_logps[at], self.labels[:, now]
-        gate = gate_at(config, step, self.steps)
+        gate = 0.0
+        if self.schedule is not None:
+            self.schedule.update(step)
+            gate = self.schedule.gate()
         z0 = torch.zeros_like(ref_logps)
         if gate < 1 or traced:
             z0 = self._z0(prompts, answers, lengths, self.mismatched[:, now])
@@ -226,7 +229,7 @@ def _estimator(config: Config, seeds: int) -> "Running | EMA":
     return Running(seeds, unit=1 / BETA if "shift in nats" in config.changes else 1.0)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _rows_of(
     reference: Reference, seeds: tuple[int, ...], steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:

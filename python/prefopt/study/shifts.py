@@ -1,24 +1,26 @@
-"""BCO's shift for S runs side by side, and the gate that stages it."""
+"""BCO's shift for S runs side by side, and the schedule that stages it."""
 
 import torch
 from torch import Tensor
 
 from prefopt.study.components import pair_means
 from prefopt.study.grid import Config
-from prefopt_kernels.reference_point import EMAShift
+from prefopt_kernels.reference_point import EMAShift, ShiftSchedule
 
 GATE_AT, RAMP = 0.3, 0.1  # of the steps
 DECAY = 0.9
 
 
-def gate_at(config: Config, step: int, steps: int) -> float:
-    """How far the shift has taken KTO's place as reference point, from 0 to 1, at a step."""
+def schedule_of(config: Config, steps: int) -> ShiftSchedule | None:
+    """When the shift takes the place of KTO's reference point; None where it is off."""
     if "shift" not in config.components:
-        return 0.0
+        return None
     staged = (
         "no staging" not in config.changes if config.form == "ours" else "staging" in config.changes
     )
-    return min(1.0, max(0.0, (step / steps - GATE_AT) / RAMP)) if staged else 1.0
+    if not staged:
+        return ShiftSchedule(start_step=0)
+    return ShiftSchedule(start_step=round(GATE_AT * steps), ramp_steps=round(RAMP * steps))
 
 
 class Running:
@@ -43,7 +45,7 @@ class Running:
 
 
 class EMA:
-    """Our shift, one :class:`prefopt_kernels.reference_point.EMAShift` a seed, used one window later.
+    """Our shift: one :class:`prefopt_kernels.reference_point.EMAShift` a seed, fed once per window before its use.
 
     Args:
         seeds: S.
@@ -53,8 +55,7 @@ class EMA:
         self.shifts = [EMAShift(decay=DECAY) for _ in range(seeds)]
 
     def next(self, rewards: Tensor, labels: Tensor) -> Tensor:
-        """(S, B) the shift of each row: of the windows before; 0 in the first."""
-        lagged = torch.stack([shift.value for shift in self.shifts])
-        for shift, *window in zip(self.shifts, rewards, labels, strict=True):
-            shift.estimate(*window)
-        return lagged[:, None].expand_as(rewards)
+        """(S, B) the shift of each row, the same in a whole window."""
+        windows = zip(self.shifts, rewards, labels, strict=True)
+        now = torch.stack([shift.estimate(*window) for shift, *window in windows])
+        return now[:, None].expand_as(rewards)
