@@ -145,9 +145,9 @@ def _verdict(rows: Rows) -> tuple[Literal["good", "bad", "unclear"], str]:
 def _against(difference: tuple[float, float, float] | None, what: str) -> str:
     if difference is None:
         return f"Too few runs to compare the {what}."
-    mean, low, high = difference
+    _, low, high = difference
     word = "above" if low > 0 else "below" if high < 0 else "not clearly different from"
-    return f"The {what} on held-out pairs is {word} KTO's: {mean:+.3f} ({low:+.3f} to {high:+.3f})."
+    return f"The {what} on held-out pairs is {word} KTO's: {_signed(difference)}."
 
 
 def _cause(rows: Rows) -> list[str]:
@@ -271,7 +271,61 @@ def _price(rows: Rows) -> list[str]:
     if ours:
         sentences.append(_against(paired(ours, kto, "margin"), "margin"))
         sentences.append(_against(paired(ours, kto, "accuracy"), "accuracy"))
-    return sentences
+    return sentences + _best(rows)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Our form with all components and some parts changed, at the learning rates and seeds that all variants share."""
+
+    changes: tuple[str, ...]
+    cell: Cell
+    margin: tuple[float, float, float]  # less KTO's, paired, with its 95 % interval
+    accuracy: tuple[float, float, float]
+
+
+def variants(rows: Rows) -> list[Variant]:
+    """The defaults first, then each variant, the highest margin first."""
+    every = "+".join(COMPONENTS)
+    some = [
+        row
+        for row in rows
+        if (row["form"], row["precision"], row["components"]) == ("ours", "fp32", every)
+    ]
+    kto = plain(rows, "ours", components="", precision="fp32")
+    groups: dict[str, Rows] = {}
+    for row in some:
+        groups.setdefault(row["changes"], []).append(row)
+    if len(groups) < 2 or not kto:
+        return []
+    runs = ({(row["learning_rate"], row["seed"]) for row in one} for one in (*groups.values(), kto))
+    shared = set.intersection(*runs)
+    if len(shared) < 2:
+        return []
+    found = []
+    for changes, one in groups.items():
+        one = [row for row in one if (row["learning_rate"], row["seed"]) in shared]
+        names = tuple(changes.split("+")) if changes else ()
+        differences = (paired(one, kto, key) for key in ("margin", "accuracy"))
+        found.append(Variant(names, cell_of(one), *differences))
+    return sorted(found, key=lambda variant: (variant.changes != (), -variant.margin[0]))
+
+
+def _best(rows: Rows) -> list[str]:
+    stable = [variant for variant in variants(rows) if not variant.cell.unstable.unstable]
+    if not stable:
+        return []
+    best = max(stable, key=lambda variant: variant.margin[0])
+    name = f"with {' and '.join(best.changes)}" if best.changes else "as it is"
+    return [
+        f"Of the variants of our form without an unstable run ({best.cell.unstable.n} runs each), the one {name} has the "
+        f"highest margin: {_signed(best.margin)} against KTO's, and an accuracy of {_signed(best.accuracy)}."
+    ]
+
+
+def _signed(difference: tuple[float, float, float]) -> str:
+    mean, low, high = difference
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _is(**columns: object) -> Callable[[dict], bool]:

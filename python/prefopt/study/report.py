@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefopt.report.plots import Plot, _for_page
 from prefopt.report.style import STYLE
-from prefopt.study.findings import Findings, effects, find, plain, remedy_cells
+from prefopt.study.findings import Findings, effects, find, remedy_cells, variants
 from prefopt.study.grid import Config
 from prefopt.study.plots import Drawing, draw_all, label, remedy_label
 from prefopt.study.pool import RESULTS, TRACES, read_lines
@@ -102,25 +102,20 @@ def _remedies(rows: list[dict]) -> str:
         tables.append(f"<p>Naive form, {escape(name)}, {precision}:</p>")
         body = [[remedy_label(changes), *_numbers(cell)] for changes, cell in cells.items()]
         tables.append(_table(["remedy", "unstable", "accuracy", "margin"], body))
-    changed = {c: r for c, r in by_config(rows).items() if c.form == "ours" and c.changes}
-    names = sorted({config.changes for config in changed})
-    if names:
-        rates = {config.learning_rate for config in changed}
-        full = next(iter(changed)).components
-        base = [
-            row
-            for row in plain(rows, "ours", components="+".join(full), precision="fp32")
-            if row["learning_rate"] in rates
+    body = [
+        [
+            " + ".join(one.changes) or "as it is",
+            one.cell.unstable.words(),
+            f"{one.cell.accuracy:.3f}",
+            f"{one.cell.margin:.2f}",
+            f"{one.margin[0]:+.3f} ({one.margin[1]:+.3f} to {one.margin[2]:+.3f})",
         ]
-        body = [["as it is", *_numbers(cell_of(base))]] + [
-            [
-                name[0],
-                *_numbers(cell_of(r for c, rs in changed.items() if c.changes == name for r in rs)),
-            ]
-            for name in names
-        ]
-        tables.append("<p>Our form, all components, fp32, with one part changed:</p>")
-        tables.append(_table(["change", "unstable", "accuracy", "margin"], body))
+        for one in variants(rows)
+    ]
+    if body:
+        tables.append("<p>Our form, all components, fp32, with some parts changed:</p>")
+        head = ["change", "unstable", "accuracy", "margin", "margin less KTO's"]
+        tables.append(_table(head, body))
     return "\n".join(tables)
 
 
