@@ -4,18 +4,26 @@ A module owns no parameters and no state. Tokens come packed: the hidden states 
 the other, and ``cu_seqlens`` (B + 1,) with the row at which each begins, so that no padding is scored.
 """
 
+import os
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
+from prefopt_kernels._chunked_head import PrecomputedGradients, chunked_head
 from prefopt_kernels.losses import apo_zero_loss, kto_loss
 from prefopt_kernels.losses._checks import check_positive, check_weight
-from prefopt_kernels.ops.linear_logprob import linear_logprob
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops.linear_logprob.checks import check_call, check_targets
+from prefopt_kernels.ops.linear_logprob.transform import Transform
 
 METHODS = ("kto", "apo_zero")
 REDUCTIONS = ("mean", "sum", "none")
+SCHEMES = ("auto", "op", "chunked")
+CHUNKS_PAY_FROM_H = 4096
 
 
 def sequence_logps(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -85,6 +93,16 @@ class FusedLinearKTOLoss(nn.Module):
         outputs: names out of "entropy", "mean_logit", "is_top1", summed over each sequence of the policy
             into the metrics.
         reduction: "mean" or "sum" over the B rows, or "none" for (B,).
+        scheme: how a step with a trained head is computed. "op" takes four products with the head, two of
+            them the same logits, and works for everything. "chunked" takes three: z0 is known before the
+            step and a row's loss depends on that row alone, so its gradient follows while its logits are
+            still there, a chunk of whole sequences at a time. It needs the reduction "mean" or "sum" (for
+            "none" nobody knows yet what each row's loss is multiplied with) and fp32 or bf16 (fp16 would
+            lose gradients before the loss scale arrives), cannot be traced by ``torch.compile``, waits
+            for the device once, and sums the head's gradient in fp32. "auto" is "chunked" on CUDA for H of
+            4,096 and more, where the saved product outweighs logits in memory, and "op" elsewhere; what
+            "chunked" cannot do it leaves to "op", with a warning. A step without a gradient for the head
+            (frozen, or an evaluation) is the op's in any case: there is no product to save.
 
     Example:
         >>> import torch
@@ -113,12 +131,15 @@ class FusedLinearKTOLoss(nn.Module):
         outputs: tuple[str, ...] = (),
         backend: str = "auto",
         reduction: str = "mean",
+        scheme: str = "auto",
     ):
         super().__init__()
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; expected one of {METHODS}")
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; expected one of {REDUCTIONS}")
+        if scheme not in SCHEMES:
+            raise ValueError(f"scheme is {scheme!r}; expected one of {SCHEMES}")
         check_positive("beta", beta)
         check_weight("desirable_weight", desirable_weight)
         check_weight("undesirable_weight", undesirable_weight)
@@ -136,6 +157,7 @@ class FusedLinearKTOLoss(nn.Module):
         }
         self.outputs = tuple(outputs)
         self.reduction = reduction
+        self.scheme = scheme
 
     def forward(
         self,
@@ -188,8 +210,6 @@ class FusedLinearKTOLoss(nn.Module):
         z0 = self._reference_point(reference_point, kl_log_ratio, hidden)
         _check_reference(weight, bias, targets, B, ref_logps, ref_hidden, ref_weight, ref_bias)
 
-        tokens = linear_logprob(hidden, weight, targets, bias, outputs=self.outputs, **self.head)
-        logps = sequence_logps(tokens.logp, cu_seqlens)  # (B,)
         if ref_logps is None:
             if ref_weight is None:
                 ref_weight, ref_bias = weight, bias
@@ -198,12 +218,23 @@ class FusedLinearKTOLoss(nn.Module):
                 ref_logps = sequence_logps(ref.logp, cu_seqlens)
         ref_logps = ref_logps.detach().float()
 
-        rows = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": self.beta}
-        if self.method == "kto":
-            losses = kto_loss(**rows, reference_point=z0, **self.weights)
-        else:
-            losses = apo_zero_loss(**rows, **self.weights)
+        def loss_of(logps: Tensor, rows: slice = slice(None)) -> Tensor:
+            """(b,) losses of some of the rows: the function of one row at a time that "chunked" builds on."""
+            named = {"ref_logps": ref_logps[rows], "labels": labels[rows], "beta": self.beta}
+            if self.method == "kto":
+                return kto_loss(logps, **named, reference_point=z0, **self.weights)
+            return apo_zero_loss(logps, **named, **self.weights)
 
+        operands, grads = (hidden, weight, bias), None
+        if self._takes_chunks(*operands):
+            operands = _autocast(*operands)
+            tokens, grads = self._chunked(*operands, targets, cu_seqlens, loss_of)
+        else:
+            tokens = linear_logprob(
+                hidden, weight, targets, bias, outputs=self.outputs, **self.head
+            )
+        logps = sequence_logps(tokens.logp, cu_seqlens)  # (B,)
+        losses = loss_of(logps)
         log_ratios = logps.detach() - ref_logps
         sums = {
             f"{name}_sum": sequence_logps(getattr(tokens, name).detach().float(), cu_seqlens)
@@ -221,7 +252,61 @@ class FusedLinearKTOLoss(nn.Module):
             **sums,
         )
         reduced = losses if self.reduction == "none" else getattr(losses, self.reduction)()
+        if grads is not None:
+            reduced = PrecomputedGradients.apply(reduced, grads, *operands)
         return reduced, metrics
+
+    def _takes_chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether this step is computed a chunk of sequences at a time."""
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if self.scheme == "op" or not trained or not torch.is_grad_enabled():
+            return False
+        if self.scheme == "auto" and not _chunks_pay(hidden, self.head["backend"]):
+            return False  # before the warning below, which would break a traced graph
+        reason = self._why_not_chunked(hidden)
+        if reason is not None:
+            if self.scheme == "chunked":
+                raise ValueError(f"scheme 'chunked' cannot run this call: {reason}")
+            message = f"the trained head costs four products instead of three: {reason}"
+            warnings.warn(message, stacklevel=4)
+        return reason is None
+
+    def _why_not_chunked(self, hidden: Tensor) -> str | None:
+        if torch.compiler.is_compiling():
+            return "torch.compile traces the call, and the ends of the sequences must be read"
+        if self.reduction == "none":
+            return (
+                "the reduction is 'none', so what the losses are multiplied with is not known yet"
+            )
+        device, dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        return "fp16 loses gradients before a loss scale" if dtype == torch.float16 else None
+
+    def _chunked(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        loss_of: Callable[[Tensor, slice], Tensor],
+    ) -> tuple[TokenLogprobs, tuple[Tensor | None, ...]]:
+        """Scores of the tokens without a graph, and the gradients of the reduced loss in the operands."""
+        settings = Transform(
+            *(self.head[name] for name in ("logit_scale", "softcap", "temperature"))
+        )
+        check_call(hidden, weight, targets, bias, *settings, self.outputs)
+        if targets.device.type == "cpu":
+            check_targets(targets, weight.shape[0])
+        share = 1 / (cu_seqlens.shape[0] - 1) if self.reduction == "mean" else 1.0
+
+        def chunk_loss(logp: Tensor, bounds: Tensor, rows: slice) -> Tensor:
+            return share * loss_of(sequence_logps(logp, bounds), rows)
+
+        return chunked_head(
+            hidden, weight, bias, targets, cu_seqlens, chunk_loss, settings, self.outputs
+        )
 
     def _reference_point(
         self, reference_point: Tensor | None, kl_log_ratio: Tensor | None, hidden: Tensor
@@ -256,6 +341,29 @@ class FusedLinearKTOLoss(nn.Module):
             )
             raise ValueError(f"reference_point {got}; expected a 0-dim tensor in nats")
         return reference_point.detach().float()
+
+
+def _chunks_pay(hidden: Tensor, backend: str) -> bool:
+    """Whether three products with logits in memory beat the op's four without.
+
+    In plain torch a logit moves about 30 bytes on its way from product to gradient; what is saved is 2 H
+    operations. A GPU that does 250 operations in the time of a byte is even at H = 4,000 (computed, not
+    measured). The CPU kernels are faster at any H. A backend that was asked for by name is used, and a
+    compiler traces the op.
+    """
+    named = backend != "auto" or os.environ.get("PREFOPT_BACKEND", "auto") != "auto"
+    if named or torch.compiler.is_compiling():
+        return False
+    return hidden.is_cuda and hidden.shape[-1] >= CHUNKS_PAY_FROM_H
+
+
+def _autocast(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands as ``torch.autocast`` gives them to a linear layer."""
+    device = operands[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return operands
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if operand is None else operand.to(dtype) for operand in operands)
 
 
 def _check_reference(

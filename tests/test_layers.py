@@ -14,7 +14,8 @@ KERNELS_MAY = {
     "ops": {"ops", "losses"},  # for the reference backends, so that a loss is written once
     "losses": {"losses"},
     "reference_point": {"reference_point"},
-    "modules": {"ops", "losses", "reference_point"},
+    "_chunked_head": {"ops"},  # a part of modules, in a file of its own
+    "modules": {"_chunked_head", "ops", "losses", "reference_point"},
     "integrations": {"modules", "ops", "losses", "reference_point", "integrations"},
     "info": {"", "ops"},  # a program, imported by nobody
     "": {"ops", "losses", "reference_point", "modules"},  # __init__.py: the public names

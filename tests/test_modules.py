@@ -199,7 +199,7 @@ def test_the_reference_pass_records_no_graph(monkeypatch):
     monkeypatch.setattr(modules, "linear_logprob", spy)
     inputs = leaves(batch(), ("hidden", "ref_hidden"))
     FusedLinearKTOLoss(beta=0.3)(**inputs, reference_point=tensor(0.5))
-    assert recording == [True, False]  # policy, reference model
+    assert recording == [False, True]  # reference model, policy
 
 
 def test_a_frozen_head_may_be_shared_with_the_reference_model():

@@ -1,0 +1,365 @@
+"""The scheme "chunked" of FusedLinearKTOLoss: judged like the op's path, against fp64 on all logits, and beside it."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from numerics import assert_as_good_as_torch
+from prefopt_kernels import _chunked_head, modules
+from prefopt_kernels.modules import FusedLinearKTOLoss
+from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain, without
+
+TRAINED = ("hidden", "weight", "bias")
+OUTPUTS = ("entropy", "mean_logit", "is_top1")
+
+
+def limit_rows(monkeypatch, rows):
+    """Chunks of at most ``rows`` tokens; None as the module has it: one chunk here."""
+    if rows is not None:
+        small = functools.partial(_chunked_head.chunked_head, chunk_bytes=4 * V * rows)
+        monkeypatch.setattr(modules, "chunked_head", small)
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """Which sequences each chunk held, and how many tokens each of its parts had."""
+    taken = []
+    cut, softmax = _chunked_head._chunks, _chunked_head._Head.softmax
+
+    def spy_cut(ends, limit):
+        for first, last in cut(ends, limit):
+            taken.append(((first, last), []))
+            yield first, last
+
+    def spy_softmax(self, rows):
+        taken[-1][1].append(len(rows))
+        return softmax(self, rows)
+
+    monkeypatch.setattr(_chunked_head, "_chunks", spy_cut)
+    monkeypatch.setattr(_chunked_head._Head, "softmax", spy_softmax)
+    return taken
+
+
+def step(scheme, inputs, *, by=1.0, **options):
+    settings = {"beta": 0.3, "desirable_weight": 1.25, "undesirable_weight": 0.5, **options}
+    kl = {"kl_log_ratio": tensor(KL)} if settings.get("method", "kto") == "kto" else {}
+    loss, metrics = FusedLinearKTOLoss(scheme=scheme, **settings)(**inputs, **kl)
+    (by * loss).backward()
+    return loss.detach(), metrics
+
+
+@pytest.mark.parametrize("rows", [None, 5, 2, 1])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("method", ["kto", "apo_zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
+    """Also where a sequence is longer than a chunk, with an upstream gradient that is not 1."""
+    limit_rows(monkeypatch, rows)
+    options = {"method": method, "reduction": reduction, "outputs": OUTPUTS, **HEADS[head]}
+    ours, beside = leaves(batch(dtype), TRAINED), leaves(batch(dtype), TRAINED)
+    loss, metrics = step("chunked", ours, by=-3.0, **options)
+    op_loss, op_metrics = step("op", beside, by=-3.0, **options)
+
+    settings = {"scale" if k == "logit_scale" else k: v for k, v in HEADS[head].items()}
+    results = {}
+    for precision in (torch.float32, torch.float64):
+        inputs = leaves(batch(dtype), TRAINED)
+        losses, *_ = plain(inputs, precision, 1.5 if method == "kto" else 0.0, **settings)
+        total = getattr(losses, reduction)()
+        (-3.0 * total).backward()
+        results[precision] = (total.detach(), {name: inputs[name].grad for name in TRAINED})
+    (baseline, baseline_grads), (exact, exact_grads) = results.values()
+
+    assert_as_good_as_torch("loss", loss, baseline, exact)
+    assert torch.equal(loss, getattr(metrics.losses, reduction)())
+    assert_as_good_as_torch("beside the op", loss, op_loss, exact)
+    for name in TRAINED:
+        assert ours[name].grad.dtype == dtype
+        truth = exact_grads[name].double()
+        assert_as_good_as_torch(f"d{name}", ours[name].grad, baseline_grads[name], truth)
+    assert not any(value.requires_grad for value in vars(metrics).values())
+    for name, value in vars(op_metrics).items():
+        mine = getattr(metrics, name)
+        assert mine.dtype == value.dtype and mine.shape == value.shape, name
+        # two roundings of sums of at most five terms below 10
+        torch.testing.assert_close(
+            mine, value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", TRAINED[1:])
+@pytest.mark.parametrize("also_hidden", [True, False])
+def test_each_gradient_alone(name, also_hidden):
+    """The same bits, whoever else asks."""
+    wanted = ("hidden", name) if also_hidden else (name,)
+    everything, some = leaves(batch(), TRAINED), leaves(batch(), wanted)
+    step("chunked", everything)
+    step("chunked", some)
+    for leaf in TRAINED:
+        if leaf in wanted:
+            assert torch.equal(some[leaf].grad, everything[leaf].grad), leaf
+        else:
+            assert some[leaf].grad is None
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (None, [((0, 4), [9])]),  # nine tokens count, in sequences of 3, 0, 4 and 2
+        (7, [((0, 3), [7]), ((3, 4), [2])]),
+        (4, [((0, 2), [3]), ((2, 3), [4]), ((3, 4), [2])]),
+        (3, [((0, 2), [3]), ((2, 3), [3, 1, 3, 1]), ((3, 4), [2])]),  # four are too many: twice
+    ],
+)
+def test_chunks_are_whole_sequences(rows, expected, chunks, monkeypatch):
+    limit_rows(monkeypatch, rows)
+    step("chunked", leaves(batch(), TRAINED))
+    assert chunks == expected
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sequence_of_ignored_tokens(first):
+    """It has the loss of log-ratio 0, and no gradient; the others are what they were."""
+    inputs = batch()
+    inputs["targets"][: BOUNDS[1]] = -100
+    ours, beside = leaves(inputs, TRAINED), leaves(inputs, TRAINED)
+    _, metrics = step("chunked", ours)
+    step("op", beside)
+    assert metrics.logps[0] == 0 and not ours["hidden"].grad[: BOUNDS[1]].any()
+    # bounds of the roundings of five tokens' terms, each below 1
+    for name in TRAINED:
+        torch.testing.assert_close(ours[name].grad, beside[name].grad, rtol=1e-5, atol=1e-6)
+
+
+def test_no_token_counts(chunks):
+    inputs = leaves(batch(), TRAINED)
+    inputs["targets"] = torch.full((T,), -100)
+    _, metrics = step("chunked", inputs)
+    assert metrics.token_count.item() == 0 and chunks == []
+    for name in TRAINED:
+        assert torch.equal(inputs[name].grad, torch.zeros_like(inputs[name])), name
+
+
+def test_a_confident_target_keeps_its_gradient():
+    """p above 0.9999: onehot - p is a small difference, taken in fp32 before anything is rounded."""
+    inputs = batch(torch.bfloat16)
+    inputs["targets"] = torch.arange(T)
+    inputs["weight"] = torch.eye(V, H).bfloat16()
+    inputs["hidden"] = (14 * torch.eye(T, H)).bfloat16()
+    inputs["bias"] = torch.zeros(V).bfloat16()
+    inputs["cu_seqlens"] = tensor([0, 2, 4, 6, T])
+    inputs["targets"][7:] = -100
+    ours = leaves(inputs, TRAINED)
+    step("chunked", ours)
+    grads = {}
+    for precision in (torch.float32, torch.float64):
+        x = leaves(inputs, TRAINED)
+        z = x["hidden"].to(precision) @ x["weight"].to(precision).T + x["bias"].to(precision)
+        logp = z.log_softmax(1)[torch.arange(7), torch.arange(7)]
+        with torch.no_grad():
+            ref = x["ref_hidden"].to(precision) @ x["ref_weight"].to(precision).T
+            ref = (ref + x["ref_bias"].to(precision)).log_softmax(1)
+            ref = ref[torch.arange(7), torch.arange(7)]
+        ratio = logp - ref
+        ratio = torch.stack([ratio[:2].sum(), ratio[2:4].sum(), ratio[4:6].sum(), ratio[6]])
+        s = torch.where(tensor(LABELS), 1.0, -1.0).to(precision)
+        weights = torch.where(tensor(LABELS), 1.25, 0.5).to(precision)
+        (weights * torch.sigmoid(-s * 0.3 * (ratio - 1.5))).mean().backward()
+        grads[precision] = {name: x[name].grad for name in TRAINED}
+    for name in TRAINED:
+        truth = grads[torch.float64][name].double()
+        assert_as_good_as_torch(f"d{name}", ours[name].grad, grads[torch.float32][name], truth)
+
+
+def test_a_banned_token():
+    """A bias of -inf: its p is 0, and nothing turns into NaN."""
+    inputs = batch()
+    inputs["targets"][inputs["targets"] == 3] = 4
+    inputs["bias"][3] = inputs["ref_bias"][3] = -torch.inf
+    ours = leaves(inputs, TRAINED)
+    _, metrics = step("chunked", ours, outputs=("entropy",))
+    assert metrics.logps.isfinite().all() and metrics.entropy_sum.isfinite().all()
+    assert all(ours[name].grad.isfinite().all() for name in TRAINED)
+    assert ours["bias"].grad[3] == 0 and not ours["weight"].grad[3].any()
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows, expected", [(None, 9 * 400), (3, 400 * H)])
+def test_memory_is_bounded_by_the_chunk_and_the_head(rows, expected):
+    generator = torch.Generator().manual_seed(0)
+    inputs = batch() | {
+        "weight": torch.randn(400, H, generator=generator),
+        "bias": torch.randn(400, generator=generator),
+    }
+    x = leaves(inputs, TRAINED)
+    size = {} if rows is None else {"chunk_bytes": 4 * 400 * rows}
+    with Largest() as largest:
+        _chunked_head.chunked_head(
+            *(x[name] for name in (*TRAINED, "targets", "cu_seqlens")),
+            lambda logp, bounds, rows: modules.sequence_logps(logp, bounds),
+            _chunked_head.Transform(1.0, None, 1.0),
+            **size,
+        )
+    assert largest.elements == expected
+
+
+def test_the_backward_can_run_twice():
+    inputs = leaves(batch(), TRAINED)
+    loss, _ = FusedLinearKTOLoss(beta=0.3, scheme="chunked")(**inputs, kl_log_ratio=tensor(KL))
+    loss.backward(retain_graph=True)
+    once = {name: inputs[name].grad.clone() for name in TRAINED}
+    loss.backward()
+    assert all(torch.equal(inputs[name].grad, 2 * once[name]) for name in TRAINED)
+
+
+def test_no_second_derivative():
+    inputs = leaves(batch(), TRAINED)
+    loss, _ = FusedLinearKTOLoss(beta=0.3, scheme="chunked")(**inputs, kl_log_ratio=tensor(KL))
+    (grad,) = torch.autograd.grad(loss.square(), inputs["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_runs_repeat_bit_for_bit():
+    first, again = leaves(batch(), TRAINED), leaves(batch(), TRAINED)
+    assert torch.equal(step("chunked", first)[0], step("chunked", again)[0])
+    assert all(torch.equal(first[name].grad, again[name].grad) for name in TRAINED)
+
+
+def test_autocast():
+    """The operands are cast as for a linear layer; the gradients come back in their own dtype."""
+    cast = batch(torch.bfloat16)
+    ours = leaves({k: v.float() if v.is_floating_point() else v for k, v in cast.items()}, TRAINED)
+    by_hand = leaves(cast, TRAINED)
+    step("chunked", by_hand)
+    with torch.autocast("cpu", torch.bfloat16):
+        step("chunked", ours)
+    for name in TRAINED:
+        assert ours[name].grad.dtype == torch.float32
+        assert torch.equal(ours[name].grad, by_hand[name].grad.float()), name
+
+
+@pytest.fixture
+def schemes(monkeypatch):
+    """The scheme of each step that ran."""
+    ran = []
+
+    def spy(name, function):
+        def call(*args, **kwargs):
+            if torch.is_grad_enabled() or name == "chunked":
+                ran.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(modules, "chunked_head", spy("chunked", modules.chunked_head))
+    monkeypatch.setattr(modules, "linear_logprob", spy("op", modules.linear_logprob))
+    return ran
+
+
+@pytest.mark.parametrize("scheme", ["auto", "op", "chunked"])
+def test_without_a_gradient_for_the_head_the_op_runs(scheme, schemes):
+    step(scheme, leaves(batch(), ("hidden",)))
+    module = FusedLinearKTOLoss(beta=0.3, scheme=scheme)
+    with torch.no_grad():
+        module(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
+    assert schemes == ["op"]
+
+
+def test_auto_on_the_cpu_is_the_op(schemes):
+    step("auto", leaves(batch(), TRAINED))
+    assert schemes == ["op"]
+
+
+def test_auto_takes_chunks_where_they_pay_and_says_where_it_cannot(schemes, monkeypatch):
+    monkeypatch.setattr(modules, "_chunks_pay", lambda hidden, backend: True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step("auto", leaves(batch(), TRAINED))
+    assert schemes == ["chunked"]
+    module = FusedLinearKTOLoss(beta=0.3, reduction="none")
+    with pytest.warns(UserWarning, match="four products instead of three: the reduction is 'none'"):
+        module(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
+    half = leaves(batch(torch.float16), TRAINED)
+    with pytest.warns(UserWarning, match="four products instead of three: fp16"):
+        step("auto", half)
+    assert schemes == ["chunked", "op", "op"]
+
+
+@pytest.mark.parametrize(
+    ("place", "H", "backend", "environment", "pays"),
+    [
+        ("cuda", 4096, "auto", None, True),
+        ("cuda", 4095, "auto", None, False),
+        ("cuda", 4096, "triton", None, False),
+        ("cuda", 4096, "auto", "reference", False),
+        ("cuda", 4096, "auto", "auto", True),
+        ("cpu", 4096, "auto", None, False),
+    ],
+)
+def test_where_chunks_pay(place, H, backend, environment, pays, monkeypatch):
+    class Hidden:  # as much of a tensor as the choice reads, on a device this machine may lack
+        is_cuda, shape = place == "cuda", (1, H)
+
+    monkeypatch.delenv("PREFOPT_BACKEND", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("PREFOPT_BACKEND", environment)
+    assert modules._chunks_pay(Hidden(), backend) is pays
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype", "reason"),
+    [
+        ({"reduction": "none"}, torch.float32, "the reduction is 'none'"),
+        ({}, torch.float16, "fp16 loses gradients"),
+    ],
+)
+def test_chunked_that_cannot_run_is_refused(settings, dtype, reason):
+    module = FusedLinearKTOLoss(beta=0.3, scheme="chunked", **settings)
+    with pytest.raises(ValueError, match=f"^scheme 'chunked' cannot run this call: {reason}"):
+        module(**leaves(batch(dtype), TRAINED), kl_log_ratio=tensor(KL))
+
+
+def test_a_compiler_traces_the_op():
+    """Asked for by name it is refused, for the ends of the sequences cannot be read."""
+    module = FusedLinearKTOLoss(beta=0.3, scheme="chunked")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="torch.compile traces the call"):
+        compiled(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
+
+
+def test_an_unknown_scheme_is_named():
+    with pytest.raises(ValueError, match=r"^scheme is 'c'; expected one of \('auto', 'op',"):
+        FusedLinearKTOLoss(beta=0.3, scheme="c")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.full((T,), V)}, rf"targets\[0\] is {V} "),
+        ({"weight": torch.zeros(V, H + 1, requires_grad=True)}, r"weight has shape \(13, 8\)"),
+    ],
+)
+def test_bad_operands_are_named(change, message):
+    inputs = without(leaves(batch(), TRAINED), *change) | change
+    with pytest.raises(ValueError, match=message):
+        step("chunked", inputs)
