@@ -240,7 +240,10 @@ def test_a_folder_is_read_as_data_by_its_splits(tmp_path):
     with pytest.raises(DataError, match="has no split 'dev'; it has train, validation"):
         load_rows(tmp_path / "set", split="dev")
     (tmp_path / "set" / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match=r"manifest\.json cannot be read: JSONDecodeError"):
+    with pytest.raises(DataError, match=r"manifest\.json cannot be read: Expecting"):
+        load_rows(tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").write_text('{"splits": {}}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"manifest\.json is not what `prefopt data build` writes"):
         load_rows(tmp_path / "set")
 
 
@@ -347,6 +350,15 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, capsys, monkeypatc
     monkeypatch.setattr("prefopt.data.build.write_rows", full)
     code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set", "--validation", 0)
     assert code == 2 and "No space left on device" in error and left_over(tmp_path) == []
+
+    def full_on_reading(*_):
+        raise OSError(28, "No space left on device")  # as write() reports it: without a name
+
+    with monkeypatch.context() as patch:
+        patch.setattr("prefopt.data.write.Spool.add", full_on_reading)
+        code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set")
+    assert code == 2 and error.endswith(f"No space left on device: '{tmp_path / 'set'}'")
+    assert left_over(tmp_path) == []
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt

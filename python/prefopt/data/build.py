@@ -20,10 +20,8 @@ from prefopt.data.choose import Answers, choose
 from prefopt.data.counts import count, table
 from prefopt.data.intake import Intake
 from prefopt.data.plan import Plan
-from prefopt.data.sources import MANIFEST
+from prefopt.data.sources import FORMAT, MANIFEST
 from prefopt.data.write import Spool, whole_folder, write_json, write_rows
-
-FORMAT = 1  # of the manifest
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """`prefopt data inspect`: what is in a file, or in a folder that was built, at a glance."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from prefopt.data.read import LoadedRows, load_rows
 from prefopt.data.rows import DataError, Text
-from prefopt.data.sources import MANIFEST, split_file
+from prefopt.data.sources import read_manifest, split_file
 from prefopt.data.write import file_digest
 
 SHOWN_CHARACTERS = 300
@@ -32,14 +31,13 @@ def describe(
     if not folder.is_dir():
         loaded = load_rows(source, split=split, revision=revision, on_bad_row="skip")
         return "\n\n".join(_parts(loaded.name, loaded, rows))
-    split_file(folder, split or "train")  # one clear sentence for a folder that is none of ours
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     names = [split] if split else list(manifest["splits"])
     parts, groups = [_head(folder, manifest)], {}
     for name in names:
-        entry = manifest["splits"][name]
-        if file_digest(folder / entry["file"])[0] != entry["sha256"]:
-            raise DataError(f"{folder / entry['file']} was changed after it was built")
+        path = split_file(folder, name)
+        if file_digest(path)[0] != manifest["splits"][name]["sha256"]:
+            raise DataError(f"{path} was changed after it was built")
         loaded = load_rows(folder, split=name, on_bad_row="skip")
         parts += _parts(name, loaded, rows)
         groups[name] = set(loaded.rows["group"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,15 +62,16 @@ class Intake:
         options = dict(source.options)
         if source.kind == "rows":
             options["messages"] = self.plan.messages
-        for line, outcome in kind.convert(objects(), **options):
-            if isinstance(outcome, RowError):
-                problems.append(BadRow(name, line, str(outcome)))
-            elif isinstance(outcome, Dropped):
-                reading.left_out[str(outcome)] += 1
-            else:
-                reading.used += 1
-                for answer in outcome:
-                    self._keep(number, line, answer)
+        with closing(raws):  # so that an error is not followed by a bar of progress
+            for line, outcome in kind.convert(objects(), **options):
+                if isinstance(outcome, RowError):
+                    problems.append(BadRow(name, line, str(outcome)))
+                elif isinstance(outcome, Dropped):
+                    reading.left_out[str(outcome)] += 1
+                else:
+                    reading.used += 1
+                    for answer in outcome:
+                        self._keep(number, line, answer)
         problems.sort(key=lambda row: row.line)
         if problems and self.plan.on_bad_row == "stop":
             raise bad_rows_error(problems, reading.read, name, REMEDY)

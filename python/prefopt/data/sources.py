@@ -22,6 +22,7 @@ from prefopt.data.rows import RATED_FIELDS, DataError, RowError
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 MANIFEST = "manifest.json"
+FORMAT = 1  # of the manifest
 BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a time
 
 Raws = Iterator[
@@ -67,23 +68,33 @@ def open_rows(
     raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
 
 
-def split_file(folder: Path, split: str) -> Path:
-    """The file of one split in a folder that `prefopt data build` wrote."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `prefopt data build` wrote.
+
+    Raises:
+        DataError: the folder has none, or it is none of ours.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        splits = {name: entry["file"] for name, entry in manifest["splits"].items()}
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
             f"wrote (this one has no {MANIFEST})"
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder / MANIFEST} cannot be read: {type(error).__name__} {error}"
-        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not what `prefopt data build` writes (format {FORMAT})")
+    return manifest
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """The file of one split in a folder that `prefopt data build` wrote."""
+    splits = read_manifest(folder)["splits"]
     if split not in splits:
         raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-    return folder / splits[split]
+    return folder / splits[split]["file"]
 
 
 def commit_of(name: str, revision: str | None) -> str:

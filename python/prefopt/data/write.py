@@ -1,5 +1,6 @@
 """Files of a built folder: the rows' texts on their way, the splits, and a folder that is whole or not there."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet
 
 from prefopt.data.rows import DataError, Text
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_ROWS = 10_000  # rows of a Parquet file turned into Arrow at a time
 TURNS = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
 
@@ -36,6 +38,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, out)
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:  # as a write reports it
+            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
