@@ -68,3 +68,32 @@ def memory_target(case: Case, T: int, dtype: str, passed: str) -> int | None:
         return None
     head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0
     return 64 * 2**20 + 3 * T * case.H * 4 + head_gradient
+
+
+# What the GPU suite measures, the most important first.
+GPU_TOKENS = (4096, 8192, 16_384, 1024)
+GPU_CASES = (
+    "qwen3-0.6b",
+    "llama-3.1-8b",
+    "qwen3-1.7b",
+    "smollm2-360m",
+    "deepseek-r1-1.5b",
+    "gemma-2-2b",
+)
+GPU_LOGITS = ("random", "planted")  # benchmarks.variants.make_inputs says what they are
+
+# Set for an H100 and bf16. Times are in units of the bare GEMM of the same round.
+GPU_TIME_TARGETS = {"forward": 1.15, "frozen": 2.4, "trainable": 4.0}
+GPU_SKIP_TARGET = (
+    1.5  # frozen head with a grad_filter, where no more than this of the tiles is live:
+)
+GPU_SKIP_KEEP_RATE = 0.2
+GPU_TRL_TARGET = 1.4  # smallest time of TRL in units of ours, frozen head
+
+
+def gpu_memory_target(case: Case, dtype: str, passed: str) -> int | None:
+    """Bytes above the inputs: 300 MiB, and the head's gradient where there is one."""
+    if passed.startswith("kto"):
+        return None
+    head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0
+    return 300 * 2**20 + head_gradient

@@ -4,6 +4,7 @@ A variant runs one pass over the inputs and returns the (T,) log-probabilities, 
 """
 
 import importlib.util
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,15 @@ from prefopt_kernels.modules import FusedLinearKTOLoss
 BETA = 0.1
 SEQUENCE = 256  # tokens in each of the KTO step's sequences
 TRL_VOCABULARY_CHUNK = 32_768  # what TRL's trainers pass
+TILE = 128  # tokens and vocabulary columns of a tile of planted logits
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Standard normal hidden states under a head of standard deviation 0.02, as one is initialised."""
+    """What every variant reads. The head has standard deviation 0.02, as one is initialised.
+
+    Hidden states are standard normal ("random" logits), or :func:`planted`.
+    """
 
     case: Case
     hidden: Tensor  # (T, H)
@@ -38,33 +43,80 @@ class Inputs:
         return self.labels.shape[0]
 
 
-def make_inputs(case: Case, T: int, dtype: str, seed: int = 0) -> Inputs:
-    """The same numbers for the same arguments, in any process."""
-    generator = torch.Generator().manual_seed(seed)
-    randn = partial(torch.randn, generator=generator)
+def sequences(T: int) -> int:
+    """B, the number of sequences that the KTO step makes of T tokens."""
     B = max(2, T // SEQUENCE)
     if T % B:
         raise ValueError(f"T is {T}; expected a multiple of {B}, the number of sequences")
+    return B
+
+
+def make_inputs(
+    case: Case,
+    T: int,
+    dtype: str,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    logits: str = "random",
+) -> Inputs:
+    """The same numbers for the same arguments, in any process; ``logits`` is "random" or "planted"."""
+    generator = torch.Generator(device).manual_seed(seed)
+    randn = partial(torch.randn, generator=generator, device=device)
+    B = sequences(T)
+    hidden = randn(T, case.H).to(DTYPES[dtype])
+    weight = randn(case.V, case.H).mul_(0.02).to(DTYPES[dtype])
+    targets = torch.randint(case.V, (T,), generator=generator, device=device)
+    if logits == "planted":
+        hidden, targets = planted(T, weight, generator)
     return Inputs(
         case=case,
-        hidden=randn(T, case.H).to(DTYPES[dtype]),
-        weight=randn(case.V, case.H).mul_(0.02).to(DTYPES[dtype]),
-        targets=torch.randint(case.V, (T,), generator=generator),
+        hidden=hidden,
+        weight=weight,
+        targets=targets,
         dlogp=randn(T),
         ref_hidden=randn(T, case.H).to(DTYPES[dtype]),
-        labels=torch.arange(B) % 2 == 0,
+        labels=torch.arange(B, device=device) % 2 == 0,
     )
 
 
-def ours(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-    return linear_logprob(hidden, weight, x.targets, softcap=x.case.softcap).logp
+def planted(T: int, weight: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Hidden states with a few likely tokens each, in a fifth of the tiles, and targets among them.
+
+    A trained model's tokens are like this, and a kernel may then leave out most of the work: every block of
+    TILE tokens has its likely tokens in a fifth of the vocabulary's tiles, each of them hit, and anywhere
+    else a probability is below 1e-4 (heads of H 960 and more).
+    """
+    (V, _), device = weight.shape, weight.device
+    tiles = V // TILE
+    live = max(1, tiles // 5)
+    likely = math.ceil(live / TILE)  # likely tokens for each hidden state
+    blocks = math.ceil(T / TILE)
+    order = torch.rand(blocks, tiles, generator=generator, device=device).argsort(1)[:, :live]
+    turn = torch.arange(TILE * likely, device=device) % live
+    columns = TILE * order[:, turn].view(blocks * TILE, likely)[:T]  # (T, likely)
+    columns += torch.randint(TILE, (T, likely), generator=generator, device=device)
+    hidden = torch.zeros(T, weight.shape[1], device=device)
+    for i in range(likely):
+        row = weight[columns[:, i]].float()
+        # along the i-th token's row of the head, so that its logit is 24 - i / 2 and noise
+        hidden += (24 - 0.5 * i) * row / row.square().sum(1, keepdim=True)
+    return hidden.to(weight.dtype), columns[:, 0].contiguous()
+
+
+def ours(x: Inputs, hidden: Tensor, weight: Tensor, **options) -> Tensor:
+    return linear_logprob(hidden, weight, x.targets, softcap=x.case.softcap, **options).logp
+
+
+def all_logits(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 def plain_torch(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    if x.case.softcap is not None:
-        logits = x.case.softcap * torch.tanh(logits / x.case.softcap)
-    return logits.log_softmax(-1).gather(-1, x.targets[:, None]).squeeze(-1)
+    return all_logits(hidden, weight, x.targets, x.case.softcap)
 
 
 def trl(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -102,18 +154,18 @@ def forward_backward(logp_of: Callable, trainable: bool, x: Inputs) -> Tensor:
     return logp.detach()
 
 
-def ours_kto(trainable: bool, x: Inputs) -> Tensor:
-    module = FusedLinearKTOLoss(beta=BETA, softcap=x.case.softcap)
-    T = x.hidden.shape[0]
+def ours_kto(trainable: bool, x: Inputs, **options) -> Tensor:
+    module = FusedLinearKTOLoss(beta=BETA, softcap=x.case.softcap, **options)
+    T, device = x.hidden.shape[0], x.hidden.device
     loss, _ = module(
         x.hidden.detach().requires_grad_(),
         x.weight.detach().requires_grad_(trainable),
         x.targets,
-        torch.arange(0, T + 1, T // x.B),
+        torch.arange(0, T + 1, T // x.B, device=device),
         x.labels,
         ref_hidden=x.ref_hidden,
         ref_weight=x.weight,
-        reference_point=torch.tensor(0.5),
+        reference_point=torch.full((), 0.5, device=device),
     )
     loss.backward()
     return loss.detach()
@@ -129,7 +181,7 @@ def liger_kto(trainable: bool, x: Inputs) -> Tensor:
         preference_labels=x.labels,
         ref_input=x.ref_hidden.view(x.B, -1, x.case.H),
         ref_weight=x.weight,
-        kl=torch.tensor(0.5),
+        kl=torch.full((), 0.5, device=x.hidden.device),
     )
     loss.backward()
     return loss.detach()
