@@ -158,9 +158,9 @@ def _drop_contradictory(answers: Answers) -> None:
 def _drop_repeated(answers: Answers) -> None:
     first: dict[bytes, int] = {}
     for number in answers.alive():
-        original = first.setdefault(answers.key[number], answers.source[number])
-        if number != first.setdefault(answers.key[number] + b"#", number):
-            same = original == answers.source[number]
+        original = first.setdefault(answers.key[number], number)
+        if original != number:
+            same = answers.source[original] == answers.source[number]
             answers.drop([number], REPEATED if same else ELSEWHERE)
 
 
