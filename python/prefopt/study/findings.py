@@ -130,16 +130,18 @@ def _verdict(rows: Rows) -> tuple[Literal["good", "bad", "unclear"], str]:
     ours, kto = _defaults(rows)
     if not ours:
         return "unclear", "The defaults were not run."
-    share, margin = share_of(ours), paired(ours, kto, "margin")
+    share = share_of(ours)
+    margin, accuracy = (paired(ours, kto, key) for key in ("margin", "accuracy"))
     text = (
         f"With our defaults and the shift on, {share.words()} runs were unstable; of plain KTO, {share_of(kto).words()}. "
-        f"{_against(margin, 'margin')}"
+        f"{_against(margin, 'margin')} {_against(accuracy, 'accuracy')}"
     )
-    if share.unstable or (margin is not None and margin[2] < 0):
-        return "bad", text
-    if share.n < ENOUGH or margin is None or margin[1] < 0:
+    if margin is None or accuracy is None:
         return "unclear", text
-    return "good", text
+    below = [difference[2] < 0 for difference in (margin, accuracy)]
+    if share.unstable or all(below):
+        return "bad", text
+    return "unclear" if any(below) or share.n < ENOUGH else "good", text
 
 
 def _against(difference: tuple[float, float, float] | None, what: str) -> str:
@@ -235,10 +237,12 @@ def _cure(rows: Rows) -> list[str]:
         zero = [one for one, cell in cells.items() if not cell.unstable.unstable]
         rest = [one for one in cells if one not in zero]
         name = components.replace("+", " + ")
-        sentences.append(
-            f"Naive form with {name} in {precision}: {base.unstable.words()} unstable as it is. "
-            f"{_listed('Reaches zero', zero, cells)}{_listed('Does not', rest, cells)}"
+        sentence = (
+            f"Naive form with {name} in {precision}: {base.unstable.words()} unstable as it is."
         )
+        if base.unstable.unstable:
+            sentence += _listed("Reaches zero", zero, cells) + _listed("Does not", rest, cells)
+        sentences.append(sentence)
     ours = plain(rows, "ours", precision="fp32") + plain(rows, "ours", precision="bf16")
     enhanced = [row for row in ours if row["components"]]
     if enhanced:
@@ -255,7 +259,7 @@ def _listed(verb: str, remedies: list[tuple[str, ...]], cells: dict) -> str:
         f"{one[0] if len(one) == 1 else 'all together'} {cells[one].unstable.words()}"
         for one in remedies
     ]
-    return f"{verb}: {'; '.join(words)}. "
+    return f" {verb}: {'; '.join(words)}."
 
 
 def _price(rows: Rows) -> list[str]:

@@ -116,10 +116,10 @@ def full_plan(seeds: int | None = None) -> Plan:
     subsets = list(chain.from_iterable(combinations(COMPONENTS, n) for n in range(5)))
     grid = [
         Config(form, components, precision, rate)
+        for rate in reversed(RATES)
         for form in FORMS
         for precision in PRECISIONS
         for components in subsets
-        for rate in RATES
     ]
     add(grid, 8)
     mistaken = ("value", "weighting", "shift")

@@ -30,7 +30,7 @@ class Share:
     def words(self) -> str:
         """
         >>> Share(3, 12).words()
-        '3 of 12 (25 %, 9 to 53)'
+        '3 of 12 (25 %, 8.9 to 53)'
         """
         low, high = self.interval
         return f"{self.unstable} of {self.n} ({100 * self.share:.0f} %, {_percent(low)} to {_percent(high)})"
@@ -115,7 +115,7 @@ def as_csv(rows: Iterable[dict]) -> str:
 def _percent(share: float) -> str:
     """One place below 10 %, so that 0 of many does not become 0 to 0.
 
-    >>> _percent(0.0158), _percent(0.53), _percent(0.0)
+    >>> _percent(0.0158), _percent(0.53), _percent(1e-18)
     ('1.6', '53', '0')
     """
-    return f"{100 * share:.1f}" if 0 < share < 0.0995 else f"{100 * share:.0f}"
+    return f"{100 * share:.1f}" if 0.0005 <= share < 0.0995 else f"{100 * share:.0f}"
