@@ -55,7 +55,7 @@ main_settings = st.fixed_dictionaries(
         "kappa": st.floats(0.03125, 4, width=32),
         "win_weighting": weightings,
         "decision_weighting": weightings,
-        "undesirable_weight": st.floats(0, 4, width=32),
+        "undesirable_weight": st.one_of(st.just(0.0), st.floats(2**-20, 4, width=32)),
     }
 )
 
@@ -116,7 +116,9 @@ def test_clips_bound_the_gradient_and_leave_the_value(rows, settings, main_bound
     loss, _ = gradient_of(tensors, **settings, **odds, main_bound=main_bound, odds_bound=odds_bound)
     assert torch.equal(loss, free)
     _, main = gradient_of(tensors, **settings, main_bound=main_bound)
-    assert (main.abs() <= main_bound * SLACK).all()
+    # torch's derivative of a sigmoid takes 1 - s from an s near 1: eps of the factors before it
+    factors = weight_of(settings, tensors) * settings["beta"] * max(1, settings["loss_aversion"])
+    assert (main.abs() <= main_bound * SLACK + 2 * EPS * factors).all()
     without_main = settings | {"desirable_weight": 0.0, "undesirable_weight": 0.0}
     _, odds_only = gradient_of(tensors, **without_main, **odds, odds_bound=odds_bound)
     assert (odds_only.abs() <= odds_bound / tensors["lengths"] * SLACK).all()
