@@ -292,6 +292,15 @@ def test_long_sums_keep_what_fp32_loses(backend):
     assert abs(out.logps.double().cpu() - exact).item() <= 2.0**-24 * abs(exact)
 
 
+def test_autocast_changes_nothing(backend):
+    made = problem()
+    plain = ours(made, SETTINGS["everything"], backend)
+    with torch.autocast(device(backend), torch.bfloat16):
+        cast = ours(made, SETTINGS["everything"], backend)
+    for a, b in zip((*plain.outputs, plain.dlogp), (*cast.outputs, cast.dlogp), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_everything_off_is_kto(backend):
     made = problem()
     kto = ours(made, SETTINGS["kto"], backend)
