@@ -169,10 +169,17 @@ METHODS = {
     "kto": ({"loss_type": "kto"}, {}, kto),
     "bco": ({"loss_type": "bco"}, {}, bco),
     "enhanced": ({"loss_type": "enhanced_kto"}, {}, enhanced),
-    "enhanced with a shift": (
-        {"loss_type": "enhanced_kto"},
+    "enhanced with a shift and weights": (
+        {"loss_type": "enhanced_kto", "desirable_weight": 0.7, "undesirable_weight": 1.9},
         {"loss_options": {"shift_gate": 0.5, "odds_weight": 0.0}},
-        lambda w: enhanced(w, shift_gate=0.5, odds_weight=0.0, shift=w.shift),
+        lambda w: enhanced(
+            w,
+            shift_gate=0.5,
+            odds_weight=0.0,
+            shift=w.shift,
+            desirable_weight=0.7,
+            undesirable_weight=1.9,
+        ),
     ),
 }
 
