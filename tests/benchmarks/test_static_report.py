@@ -32,7 +32,7 @@ def test_kernels_keep_their_registers_and_use_the_matrix_units(rows, arch):
         assert {row["kernel"] for row in ours if row["dtype"] == dtype} >= KERNELS
     for row in ours:
         name = f"{row['kernel']} {row['dtype']} sm_{arch} in {row['calls']}: {row['flags']}"
-        assert (row["spill_stores"], row["spill_loads"]) == (0, 0), name
+        assert row["spill_bytes"] == 0, name
         assert row["shared_bytes"] <= SHARED_LIMIT[arch], name
         assert not row["needs_matrix"] or row["matrix_instructions"] > 0, name
     assert any(row["needs_matrix"] for row in ours)

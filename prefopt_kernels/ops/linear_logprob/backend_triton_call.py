@@ -233,7 +233,7 @@ class Call:
         aligned = all(
             matrix.stride(-2) * matrix.element_size() % 16 == 0 for matrix in (left, right, out)
         )
-        tile = choices.product(self.dtype, N, described, aligned)
+        tile = choices.product(self.target, self.dtype, N, described, aligned)
         listed = live is not None
         block = (tile.block_k, tile.block_m) if transposed else (tile.block_m, tile.block_k)
         launch(
@@ -273,7 +273,7 @@ class Call:
         )
 
     def product_splits(self, rows: int, columns: int, inner: int) -> int:
-        tile = choices.product(self.dtype, columns, self.descriptors, aligned=True)
+        tile = choices.product(self.target, self.dtype, columns, self.descriptors, aligned=True)
         programs = -(-rows // tile.block_m) * -(-columns // tile.block_n)
         return choices.splits(self.target, programs, -(-inner // (8 * tile.block_k)))
 
