@@ -52,6 +52,24 @@ def step(scheme, inputs, *, by=1.0, **options):
     return loss.detach(), metrics
 
 
+def check(inputs, loss, dtype, method="kto", reduction="mean", head="plain"):
+    """The loss and -3 times its gradients, against plain torch in fp32 and fp64 on all logits."""
+    settings = {"scale" if k == "logit_scale" else k: v for k, v in HEADS[head].items()}
+    results = []
+    for precision in (torch.float32, torch.float64):
+        x = leaves(batch(dtype), TRAINED)
+        losses, *_ = plain(x, precision, 1.5 if method == "kto" else 0.0, **settings)
+        total = getattr(losses, reduction)()
+        (-3.0 * total).backward()
+        results.append((total.detach(), {name: x[name].grad for name in TRAINED}))
+    (baseline, baseline_grads), (exact, exact_grads) = results
+    assert_as_good_as_torch("loss", loss, baseline, exact)
+    for name in TRAINED:
+        assert inputs[name].grad.dtype == dtype
+        truth = exact_grads[name].double()
+        assert_as_good_as_torch(f"d{name}", inputs[name].grad, baseline_grads[name], truth)
+
+
 @pytest.mark.parametrize("rows", [None, 5, 2, 1])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -63,33 +81,59 @@ def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
     options = {"method": method, "reduction": reduction, "outputs": OUTPUTS, **HEADS[head]}
     ours, beside = leaves(batch(dtype), TRAINED), leaves(batch(dtype), TRAINED)
     loss, metrics = step("chunked", ours, by=-3.0, **options)
-    op_loss, op_metrics = step("op", beside, by=-3.0, **options)
+    _, op_metrics = step("op", beside, by=-3.0, **options)
 
-    settings = {"scale" if k == "logit_scale" else k: v for k, v in HEADS[head].items()}
-    results = {}
-    for precision in (torch.float32, torch.float64):
-        inputs = leaves(batch(dtype), TRAINED)
-        losses, *_ = plain(inputs, precision, 1.5 if method == "kto" else 0.0, **settings)
-        total = getattr(losses, reduction)()
-        (-3.0 * total).backward()
-        results[precision] = (total.detach(), {name: inputs[name].grad for name in TRAINED})
-    (baseline, baseline_grads), (exact, exact_grads) = results.values()
-
-    assert_as_good_as_torch("loss", loss, baseline, exact)
+    check(ours, loss, dtype, method, reduction, head)
     assert torch.equal(loss, getattr(metrics.losses, reduction)())
-    assert_as_good_as_torch("beside the op", loss, op_loss, exact)
-    for name in TRAINED:
-        assert ours[name].grad.dtype == dtype
-        truth = exact_grads[name].double()
-        assert_as_good_as_torch(f"d{name}", ours[name].grad, baseline_grads[name], truth)
     assert not any(value.requires_grad for value in vars(metrics).values())
     for name, value in vars(op_metrics).items():
         mine = getattr(metrics, name)
         assert mine.dtype == value.dtype and mine.shape == value.shape, name
-        # two roundings of sums of at most five terms below 10
+        # five terms below 16 in size, each right to 2 eps on either side: 5 * 16 * 4 * 6e-8
         torch.testing.assert_close(
             mine, value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """The path of a GPU on the CPU: bf16 operands, rounded gradients of the logits, products as CUDA's would be."""
+    made = _chunked_head._Head.__init__
+
+    def mixed(self, hidden, weight, *rest):
+        made(self, hidden, weight, *rest)
+        self.mixed, self.dtype, self.weight = True, hidden.dtype, weight
+
+    def product(a, b, *, out_dtype):
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return a.float() @ b.float()
+
+    def add_product(to, a, b, *, out_dtype, out):
+        assert out is to and to.dtype == torch.float32
+        return to.add_(product(a, b, out_dtype=out_dtype))
+
+    monkeypatch.setattr(_chunked_head._Head, "__init__", mixed)
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "addmm", add_product)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_path_of_a_gpu(head, rows, as_on_cuda, monkeypatch):
+    """Judged as everything else, though the gradient of the logits is rounded to bf16 for its products."""
+    limit_rows(monkeypatch, rows)
+    ours = leaves(batch(torch.bfloat16), TRAINED)
+    loss, _ = step("chunked", ours, by=-3.0, **HEADS[head])
+    check(ours, loss, torch.bfloat16, head=head)
+
+
+def test_cuda_has_the_products_that_are_asked_of_it():
+    """Names, dtypes and shapes, on tensors without data."""
+    a = torch.empty(3, 4, dtype=torch.bfloat16, device="meta")
+    b = torch.empty(4, 5, dtype=torch.bfloat16, device="meta")
+    to = torch.empty(3, 5, device="meta")
+    assert torch.mm(a, b, out_dtype=torch.float32).dtype == torch.float32
+    assert torch.addmm(to, a, b, out_dtype=torch.float32, out=to) is to
 
 
 @pytest.mark.parametrize("name", TRAINED[1:])
