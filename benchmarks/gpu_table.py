@@ -118,7 +118,7 @@ def _planted(rows: dict, groups: list[tuple]) -> str:
         skip = rows.get((*group, f"ours-skip-{passed}/planted"))
         rate = None if skip is None else skip.get("keep_rate")
         at_most = GPU_SKIP_TARGET if passed == "frozen" else None
-        judged = at_most if rate is not None and rate <= GPU_SKIP_KEEP_RATE else None
+        few = rate is not None and round(rate, 6) <= GPU_SKIP_KEEP_RATE  # a mean in fp32
         theirs = [rows.get((*group, f"{who}-{passed}/planted")) for who in others]
         lines.append(
             [
@@ -127,7 +127,7 @@ def _planted(rows: dict, groups: list[tuple]) -> str:
                 _reached(GPU_TIME_TARGETS[passed], ours, "ratio", cells.ratio),
                 "" if rate is None else f"{rate:.3f}",
                 "" if at_most is None else f"{at_most:.2f} up to {GPU_SKIP_KEEP_RATE} live",
-                _reached(judged, skip, "ratio", cells.ratio),
+                _reached(at_most if few else None, skip, "ratio", cells.ratio),
                 *(cells.cell(row, "ratio", cells.ratio) for row in theirs),
             ]
         )

@@ -1,7 +1,6 @@
 """The GPU suite as a command: no time after a red test, no more time than asked for, and on past every fault."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks.gpu_suite import Gate, main, options, plan, run_tests, spawn
+from benchmarks.gpu_suite import Gate, environment, main, options, plan, run_tests, spawn
 from benchmarks.gpu_worker import work
 from benchmarks.origin import ROOT
 from benchmarks.rows import RESULTS, newest
@@ -320,7 +319,7 @@ def test_nothing_but_torch_triton_and_pytest_is_needed():
     done = subprocess.run(
         [sys.executable, "-c", code, f"{others} matplotlib cut_cross_entropy quack xdist"],
         cwd=ROOT,
-        env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        env=environment() | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
     )
