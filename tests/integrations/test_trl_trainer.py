@@ -43,7 +43,7 @@ def lora() -> LoraConfig:
     return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
-def make(cls, world, folder: Path, *, peft_config=None, ours=None, **options):
+def make(cls, world, folder: Path, *, peft_config=None, ours=None, data=None, **options):
     settings = {"per_device_train_batch_size": 4, "beta": BETA} | COMMON | options
     eval_dataset = settings.pop("eval_dataset", None)
     config = KTOConfig(
@@ -56,7 +56,7 @@ def make(cls, world, folder: Path, *, peft_config=None, ours=None, **options):
         copy.deepcopy(world.model),
         None if peft_config else copy.deepcopy(world.ref),
         config,
-        train_dataset=make_dataset(conversational=True),
+        train_dataset=make_dataset(conversational=True) if data is None else data,
         eval_dataset=eval_dataset,
         processing_class=world.tokenizer,
         peft_config=peft_config,
@@ -267,6 +267,19 @@ def test_evaluation_and_checkpoints(world, tmp_path):
     assert {"eval_loss", "eval_shift", "eval_rewards/chosen"} <= found.keys()
     assert torch.equal(straight._shift.value, value)  # evaluation leaves it alone
     assert found == pytest.approx(found) and found["eval_loss"] > 0
+
+
+def test_a_resumed_run_goes_on_from_the_shift_of_its_checkpoint(world, tmp_path):
+    """Rows of one class leave the shift where it was."""
+    data = make_dataset(conversational=True).filter(lambda row: row["label"])
+    options = {"loss_type": "bco", "save_strategy": "steps", "save_steps": 2, "data": data}
+    logs = train(make(FusedKTOTrainer, world, tmp_path / "one", **options))
+    assert [entry["shift"] for entry in logs] == [0.0] * 3
+    checkpoint = tmp_path / "one" / "checkpoint-2"
+    (checkpoint / "prefopt_shift.json").write_text('{"shift": 0.25}', encoding="utf-8")
+    resumed = make(FusedKTOTrainer, world, tmp_path / "two", **options)
+    logs = train(resumed, resume_from_checkpoint=str(checkpoint))
+    assert logs[-1]["shift"] == 0.25
 
 
 def test_arguments_of_trls_stay_where_they_are(world, tmp_path):
