@@ -6,10 +6,8 @@ from typing import Literal
 
 from prefopt.report.statistics import paired_difference
 from prefopt.study.grid import COMPONENTS, MISTAKES, REMEDIES, Config, remedies_of
-from prefopt.study.table import Cell, Share, cell_of, paired, share_of
-
-ENOUGH = 200  # runs of the defaults before a verdict is given
-Rows = list[dict]
+from prefopt.study.price import ENOUGH, against, defaults, price
+from prefopt.study.table import Cell, Rows, Share, cell_of, paired, plain, share_of
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,7 @@ class Findings:
 def find(rows: Rows) -> Findings:
     """All answers that the rows give."""
     tone, verdict = _verdict(rows)
-    return Findings(tone, verdict, _cause(rows), _cure(rows), _price(rows))
-
-
-def plain(rows: Rows, form: str, **columns: object) -> Rows:
-    """The rows of a form as it is, with the given columns."""
-    return [
-        row
-        for row in rows
-        if row["form"] == form
-        and not row["changes"]
-        and all(row[name] == value for name, value in columns.items())
-    ]
+    return Findings(tone, verdict, _cause(rows), _cure(rows), price(rows))
 
 
 def effects(rows: Rows) -> list[Effect]:
@@ -114,27 +101,15 @@ def _pairs(rows: Rows, component: str) -> list[tuple[bool, bool]]:
     return pairs
 
 
-def _defaults(rows: Rows) -> tuple[Rows, Rows]:
-    """Runs of our defaults with the shift on, and of KTO, at the same learning rates and seeds."""
-    ours = plain(rows, "ours", components="+".join(COMPONENTS), precision="fp32")
-    kto = plain(rows, "ours", components="", precision="fp32")
-    both = set.intersection(
-        *({(row["learning_rate"], row["seed"]) for row in side} for side in (ours, kto))
-    )
-    return tuple(
-        [row for row in side if (row["learning_rate"], row["seed"]) in both] for side in (ours, kto)
-    )
-
-
 def _verdict(rows: Rows) -> tuple[Literal["good", "bad", "unclear"], str]:
-    ours, kto = _defaults(rows)
+    ours, kto = defaults(rows)
     if not ours:
         return "unclear", "The defaults were not run."
     share = share_of(ours)
     margin, accuracy = (paired(ours, kto, key) for key in ("margin", "accuracy"))
     text = (
         f"With our defaults and the shift on, {share.words()} runs were unstable; of plain KTO, {share_of(kto).words()}. "
-        f"{_against(margin, 'margin')} {_against(accuracy, 'accuracy')}"
+        f"{against(margin, 'margin')} {against(accuracy, 'accuracy')}"
     )
     if margin is None or accuracy is None:
         return "unclear", text
@@ -142,14 +117,6 @@ def _verdict(rows: Rows) -> tuple[Literal["good", "bad", "unclear"], str]:
     if share.unstable or all(below):
         return "bad", text
     return "unclear" if any(below) or share.n < ENOUGH else "good", text
-
-
-def _against(difference: tuple[float, float, float] | None, what: str) -> str:
-    if difference is None:
-        return f"Too few runs to compare the {what}."
-    _, low, high = difference
-    word = "above" if low > 0 else "below" if high < 0 else "not clearly different from"
-    return f"The {what} on held-out pairs is {word} KTO's: {_signed(difference)}."
 
 
 def _cause(rows: Rows) -> list[str]:
@@ -247,9 +214,18 @@ def _cure(rows: Rows) -> list[str]:
     enhanced = [row for row in ours if row["components"]]
     if enhanced:
         sentences.append(
-            f"Our form, whatever components are on, in fp32 and bf16: {share_of(enhanced).words()} unstable."
+            f"Our form, whatever components are on, in fp32 and bf16: {share_of(enhanced).words()} unstable. "
+            + " ".join(
+                f"With the {one}, {share_of(enhanced, _has(one)).words()}; without it, "
+                f"{share_of(enhanced, lambda row, one=one: not _has(one)(row)).words()}."
+                for one in COMPONENTS
+            )
         )
     return sentences
+
+
+def _has(component: str) -> Callable[[dict], bool]:
+    return lambda row: component in row["components"].split("+")
 
 
 def _listed(verb: str, remedies: list[tuple[str, ...]], cells: dict) -> str:
@@ -260,76 +236,6 @@ def _listed(verb: str, remedies: list[tuple[str, ...]], cells: dict) -> str:
         for one in remedies
     ]
     return f" {verb}: {'; '.join(words)}."
-
-
-def _price(rows: Rows) -> list[str]:
-    ours, kto = _defaults(rows)
-    sentences = []
-    for rate in sorted({row["learning_rate"] for row in ours}):
-        mine, theirs = ([r for r in side if r["learning_rate"] == rate] for side in (ours, kto))
-        a, b = cell_of(mine), cell_of(theirs)
-        sentences.append(
-            f"Learning rate {rate:g}: accuracy {a.accuracy:.3f} and margin {a.margin:.2f} (medians), KTO's {b.accuracy:.3f} "
-            f"and {b.margin:.2f}; unstable {a.unstable.unstable} of {a.unstable.n}, KTO's {b.unstable.unstable} of {b.unstable.n}."
-        )
-    if ours:
-        sentences.append(_against(paired(ours, kto, "margin"), "margin"))
-        sentences.append(_against(paired(ours, kto, "accuracy"), "accuracy"))
-    return sentences + _best(rows)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Our form with all components and some parts changed, at the learning rates and seeds that all variants share."""
-
-    changes: tuple[str, ...]
-    cell: Cell
-    margin: tuple[float, float, float]  # less KTO's, paired, with its 95 % interval
-    accuracy: tuple[float, float, float]
-
-
-def variants(rows: Rows) -> list[Variant]:
-    """The defaults first, then each variant, the highest margin first."""
-    every = "+".join(COMPONENTS)
-    some = [
-        row
-        for row in rows
-        if (row["form"], row["precision"], row["components"]) == ("ours", "fp32", every)
-    ]
-    kto = plain(rows, "ours", components="", precision="fp32")
-    groups: dict[str, Rows] = {}
-    for row in some:
-        groups.setdefault(row["changes"], []).append(row)
-    if len(groups) < 2 or not kto:
-        return []
-    runs = ({(row["learning_rate"], row["seed"]) for row in one} for one in (*groups.values(), kto))
-    shared = set.intersection(*runs)
-    if len(shared) < 2:
-        return []
-    found = []
-    for changes, one in groups.items():
-        one = [row for row in one if (row["learning_rate"], row["seed"]) in shared]
-        names = tuple(changes.split("+")) if changes else ()
-        differences = (paired(one, kto, key) for key in ("margin", "accuracy"))
-        found.append(Variant(names, cell_of(one), *differences))
-    return sorted(found, key=lambda variant: (variant.changes != (), -variant.margin[0]))
-
-
-def _best(rows: Rows) -> list[str]:
-    stable = [variant for variant in variants(rows) if not variant.cell.unstable.unstable]
-    if not stable:
-        return []
-    best = max(stable, key=lambda variant: variant.margin[0])
-    name = f"with {' and '.join(best.changes)}" if best.changes else "as it is"
-    return [
-        f"Of the variants of our form without an unstable run ({best.cell.unstable.n} runs each), the one {name} has the "
-        f"highest margin: {_signed(best.margin)} against KTO's, and an accuracy of {_signed(best.accuracy)}."
-    ]
-
-
-def _signed(difference: tuple[float, float, float]) -> str:
-    mean, low, high = difference
-    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def _is(**columns: object) -> Callable[[dict], bool]:

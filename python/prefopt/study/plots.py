@@ -87,7 +87,9 @@ def _shares_plot(cells: dict[Config, Share], folder: Path) -> Drawing:
             panel.set_title(f"{form}, {precision}")
             panel.set_yticks(range(len(sets)), [label(one) for one in sets])
             _share_axis(panel)
-        axes[0].legend(frameon=False, fontsize=8, title="learning rate", title_fontsize=8)
+        axes[-1].legend(
+            loc="center right", frameon=False, fontsize=8, title="learning rate", title_fontsize=8
+        )
 
     return _figure(
         folder,

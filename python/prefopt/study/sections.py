@@ -2,8 +2,9 @@
 
 from typing import NamedTuple
 
-from prefopt.study.findings import effects, find, remedy_cells, variants
+from prefopt.study.findings import effects, find, remedy_cells
 from prefopt.study.plots import label, remedy_label
+from prefopt.study.price import variants
 from prefopt.study.table import Cell
 
 

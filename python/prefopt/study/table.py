@@ -10,6 +10,7 @@ from prefopt.report.statistics import mean_interval, wilson
 from prefopt.study.grid import Config
 
 UNSTABLE = ("not finite", "spike", "collapse")
+Rows = list[dict]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,17 @@ def cell_of(rows: Iterable[dict]) -> Cell:
         median(row["accuracy"] for row in rows) if rows else None,
         median(row["margin"] for row in rows) if rows else None,
     )
+
+
+def plain(rows: Rows, form: str, **columns: object) -> Rows:
+    """The rows of a form as it is, with the given columns."""
+    return [
+        row
+        for row in rows
+        if row["form"] == form
+        and not row["changes"]
+        and all(row[name] == value for name, value in columns.items())
+    ]
 
 
 def by_config(rows: Iterable[dict]) -> dict[Config, list[dict]]:
