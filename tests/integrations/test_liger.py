@@ -314,12 +314,15 @@ def test_cross_entropy_is_torchs(reduction, weighted, smoothing, bias):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("scaling", [False, True])
-def test_cross_entropys_other_parts(softcap, scaling):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropys_other_parts(softcap, scaling, weighted):
+    ce_weight = torch.linspace(0.2, 2.0, V) if weighted else None
     mine, other = Batch(), Batch()
     for x in (mine, other):
         x.target[0, :4] = (x.input[0] @ x.weight.T + x.bias).argmax(-1)[:4]
     out = cross_entropy(
         mine,
+        ce_weight,
         lse_square_scale=1e-2,
         softcap=softcap,
         return_z_loss=True,
@@ -331,12 +334,13 @@ def test_cross_entropys_other_parts(softcap, scaling):
     target = other.target.flatten()
     counts = target != -100
     number = counts.sum()
-    losses = F.cross_entropy(logits, target, reduction="none")
+    losses = F.cross_entropy(logits, target, ce_weight, reduction="none")
+    weights = ce_weight[target[counts]].sum() if weighted else number
     z_losses = torch.where(counts, 1e-2 * logits.logsumexp(-1).square(), 0.0)
     if scaling:
-        p = (-losses).exp().detach()
+        p = (-F.cross_entropy(logits, target, reduction="none")).exp().detach()
         losses, z_losses = p * losses, p * z_losses
-    loss = (losses + z_losses).sum() / number
+    loss = losses.sum() / weights + z_losses.sum() / number
     assert_agree(out.loss, loss, "loss")
     assert_agree(out.z_loss, z_losses.detach().sum() / number, "z loss")
     assert not out.z_loss.requires_grad and out.predicted_tokens is None
