@@ -1,0 +1,261 @@
+"""The last layer of a causal LM: where it is, what it computes, and the check that this is what the model does."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prefopt_kernels.integrations.transformers_adapters import HeadOperands, operands_of
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+
+PROBE_ROWS = 4096  # entries of the vocabulary that the check looks at, evenly spaced
+PROBE_GAIN = 16.0  # the second probe's hidden state is this much longer: a softcap bends its logits
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last layer of a causal LM: ``z = softcap * tanh(logit_scale * (W h + r B A h + b) / softcap)``.
+
+    W, b and the adapter (A, B, r) are those of the moment they are asked for: an adapter that is switched off, or merged
+    into W, is None.
+    """
+
+    module: nn.Module  # where the hidden states arrive
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    virtual_tokens: int = 0  # that prompt learning puts before each sequence
+
+    @property
+    def operands(self) -> HeadOperands:
+        """Weight, bias and adapter in use."""
+        return operands_of(self.module)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, H), that of the active adapter where PEFT keeps a copy of the head."""
+        return self.operands.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,) or None."""
+        return self.operands.bias
+
+    @property
+    def lora(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, r) of the adapter on the head, as ``linear_logprob`` takes it, or None."""
+        return self.operands.lora
+
+    def score(
+        self, hidden: Tensor, targets: Tensor, *, outputs: Sequence[str] = (), backend: str = "auto"
+    ) -> TokenLogprobs:
+        """Log-probabilities of ``targets`` (T,) from ``hidden`` (T, H); arguments as for ``linear_logprob``."""
+        weight, bias, lora = self.operands
+        if lora is not None:
+            *pair, scale = lora
+            # PEFT keeps an adapter in fp32; one in another half precision than the model's is taken up to that.
+            fits = (hidden.dtype, torch.float32)
+            lora = (*(each if each.dtype in fits else each.float() for each in pair), scale)
+        return linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            lora=lora,
+            outputs=outputs,
+            backend=backend,
+        )
+
+
+def lm_head_of(model: nn.Module) -> LMHead:
+    """Head, logit scale, final softcap and adapter of a causal LM, PEFT-wrapped or not; follow it by ``check_lm_head``.
+
+    A LoRA adapter on the head, ``modules_to_save=["lm_head"]``, trainable token indices in tied embeddings and prompt
+    learning are understood, in the state they have when tokens are scored.
+
+    Args:
+        model: has ``get_output_embeddings()`` and ``config``; not wrapped by DDP.
+
+    Raises:
+        ValueError: the model has no output embedding, it is quantised, or an adapter sits on it that is not a plain LoRA
+            without dropout.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from prefopt_kernels.integrations.transformers import lm_head_of
+        >>> class Tiny(torch.nn.Module):
+        ...     config = SimpleNamespace(final_logit_softcapping=30.0)
+        ...     lm_head = torch.nn.Linear(2, 4, bias=False)
+        ...     def get_output_embeddings(self):
+        ...         return self.lm_head
+        >>> head = lm_head_of(Tiny())
+        >>> head.softcap, head.logit_scale, tuple(head.weight.shape), head.lora
+        (30.0, 1.0, (4, 2), None)
+    """
+    base = base_model_of(model)
+    find = getattr(base, "get_output_embeddings", None)
+    module = find() if find is not None else None
+    if module is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embedding; expected a causal language model"
+        )
+    config = (
+        base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    )
+    softcap = getattr(config, "final_logit_softcapping", None)
+    head = LMHead(
+        module,
+        _logit_scale(config),
+        None if softcap is None else float(softcap),
+        _virtual_tokens(model),
+    )
+    _ = head.operands  # refuses here what it could not score later
+    return head
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _logit_scale(config) -> float:
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)
+    model_type = getattr(config, "model_type", None)
+    if (
+        scaling is None or model_type == "minicpm3"
+    ):  # MiniCPM3 divides the hidden states, before the head
+        return 1.0
+    return float(scaling) if model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return 0
+    return int(config.num_virtual_tokens)
+
+
+@contextmanager
+def caught_at(head: LMHead, use, keep: int | None) -> Iterator[list]:
+    """Collect ``use(hidden)`` for every call of the head, which then sees ``keep`` positions only.
+
+    Inside the model's forward pass, so that autocast, DDP and parameter gathering are those of the head.
+    """
+    caught = []
+
+    def hook(_module: nn.Module, args: tuple) -> tuple:
+        hidden, *rest = args
+        caught.append(use(hidden))
+        return (hidden[:, :keep], *rest)
+
+    handle = head.module.register_forward_pre_hook(hook)
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+def own_positions(model: nn.Module, head: LMHead, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """The hidden states (B, L, H) of ``input_ids`` (B, L), without those of a learned prompt.
+
+    Raises:
+        ValueError: there are more or fewer of them than tokens.
+    """
+    B, L = input_ids.shape
+    if head.virtual_tokens and hidden.shape[:2] == (B, head.virtual_tokens + L):
+        return hidden[:, head.virtual_tokens :]
+    if hidden.shape[:2] != (B, L):
+        prompt = f", after {head.virtual_tokens} of the prompt" if head.virtual_tokens else ""
+        raise ValueError(
+            f"{type(model).__name__} brings hidden states of shape {tuple(hidden.shape)} to its head for input_ids of shape "
+            f"{tuple(input_ids.shape)}; expected one per token{prompt}"
+        )
+    return hidden
+
+
+@torch.no_grad()
+def check_lm_head(model: nn.Module, head: LMHead) -> None:
+    """Compare ``head``'s formula with the logits that the model itself computes for two tokens.
+
+    The second token's hidden state is lengthened on its way into the head, so that a softcap shows.
+
+    Raises:
+        ValueError: they differ by more than rounding, so the model does something to its logits that its
+            configuration does not tell us.
+    """
+    V = head.weight.shape[0]
+    ids = torch.tensor([[0, 1]], device=head.weight.device) % V
+
+    def stretch(_module: nn.Module, args: tuple) -> tuple:
+        hidden, *rest = args
+        own_positions(model, head, hidden, ids)
+        gain = hidden.new_ones(hidden.shape[1], 1)
+        gain[-1] = PROBE_GAIN
+        return (hidden * gain, *rest)
+
+    dtypes = []
+    handles = [
+        head.module.register_forward_pre_hook(stretch),
+        head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype)),
+    ]
+    try:
+        with caught_at(head, lambda hidden: (hidden, head.operands), keep=None) as caught:
+            logits = model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+            ).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    ((hidden, operands),) = caught
+    if logits.shape[-1] != V:
+        raise ValueError(
+            f"{type(model).__name__} gives {logits.shape[-1]} logits per token and its lm_head has {V} rows; expected as "
+            "many: a vocabulary that is cut after the head is not supported yet"
+        )
+    some = torch.linspace(0, V - 1, min(V, PROBE_ROWS), device=ids.device).long()
+    logits = logits[0, -ids.shape[1] :, some]
+    expected, terms = _formula(head, operands, hidden[0, -ids.shape[1] :].double(), some)
+    # Rounding of the stored logits in the head's dtype, a few times over (scale, division, tanh), and of an fp32
+    # accumulation of H products, or of products of operands that were rounded to TF32 or by autocast.
+    (dtype,) = dtypes
+    weight = operands.weight
+    per_term = 8 * torch.finfo(torch.float32).eps
+    if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        per_term = 2**-10
+    if dtype != weight.dtype:
+        per_term = torch.finfo(dtype).eps
+    allowed = 8 * torch.finfo(dtype).eps * expected.abs().amax() + per_term * terms
+    off = (logits.double() - expected).abs()
+    if not (off <= allowed).all():
+        worst = (off - allowed).argmax()
+        raise ValueError(
+            f"the logits of {type(model).__name__} are not those of its lm_head with logit_scale {head.logit_scale} "
+            f"and softcap {head.softcap}: the model gives {logits.flatten()[worst]:.6g} where the formula gives "
+            f"{expected.flatten()[worst]:.6g}; it processes its logits in a way that is not supported yet"
+        )
+
+
+def _formula(
+    head: LMHead, operands: HeadOperands, hidden: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logits (T, rows) in fp64, and the sizes of the terms that they are sums of."""
+    weight, bias, lora = operands
+    products = [(hidden, weight[rows].double())]
+    if lora is not None:
+        A, B, scale = lora
+        products.append((scale * (hidden @ A.double().T), B[rows].double()))
+    raw = sum(left @ right.T for left, right in products)
+    terms = sum(left.abs() @ right.abs().T for left, right in products)
+    if bias is not None:
+        raw = raw + bias[rows].double()
+    scaled = head.logit_scale * raw
+    if head.softcap is not None:
+        scaled = head.softcap * torch.tanh(scaled / head.softcap)
+    return scaled, abs(head.logit_scale) * terms
