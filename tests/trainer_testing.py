@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from prefopt.train import PreferenceConfig, PreferenceTrainer
-from prefopt_testing import make_dataset, make_model, make_tokenizer
+from prefopt.train.methods import METHODS, PAIRS
+from prefopt_testing import ROWS, make_dataset, make_model, make_rows, make_tokenizer
 
 datasets.disable_progress_bars()
 
@@ -61,6 +62,29 @@ COMMON = {  # of TRL's configuration and ours
 }
 
 
+def make_pairs(count: int, chat: bool = True) -> list[dict]:
+    """The first rows of ROWS as pairs: their completion, and a worse one of another length."""
+    rows = []
+    for number, (prompt, completion, _) in enumerate(ROWS[:count]):
+        texts = {
+            "prompt": prompt,
+            "chosen": completion,
+            "rejected": "Bananas, I suppose." + " Or not." * (number % 3),
+        }
+        roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+        rows.append(
+            {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
+            if chat
+            else texts
+        )
+    return rows
+
+
+def data_for(method: str, count: int) -> list[dict]:
+    """Rows of the kind that the method learns from."""
+    return make_pairs(count) if METHODS[method].data == PAIRS else make_rows(True)[:count]
+
+
 def make_trainer(world: World, folder: Path, *, data=None, ref: bool = True, **options):
     """Our trainer on a copy of the world's model; ``eval_dataset`` and ``peft_config`` go where they belong."""
     settings = {
@@ -74,11 +98,15 @@ def make_trainer(world: World, folder: Path, *, data=None, ref: bool = True, **o
         PreferenceConfig(output_dir=str(folder), **(COMMON | options)),
         make_dataset(conversational=True) if data is None else data,
         processing_class=world.tokenizer,
-        ref_model=copy.deepcopy(world.ref) if ref else None,
+        ref_model=copy.deepcopy(world.ref) if ref and _has_reference(options) else None,
         **settings,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _has_reference(options: dict) -> bool:
+    return METHODS[options.get("method", "kto")].needs_reference
 
 
 def train(trainer: Trainer, **kwargs) -> list[dict]:

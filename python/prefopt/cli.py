@@ -1,4 +1,4 @@
-"""The command line: `prefopt demo`, `train`, `data`, `report` and `study`.
+"""The command line: `prefopt demo`, `train`, `eval`, `data`, `report` and `study`.
 
 Nothing heavy is imported before a command runs, so that help is there at once.
 """
@@ -14,13 +14,15 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from prefopt import __version__
+from prefopt.evaluate.commands import add_eval_command
 from prefopt.recipe.load import RecipeError, load_recipe
-from prefopt.recipe.schema import SECTIONS, options_of, required
+from prefopt.recipe.schema import SECTIONS, Loss, options_of, required
+from prefopt.use.commands import add_use_commands
 
 USAGE_ERROR = 2  # as argparse exits on a wrong argument
 INTERRUPTED = 130  # as a shell reports Ctrl-C
@@ -61,9 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _demo_command(commands)
     _train_command(commands)
+    add_eval_command(commands, _command, _no_more)
     _data_command(commands)
     _report_command(commands)
     _study_command(commands)
+    add_use_commands(commands, _command, _no_more)
     return parser
 
 
@@ -75,16 +79,22 @@ def _demo_command(commands: Any) -> None:
         "train a tiny model with KTO on embedded data, in minutes, without network",
     )
     demo.add_argument(
+        "--method",
+        choices=get_args(get_type_hints(Loss)["method"]),
+        default="kto",
+        help="instead of KTO (default: kto)",
+    )
+    demo.add_argument(
         "--out", type=Path, default=Path("demo-run"), help="run folder (default: demo-run)"
     )
     demo.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
 
 
 def _demo(given: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest, ["--out", "--seed"])
+    _no_more(rest, ["--out", "--seed", "--method"])
     from prefopt.demo import run_demo
 
-    print(run_demo(given.out, given.seed))
+    print(run_demo(given.out, given.seed, given.method))
     return 0
 
 
@@ -352,6 +362,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     errors = [RecipeError, OSError]
     for module, name in (
         ("prefopt.data.rows", "DataError"),
+        ("prefopt.evaluate.request", "EvalError"),
         ("prefopt.train.finite", "NonFiniteError"),
     ):
         if module in sys.modules:  # what was not imported was not raised
@@ -381,11 +392,15 @@ def _value(key: str, text: str) -> Any:
 
 def _kinds(hint: Any) -> tuple:
     """The alternatives of a union, the type itself otherwise."""
-    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
 
 
 def _metavar(hint: Any) -> str:
-    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
+    return "|".join(_word(kind) for kind in _kinds(hint))
+
+
+def _word(kind: Any) -> str:
+    choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
     if choices:
         return "{" + ",".join(choices) + "}"
     words = {
@@ -396,14 +411,14 @@ def _metavar(hint: Any) -> str:
         dict: "MAPPING",
         type(None): "null",
     }
-    return "|".join(words.get(kind, "LIST") for kind in _kinds(hint))
+    return words.get(kind, "LIST")
 
 
 def _help(one: Field) -> str:
     if required(one):
         return f"{one.metadata['help']} (required)"
     default = one.default if one.default is not MISSING else one.default_factory()
-    shown = default if isinstance(default, str) else json.dumps(default)
+    shown = one.metadata["shown"] or (default if isinstance(default, str) else json.dumps(default))
     return f"{one.metadata['help']} (default: {shown})".replace("%", "%%")
 
 

@@ -3,13 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 
 import prefopt.recipe.schema
+from prefopt.data import DataError
 from prefopt.recipe import Lora, RecipeError, load_recipe, make_recipe, run_recipe
+from prefopt.recipe.run import preference_config, write_recipe
+from prefopt.train import PreferenceConfig
+from prefopt.train.checks import CHOICES
+from prefopt.train.methods import METHODS, OPTIONS
 from prefopt_testing import make_model, make_rows, make_tokenizer
+from trainer_testing import make_pairs
 
 MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"output_dir": "run"}}
 SHIPPED = sorted((Path(prefopt.recipe.schema.__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -23,8 +30,10 @@ def problems(content, overrides=None) -> list[str]:
 
 def test_minimal_recipe_takes_the_defaults():
     recipe = make_recipe(MINIMAL)
-    assert recipe.lora is None and recipe.loss.method == "kto" and recipe.loss.beta == 0.1
-    assert recipe.data.on_bad_row == "stop" and recipe.training.sampler == "label_balanced"
+    assert recipe.lora is None and recipe.loss.method == "kto" and recipe.loss.beta is None
+    assert recipe.data.on_bad_row == "stop" and recipe.training.sampler is None
+    config = preference_config(recipe)
+    assert config.beta == 0.1 and config.sampler == "label_balanced"
     assert make_recipe({**MINIMAL, "lora": {}}).lora == Lora()
 
 
@@ -47,8 +56,8 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
         "r.yaml: data.on_bad_row is True; expected one of stop, skip",
         "r.yaml: data.eval_fraction is 'a bit'; expected a number",
         "r.yaml: data.path is missing: a .jsonl or .parquet file (relative to the current folder), or a hub id",
-        "r.yaml: loss.beta is True; expected a number",
-        "r.yaml: loss.desirable_weight is nan; expected a number",
+        "r.yaml: loss.beta is True; expected a number or null",
+        "r.yaml: loss.desirable_weight is nan; expected a number or null",
         "r.yaml: loss.learning_rate is unknown; did you mean training.learning_rate?",
         "command line: loss.betta is unknown; did you mean loss.beta?",
         "r.yaml: training.output_dir is ''; expected text",
@@ -141,6 +150,8 @@ def base(tmp_path_factory):
     make_model("qwen3", len(make_tokenizer(folder / "model")), folder / "model")
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in make_rows(True))
+    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in make_pairs(20))
     return folder
 
 
@@ -184,7 +195,11 @@ def test_a_run_leaves_everything_in_its_folder(content):
     } <= names
     assert "bad_rows.jsonl" not in names
     again = load_recipe(folder / "recipe.yaml")
-    assert dataclasses.replace(again, name=recipe.name) == recipe
+    training = dataclasses.replace(again.training, sampler=None)  # what was null is spelled out
+    assert (
+        dataclasses.replace(again, name=recipe.name, loss=recipe.loss, training=training) == recipe
+    )
+    assert preference_config(again).to_dict() == preference_config(recipe).to_dict()
     losses = [entry["loss"] for entry in logs(folder) if "loss" in entry]
     # Policy and reference are one model: log-ratios and z0 are exactly 0, and four times sigmoid(0) / 4 is exact.
     assert len(losses) == 4 and losses[0] == 0.5 and losses[-1] != losses[0]
@@ -251,9 +266,11 @@ def test_bad_rows_are_skipped_and_listed(content, base, tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_shipped_recipe_runs_on_a_tiny_model(path, content, tmp_path):
+def test_a_shipped_recipe_runs_on_a_tiny_model(path, content, base, tmp_path):
     assert SHIPPED
     content["training"].pop("learning_rate")
+    if yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["path"] == "pairs.jsonl":
+        content["data"]["path"] = str(base / "pairs.jsonl")
     overrides = {
         f"{section}.{key}": value
         for section, options in content.items()
@@ -305,6 +322,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
         ),
         ({"training.extra": {1: 2}}, "training.extra has keys that are not names"),
         ({"model.ref_path": "x"}, "model.ref_path with lora"),
+        ({"model.ref_path": "x", "loss.method": "orpo"}, "orpo has no reference model; drop it"),
         ({"model.path": "./nowhere"}, "model.path is ./nowhere, which is not a folder"),
         (
             {"model.path": "someone/nothing"},
@@ -321,6 +339,13 @@ def test_what_cannot_run_is_one_message_before_training(content, overrides, mess
     assert not Path(content["training"]["output_dir"]).exists()
 
 
+def test_pairs_are_wanted_where_the_method_learns_from_pairs(content):
+    with pytest.raises(
+        DataError, match=r"rows.jsonl has no pairs to train on; expected .*15 rated"
+    ):
+        run_recipe(make_recipe(content, {"loss.method": "dpo"}))
+
+
 def test_one_label_alone_is_refused(content, tmp_path):
     path = tmp_path / "good.jsonl"
     path.write_text(
@@ -334,11 +359,50 @@ def test_one_label_alone_is_refused(content, tmp_path):
         run_recipe(make_recipe(content, {"data.path": str(path)}))
 
 
-def test_the_written_recipe_is_plain_yaml(content, tmp_path):
-    from prefopt.recipe.run import write_recipe
+@pytest.mark.parametrize("method", METHODS)
+def test_the_written_recipe_is_plain_yaml_that_says_the_same(method, content, tmp_path):
+    recipe = make_recipe(content, {"loss.method": method})
+    config = preference_config(recipe)
+    path = write_recipe(recipe, config, tmp_path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert written["lora"]["r"] == 4 and written["loss"]["beta"] == config.beta
+    again = load_recipe(path)
+    assert preference_config(again).to_dict() == config.to_dict()
+    assert again.loss.method == method and again.training.sampler == config.sampler
 
-    path = write_recipe(make_recipe(content), tmp_path)
-    assert yaml.safe_load(path.read_text(encoding="utf-8"))["lora"]["r"] == 4
+
+def test_every_method_and_every_option_of_one_is_in_the_schema():
+    loss = prefopt.recipe.schema.options_of("loss")
+    hints = get_type_hints(prefopt.recipe.schema.Loss)
+    assert get_args(hints["method"]) == tuple(METHODS)
+    assert set(loss) == {"method", *OPTIONS, "precompute_ref_logps"}
+    for name, choices in CHOICES.items():
+        if name in loss and name != "method":
+            assert get_args(get_args(hints[name])[0]) == choices, name
+    own = {option.name: option for option in dataclasses.fields(PreferenceConfig)}
+    for name, option in loss.items():
+        assert option.default == own[name].default, name
+
+
+def test_off_in_yaml_is_off(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {path: m}\ndata: {path: d}\ntraining: {output_dir: o, use_cpu: true}\n"
+        "loss: {method: enhanced_kto, shift: off, decision_weighting: off}\n",
+        encoding="utf-8",
+    )
+    config = preference_config(load_recipe(path))
+    assert (config.shift, config.decision_weighting, config.decision_clip) == ("off", "off", None)
+    recipe = load_recipe(path, {"loss.shift": "ema", "loss.shift_start": "plateau"})
+    assert preference_config(recipe).shift_bound == 0.5
+    recipe = load_recipe(path, {"loss.decision_weighting": "prelec", "loss.decision_clip": [1, 3]})
+    assert preference_config(recipe).decision_clip == (1.0, 3.0)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, {"loss.decision_clip": [1], "loss.robust": "off"})
+    assert "loss.decision_clip is [1]; expected a list of 2 numbers" in str(error.value)
+    assert "loss.robust is 'off'; expected true or false" in str(error.value)
+    with pytest.raises(RecipeError, match=r"loss\.gamma is 1\.0; method 'enhanced_kto' has no use"):
+        preference_config(load_recipe(path, {"loss.gamma": 1}))
 
 
 def test_a_model_cut_short_is_one_message(content, tmp_path):

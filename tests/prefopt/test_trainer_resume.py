@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from prefopt_testing import make_dataset
-from trainer_testing import make_trainer, make_world, train
+from trainer_testing import data_for, make_trainer, make_world, train
 
 STEPS, CUT = 6, 4
 # 20 rows, 8 a step: steps 1 to 3 are the first epoch, so the cut is inside the second; logs at 2, 4, 6 and, for
@@ -42,12 +42,26 @@ def weights(trainer) -> dict[str, torch.Tensor]:
         {"logging_steps": 3, "ref": False, "adapter": True},
         {"logging_steps": 2, "ref": False, "adapter": True, "disable_dropout": False},
         {"logging_steps": 3, "ref": False, "precompute_ref_logps": True},
+        {"logging_steps": 3, "method": "bco", "shift": "cumulative"},
+        {
+            "logging_steps": 3,
+            "method": "enhanced_kto",
+            "kl_estimator": "ema",
+            "shift": "ema",
+            "shift_start": 0.5,  # the gate opens at step 3 and is on its way at the cut
+            "shift_ramp": 0.5,
+        },
+        {"logging_steps": 1, "method": "bco", "shift": "ema", "shift_start": "plateau"},
+        {"logging_steps": 3, "method": "dpo", "ref": False, "adapter": True},
+        {"logging_steps": 3, "method": "cpo"},
+        {"logging_steps": 1, "method": "sft"},
     ],
     ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
 )
 def test_defect_08_resume_equals_the_uninterrupted_run(world, tmp_path, options):
     options = OPTIONS | options | {"reference_cache_dir": str(tmp_path / "cache")}
-    adapter = options.pop("adapter", False)
+    adapter, method = options.pop("adapter", False), options.get("method", "kto")
+    options["data"] = data_for(method, 20)
 
     def build():
         config = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.2)
@@ -64,14 +78,22 @@ def test_defect_08_resume_equals_the_uninterrupted_run(world, tmp_path, options)
 
     assert [entry for entry in resumed.state.log_history if "loss" in entry] == logs
     assert resumed._num_tokens == whole._num_tokens == logs[-1]["num_tokens"]
-    assert torch.equal(resumed.mismatched.estimator.value, whole.mismatched.estimator.value)
+    assert resumed.baselines.state_dict() == whole.baselines.state_dict()
+    if whole.mismatched is not None:
+        expected = whole.mismatched.estimator.state_dict()
+        for name, value in resumed.mismatched.estimator.state_dict().items():
+            assert torch.equal(value, expected[name]), name
     expected = weights(whole)
     for name, value in weights(resumed).items():
         assert torch.equal(value, expected[name]), name
     # the file too: the logs after the checkpoint are not there twice (the last line holds run times)
     assert metrics_file.read_text(encoding="utf-8").splitlines()[:-1] == lines[:-1]
     # and the run went on learning after the cut, so that all this means something
-    assert logs[-1]["rewards/margins"] != logs[0]["rewards/margins"]
+    assert logs[-1]["logps/chosen"] != logs[0]["logps/chosen"]
+    if options.get("shift_start") == 0.5:
+        assert [0 < log["shift_gate"] < 1 for log in logs] == [False, True]
+    if options.get("shift_start") == "plateau":
+        assert whole.baselines.schedule.weight > 0  # it has watched the margin
 
 
 def test_defect_08_a_checkpoint_of_the_model_alone_keeps_the_counters(world, tmp_path):
@@ -84,6 +106,7 @@ def test_defect_08_a_checkpoint_of_the_model_alone_keeps_the_counters(world, tmp
         "num_tokens",
         "sums",
         "reference_point",
+        "baselines",
         "diagnostics",
         "reference_fingerprint",
     }

@@ -65,9 +65,9 @@ def test_bf16_autocast_trains_in_bf16_and_scores_in_fp32(world, tmp_path, adapte
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
         )
-        dtypes, losses = set(), trainer._losses
-        trainer._losses = lambda *tensors: (
-            dtypes.update(t.dtype for t in tensors if t.is_floating_point()) or losses(*tensors)
+        dtypes, losses = set(), trainer.objective.losses
+        trainer.objective.losses = lambda rows, baselines: (
+            dtypes.update((rows.logps.dtype, rows.ref_logps.dtype)) or losses(rows, baselines)
         )
         return train(trainer), dtypes, trainer
 

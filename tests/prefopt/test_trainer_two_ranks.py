@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from prefopt_testing import make_rows
-from trainer_testing import make_trainer, make_world, train
+from trainer_testing import data_for, make_trainer, make_world, train
 
 WORLD_SIZE = 2
 COLLECTIVES = (
@@ -45,6 +45,22 @@ EPOCHS = {
     "save_steps": 4,
     "logging_steps": 3,
 }
+# Estimates over all the rows of a step, likelihoods over all its tokens; 11 rows or pairs, 8 a step: the second has 3.
+METHOD_RUNS = {
+    "bco": ("bco", {"shift": "window"}),
+    "bco-ema": ("bco", {"shift": "ema"}),
+    "enhanced_kto": (
+        "enhanced_kto",
+        {
+            "shift": "cumulative",
+            "shift_start": 0.0,
+            "shift_ramp": 0.5,
+            "decision_clip": (1e-3, 1e3),
+            "precompute_ref_logps": True,  # pairs fixed per row, as in UNEVEN
+        },
+    ),
+    "cpo": ("cpo", {}),
+}
 
 
 def drifted_world(folder: Path):
@@ -64,6 +80,25 @@ def uneven(world, folder: Path, batch_size: int) -> list[dict]:
         **UNEVEN,
     )
     return train(trainer)
+
+
+def of_method(world, folder: Path, name: str, rows_a_step: int) -> dict:
+    """Logs and weights of a few steps with so many rows a step on each rank, in micro-batches of two."""
+    method, options = METHOD_RUNS[name]
+    trainer = make_trainer(
+        world,
+        folder,
+        method=method,
+        data=data_for(method, 11),
+        sampler="sequential",
+        max_steps=4,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=rows_a_step // 2,
+        **options,
+    )
+    logs = train(trainer)
+    norms = {key: value.norm().item() for key, value in trainer.model.state_dict().items()}
+    return {"logs": logs, "norms": norms, "baselines": trainer.baselines.state_dict()}
 
 
 def caller() -> str:
@@ -116,6 +151,8 @@ def rank_main(folder: Path) -> None:
         counts.clear()
         logs = train(trainer)
         seen[estimator] = {"estimates": estimates, "logs": logs, "collectives": dict(counts)}
+
+    seen["methods"] = {name: of_method(usual, folder / name, name, 4) for name in METHOD_RUNS}
 
     seen["epochs"] = {}
     for name, checkpoint in (("whole", None), ("resumed", str(folder / "epochs" / "checkpoint-4"))):
@@ -202,6 +239,25 @@ def test_defect_09_one_collective_per_estimate_and_one_per_log(ranks, estimator,
     ours = {name: count for name, count in counts.items() if name.startswith("prefopt")}
     logs = len(ranks[0][0][estimator]["logs"])
     assert ours == {"prefopt_kernels.reference_point": estimates, "prefopt.train.metrics": logs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHOD_RUNS)
+def test_two_ranks_take_the_steps_of_one(ranks, tmp_path, name):
+    """Also where the last step has 3 rows, all on rank 0, and the dataloader repeats others to fill up."""
+    (rank0, rank1), _ = ranks
+    usual = make_world("qwen3", tmp_path / "world")
+    alone = of_method(usual, tmp_path / "run", name, 8)
+    together = rank0["methods"][name]
+    assert together["baselines"] == rank1["methods"][name]["baselines"]
+    assert together["norms"] == rank1["methods"][name]["norms"]
+    for step, (mine, single) in enumerate(zip(together["logs"], alone["logs"], strict=True)):
+        assert set(mine) >= set(single)
+        for key, value in single.items():
+            if key != "epoch":
+                tolerance = 1e-5 if key == "loss" else 1e-4  # the contract of the parity tests
+                assert mine[key] == pytest.approx(value, abs=tolerance, rel=0), (step, key)
+    assert together["norms"] == pytest.approx(alone["norms"], rel=1e-5)
 
 
 @pytest.mark.slow

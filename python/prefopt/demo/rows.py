@@ -88,3 +88,21 @@ def thumbs_rows(
         )
     rng.shuffle(rows)
     return rows
+
+
+def pair_rows(questions: list[Question], name: str, seed: int) -> list[dict]:
+    """Chat rows {prompt, chosen, rejected}, shuffled: to each question an answer that the rule passes and one it does not.
+
+    ``name`` and ``seed`` decide everything random.
+    """
+    rng = random.Random(f"{name} {seed}")
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": question.text}],
+            "chosen": [{"role": "assistant", "content": good_answer(question, rng)}],
+            "rejected": [{"role": "assistant", "content": bad_answer(question, rng)}],
+        }
+        for question in questions
+    ]
+    rng.shuffle(rows)
+    return rows

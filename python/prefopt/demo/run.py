@@ -1,4 +1,4 @@
-"""The demo from end to end: build, fine-tune, sample, KTO by ``run_recipe``, sample again, report."""
+"""The demo from end to end: build, fine-tune, sample, train by ``run_recipe``, sample again, report."""
 
 import json
 import shutil
@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.demo.model import build_model, build_tokenizer, save_model, supervised_fine_tune
-from prefopt.demo.rows import split_questions, thumbs_rows
+from prefopt.demo.rows import pair_rows, split_questions, thumbs_rows
 from prefopt.demo.rule import RULE, judge, language
 from prefopt.demo.sampling import TEMPERATURE, sample_answers
 from prefopt.recipe import RecipeError, make_recipe, run_recipe
 from prefopt.report import write_report
 from prefopt.report.statistics import paired_difference, wilson
+from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
 
 MARKER = "demo.json"  # says that a folder is a demo's, and whether it is complete
 OWN_ENTRIES = ("base", "data", "run")
@@ -24,31 +25,50 @@ MAX_LENGTH = 128
 SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, SFT_EPOCHS = 3, 0.4, 12
 # Few in the wrong language: a model this small takes more from them than a habit, it begins to mix the two.
 SFT_BAD_KINDS = ("rude",) * 3 + ("evasive",) * 3 + ("language",)
+# What each method needs to move so small a model within a minute, beside its defaults.
+LOSSES: dict[str, dict] = {
+    "kto": {"beta": 0.5},
+    "apo_zero": {"beta": 0.5},
+    "enhanced_kto": {"beta": 0.5},
+    "bco": {"beta": 0.5},
+    "dpo": {"beta": 0.5},
+    "ipo": {"beta": 0.5},
+    "cpo": {"beta": 0.5},
+    "simpo": {},
+    "orpo": {"odds_weight": 1.0},
+    "sft": {},
+}
+TRAINED_ON = {
+    RATED: "thumbs up and thumbs down",
+    PAIRS: "pairs of a better and a worse answer",
+    ANSWERS: "answers, those with a thumbs-up alone",
+}
 TOY = (
     "This is a toy: a model of under a million parameters, built and trained in minutes on a few dozen topics, to show "
     "that the whole path works. It knows nothing else, and its scores say nothing about larger models."
 )
 
 
-def run_demo(out: str | Path, seed: int = 0) -> Path:
-    """Build a tiny model and data, train with KTO, and leave a report: minutes on two CPU cores, no network.
+def run_demo(out: str | Path, seed: int = 0, method: str = "kto") -> Path:
+    """Build a tiny model and data, train, and leave a report: minutes on two CPU cores, no network.
 
-    ``out`` then holds ``base`` (model and tokenizer before KTO), ``data`` (the rows) and ``run`` (adapter, metrics,
+    ``out`` then holds ``base`` (model and tokenizer before training), ``data`` (the rows) and ``run`` (adapter, metrics,
     samples, plots, model card, report). An earlier demo there is replaced.
 
     Args:
         out: folder, new, empty or of an earlier demo.
         seed: from 0; decides the split of the questions, the rows, the weights and the samples.
+        method: one of ``prefopt.train.methods.METHODS``.
 
     Returns:
         Path of report.html.
 
     Raises:
-        RecipeError: ``out`` holds something else, or ``seed`` is out of range.
+        RecipeError: ``out`` holds something else, ``seed`` is out of range, or there is no such method.
         KeyboardInterrupt: after what had been written is removed.
     """
     out = Path(out)
-    _check(out, seed)
+    _check(out, seed, method)
     _clear(out)
     out.mkdir(parents=True, exist_ok=True)
     _mark(out, "unfinished", seed)
@@ -59,7 +79,7 @@ def run_demo(out: str | Path, seed: int = 0) -> Path:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute by its former name; nothing a reader of the demo could act on
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            report = _run(out, seed)
+            report = _run(out, seed, method)
     except KeyboardInterrupt:
         _clear(out)
         raise
@@ -69,8 +89,8 @@ def run_demo(out: str | Path, seed: int = 0) -> Path:
     return report
 
 
-def recipe_content(out: Path, seed: int) -> dict:
-    """The recipe of the demo's KTO run, as ``prefopt train`` would read it from a file."""
+def recipe_content(out: Path, seed: int, method: str = "kto") -> dict:
+    """The recipe of the demo's training, as ``prefopt train`` would read it from a file."""
     out = out.resolve()  # so that recipe and adapter can be used from any folder
     return {
         "model": {"path": f"{out / 'base'}"},
@@ -80,7 +100,7 @@ def recipe_content(out: Path, seed: int) -> dict:
             "max_length": MAX_LENGTH,
         },
         "lora": {"r": 16, "alpha": 32},
-        "loss": {"method": "kto", "beta": 0.5},
+        "loss": {"method": method, **LOSSES[method]},
         "training": {
             "output_dir": f"{out / 'run'}",
             "learning_rate": 1e-3,
@@ -97,7 +117,9 @@ def recipe_content(out: Path, seed: int) -> dict:
     }
 
 
-def _check(out: Path, seed: int) -> None:
+def _check(out: Path, seed: int, method: str) -> None:
+    if method not in METHODS:
+        raise RecipeError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     if not 0 <= seed < 2**32:
         raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
     if out.exists() and not out.is_dir():
@@ -131,16 +153,21 @@ def _mark(out: Path, status: str, seed: int) -> None:
     _write_json(out / MARKER, {"prefopt": "demo", "status": status, "seed": seed})
 
 
-def _run(out: Path, seed: int) -> Path:
+def _run(out: Path, seed: int, method: str) -> Path:
+    title, kind = METHODS[method].title, METHODS[method].data
     seen, held_out = split_questions(seed)
     questions = [question.text for question in held_out]
     rows = {
         "sft.jsonl": thumbs_rows(
             seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS
         ),
-        "train.jsonl": thumbs_rows(seen, 1, 0.5, "train", seed),
-        "held_out.jsonl": thumbs_rows(held_out, 1, 0.5, "held out", seed),
     }
+    for name, questions_of, side in (("train", seen, "train"), ("held_out", held_out, "held out")):
+        rows[f"{name}.jsonl"] = (
+            pair_rows(questions_of, side, seed)
+            if kind == PAIRS
+            else thumbs_rows(questions_of, 1, 0.5, side, seed)
+        )
     for name, content in rows.items():
         _write_jsonl(out / "data" / name, content)
 
@@ -151,20 +178,20 @@ def _run(out: Path, seed: int) -> Path:
     supervised_fine_tune(model, tokenizer, encoded, seed=seed, epochs=SFT_EPOCHS)
     save_model(model, tokenizer, out / "base")
 
-    print(f"2/4 it answers {len(questions)} held-out questions before KTO")
-    before = sample_answers(model, tokenizer, questions, seed=seed, desc="before KTO")
+    print(f"2/4 it answers {len(questions)} held-out questions before {title}")
+    before = sample_answers(model, tokenizer, questions, seed=seed, desc=f"before {title}")
 
-    print(f"3/4 KTO on {len(rows['train.jsonl'])} thumbs up and thumbs down")
-    run = run_recipe(make_recipe(recipe_content(out, seed), name="demo"))
+    print(f"3/4 {title} on {len(rows['train.jsonl'])} {TRAINED_ON[kind]}")
+    run = run_recipe(make_recipe(recipe_content(out, seed, method), name="demo"))
 
-    print(f"4/4 it answers the same {len(questions)} questions after KTO")
+    print(f"4/4 it answers the same {len(questions)} questions after {title}")
     # from the files, as a user would, so that what was saved is what is judged
     base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
     trained = PeftModel.from_pretrained(base, run)
-    after = sample_answers(trained, tokenizer, questions, seed=seed, desc="after KTO")
+    after = sample_answers(trained, tokenizer, questions, seed=seed, desc=f"after {title}")
     samples = [_sample(*texts) for texts in zip(questions, before, after, strict=True)]
     _write_json(run / "samples.json", samples)
-    _write_json(run / "summary.json", _summary(samples))
+    _write_json(run / "summary.json", _summary(samples, title))
     report = write_report(run)
     print(_closing(samples))
     return report
@@ -183,10 +210,10 @@ def _sample(question: str, before: str, after: str) -> dict:
     }
 
 
-def _summary(samples: list[dict]) -> dict:
+def _summary(samples: list[dict], title: str) -> dict:
     n = len(samples)
     return {
-        "title": "KTO demo",
+        "title": f"{title} demo",
         "metric": "share of thumbs-up answers to held-out questions",
         "kind": "share",
         "before": sum(sample["before_ok"] for sample in samples) / n,

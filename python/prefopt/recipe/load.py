@@ -152,6 +152,8 @@ def _converted(value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         return _one_of(value, get_args(hint))
     if origin is Literal:
+        if value is False and "off" in get_args(hint):  # YAML reads off as false
+            return "off"
         if value in get_args(hint) and not isinstance(value, bool):
             return value
         raise ValueError(f"one of {', '.join(get_args(hint))}{_nearest(value, get_args(hint))}")
@@ -159,6 +161,11 @@ def _converted(value: Any, hint: Any) -> Any:
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             return value
         raise ValueError("a list of names")
+    if origin is tuple:
+        kinds = get_args(hint)
+        if isinstance(value, (list, tuple)) and len(value) == len(kinds):
+            return tuple(_converted(one, kind) for one, kind in zip(value, kinds, strict=True))
+        raise ValueError(f"a list of {len(kinds)} numbers")
     if hint is type(None):
         if value is None:
             return None

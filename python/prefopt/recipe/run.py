@@ -19,10 +19,12 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
+from prefopt.data.pairs import tokenize_pairs
 from prefopt.recipe.load import RecipeError
 from prefopt.recipe.schema import SECTIONS, Lora, Recipe, options_of
 from prefopt.report import write_report
 from prefopt.train import PreferenceConfig, PreferenceTrainer
+from prefopt.train.methods import METHODS, PAIRS, RATED
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +54,14 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     train, held_out = load_data(recipe, tokenizer)
     trainer = _trainer(recipe, config, tokenizer, train, held_out)
     if trainer.is_world_process_zero():
-        write_recipe(recipe, folder)
+        write_recipe(recipe, config, folder)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     if held_out is not None:
         metrics = trainer.evaluate()
-        if trainer.is_world_process_zero() and recipe.model.ref_path is None:
+        # without a reference model, or with another one, the margin before training is not 0
+        from_zero = config.spec.needs_reference and recipe.model.ref_path is None
+        if trainer.is_world_process_zero() and from_zero:
             _write_summary(folder, metrics, held_out)
     if trainer.is_world_process_zero():
         write_report(folder)
@@ -78,7 +82,11 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         )
     if recipe.data.eval_path is not None and recipe.data.eval_fraction:
         problems.append("data.eval_path and data.eval_fraction are both set; expected one of them")
-    if recipe.lora is not None and recipe.model.ref_path is not None:
+    if recipe.model.ref_path is not None and not METHODS[recipe.loss.method].needs_reference:
+        problems.append(
+            f"model.ref_path is set, but {recipe.loss.method} has no reference model; drop it"
+        )
+    elif recipe.lora is not None and recipe.model.ref_path is not None:
         problems.append(
             "model.ref_path with lora: the reference is the model without the adapter; drop one of them"
         )
@@ -117,7 +125,7 @@ def load_data(
         train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
     encoded = _encode(recipe, train, tokenizer)
     for label in ("desirable", "undesirable"):
-        if not encoded.counts[label]:
+        if METHODS[recipe.loss.method].data == RATED and not encoded.counts[label]:
             raise DataError(
                 f"{data.path} has no {label} rows among the {encoded.counts['rows']} to train on; "
                 f"{recipe.loss.method} learns from the contrast and needs both"
@@ -125,12 +133,15 @@ def load_data(
     return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
 
 
-def write_recipe(recipe: Recipe, folder: Path) -> Path:
+def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
     """The recipe with every default and override spelled out, as a recipe that can be run again."""
     sections = {name: getattr(recipe, name) for name in SECTIONS}
     content = {
         name: None if one is None else dataclasses.asdict(one) for name, one in sections.items()
     }
+    # Where null stood for the method's default, that; what is still null has no place in the method.
+    content["loss"] = {name: getattr(config, name) for name in content["loss"]}
+    content["training"]["sampler"] = config.sampler
     path = folder / RECIPE_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -151,7 +162,8 @@ def load_model(path: str, revision: str | None, dtype: str, key: str) -> PreTrai
 
 def _encode(recipe: Recipe, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
     data = recipe.data
-    encoded = tokenize_rows(
+    tokenize = tokenize_pairs if METHODS[recipe.loss.method].data == PAIRS else tokenize_rows
+    encoded = tokenize(
         loaded,
         tokenizer,
         max_length=data.max_length,

@@ -14,9 +14,13 @@ def option(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    shown: str | None = None,
 ) -> Any:
-    """A field with its help and, for a number, its bounds; with ``default`` MISSING it must be given."""
-    metadata = {"help": help, "least": least, "above": above, "below": below}
+    """A field with its help and, for a number, its bounds; with ``default`` MISSING it must be given.
+
+    ``shown`` is what the help calls the default, where null stands for something that depends on other options.
+    """
+    metadata = {"help": help, "least": least, "above": above, "below": below, "shown": shown}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,7 +43,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The rated rows."""
+    """The rows: rated ones, or pairs."""
 
     path: str = option("a .jsonl or .parquet file (relative to the current folder), or a hub id")
     split: str = option("of a hub dataset", "train")
@@ -73,19 +77,95 @@ class Lora:
     )
 
 
+Switch = Literal["off", "tversky-kahneman", "prelec"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The preference loss."""
+    """The preference loss; an option that its method has no use for is refused."""
 
-    method: Literal["kto", "apo_zero"] = option(
-        "kto, or apo_zero: kto with its reference point at 0", "kto"
+    method: Literal[
+        "kto", "apo_zero", "enhanced_kto", "bco", "dpo", "ipo", "cpo", "simpo", "orpo", "sft"
+    ] = option(
+        "kto, apo_zero, enhanced_kto and bco learn from thumbs; dpo, ipo, cpo, simpo and orpo from pairs; sft from "
+        "desirable answers alone",
+        "kto",
     )
-    beta: float = option("inverse temperature, 1/nats", 0.1, above=0)
-    desirable_weight: float = option("factor on the loss of desirable rows", 1.0, least=0)
-    undesirable_weight: float = option("factor on the loss of undesirable rows", 1.0, least=0)
-    kl_estimator: Literal["window", "microbatch"] = option(
-        "kto's reference point from the whole optimizer step, or from each micro-batch as in TRL",
-        "window",
+    beta: float | None = option("inverse temperature, 1/nats", None, above=0, shown="0.1")
+    desirable_weight: float | None = option(
+        "factor on the loss of desirable rows", None, least=0, shown="1"
+    )
+    undesirable_weight: float | None = option(
+        "factor on the loss of undesirable rows", None, least=0, shown="1"
+    )
+    kl_estimator: Literal["window", "microbatch", "ema"] | None = option(
+        "kto's reference point from the whole optimizer step, from each micro-batch as in TRL, or averaged over steps",
+        None,
+        shown="window",
+    )
+    kl_decay: float | None = option("of kl_estimator ema", None, least=0, below=1, shown="0.9")
+    loss_aversion: float | None = option(
+        "enhanced_kto: slope on the wrong side", None, above=0, shown="2.25"
+    )
+    alpha: float | None = option(
+        "enhanced_kto: curvature, 1 for none; cpo: weight of the likelihood",
+        None,
+        least=0,
+        shown="0.88; cpo 1",
+    )
+    kappa: float | None = option(
+        "enhanced_kto: where the curvature sets in", None, above=0, shown="0.1"
+    )
+    win_weighting: Switch | None = option(
+        "enhanced_kto: of the probability to win", None, shown="off"
+    )
+    decision_weighting: Switch | None = option(
+        "enhanced_kto: of the rows by their likelihood", None, shown="tversky-kahneman"
+    )
+    decision_clip: tuple[float, float] | None = option(
+        "least and largest decision weight", None, shown="[0.5, 2]"
+    )
+    odds_weight: float | None = option(
+        "of the odds ratio, in enhanced_kto and orpo", None, least=0, shown="0.1"
+    )
+    main_bound: float | None = option(
+        "enhanced_kto: largest pull on a row, 0 for none",
+        None,
+        least=0,
+        shown="beta / 4 with a shift, else 0",
+    )
+    odds_bound: float | None = option(
+        "enhanced_kto: the same of the odds ratio, per token",
+        None,
+        least=0,
+        shown="2 odds_weight with a shift, else 0",
+    )
+    shift: Literal["off", "cumulative", "window", "ema"] | None = option(
+        "bco's baseline: the mean of all rewards so far, of an optimizer step, or an average over steps",
+        None,
+        shown="window; enhanced_kto off",
+    )
+    shift_decay: float | None = option("of shift ema", None, least=0, below=1, shown="0.9")
+    shift_bound: float | None = option(
+        "largest size of the shift, reward units, 0 for none",
+        None,
+        least=0,
+        shown="0; enhanced_kto 0.5",
+    )
+    shift_start: float | Literal["plateau"] | None = option(
+        "share of the steps before the shift, or plateau of the margin",
+        None,
+        shown="0; enhanced_kto 0.3",
+    )
+    shift_ramp: float | None = option(
+        "share of the steps in which it comes in", None, least=0, shown="0; enhanced_kto 0.1"
+    )
+    label_smoothing: float | None = option(
+        "dpo: probability that a pair is the wrong way round", None, least=0, below=0.5, shown="0"
+    )
+    robust: bool | None = option("dpo: the unbiased form of label_smoothing", None, shown="false")
+    gamma: float | None = option(
+        "simpo: margin to reach, reward units (its beta is 2)", None, least=0, shown="1"
     )
     precompute_ref_logps: bool = option(
         "score all rows with the reference first, and keep the scores", False
@@ -100,7 +180,7 @@ class Training:
     learning_rate: float = option("at its peak; with lora 1e-5 to 1e-4", 1e-6, above=0)
     num_train_epochs: float = option("passes over the data", 1.0, above=0)
     max_steps: int = option("optimizer steps; above 0 it overrides num_train_epochs", -1)
-    per_device_train_batch_size: int = option("rows in a micro-batch", 4, least=1)
+    per_device_train_batch_size: int = option("rows or pairs in a micro-batch", 4, least=1)
     per_device_eval_batch_size: int = option("rows in an evaluation batch", 8, least=1)
     gradient_accumulation_steps: int = option("micro-batches in an optimizer step", 4, least=1)
     lr_scheduler_type: str = option("linear, cosine, constant, ...", "linear")
@@ -110,8 +190,8 @@ class Training:
     optim: str = option("optimizer", "adamw_torch_fused")
     bf16: bool = option("autocast to bfloat16", False)
     gradient_checkpointing: bool = option("recompute activations instead of keeping them", False)
-    sampler: Literal["label_balanced", "random", "sequential"] = option(
-        "order of the rows", "label_balanced"
+    sampler: Literal["label_balanced", "random", "sequential"] | None = option(
+        "order of the rows", None, shown="label_balanced; random for pairs and sft"
     )
     seed: int = option("of everything random", 42, least=0)
     logging_steps: int = option("optimizer steps between two logs", 10, least=1)

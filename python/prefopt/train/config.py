@@ -1,23 +1,12 @@
 """Every option of a preference run, checked all at once before anything is loaded."""
 
-import difflib
-import math
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
-METHODS = ("kto", "apo_zero")
-KL_ESTIMATORS = ("window", "microbatch")
-SAMPLERS = ("label_balanced", "random", "sequential")
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-CHOICES = {
-    "method": METHODS,
-    "kl_estimator": KL_ESTIMATORS,
-    "sampler": SAMPLERS,
-    "on_bad_row": ("stop", "skip"),
-    "backend": BACKENDS,
-}
+from prefopt.train.checks import problems, unknown
+from prefopt.train.methods import METHODS, RATED, Method, in_force
 
 
 @dataclass
@@ -25,15 +14,45 @@ class PreferenceConfig(TrainingArguments):
     """``transformers.TrainingArguments`` and what preference training adds to them.
 
     Args:
-        method: "kto" (arXiv:2402.01306) or "apo_zero" (arXiv:2408.06266: KTO with its reference point at 0, so no
-            passes over mismatched completions).
-        beta: inverse temperature, 1/nats, above 0.
-        desirable_weight, undesirable_weight: multiply the loss of the rows of each label; 0 or above.
-        kl_estimator: where KTO's reference point comes from. "window": once per optimizer step, from pairs made over
-            all its micro-batches, so that accumulation does not change the gradient. "microbatch": from each
+        method: from rows with a thumb: "kto" (arXiv:2402.01306), "apo_zero" (arXiv:2408.06266: KTO with its reference
+            point at 0, so no passes over mismatched completions), "enhanced_kto" (KTO with the rest of prospect
+            theory), "bco" (arXiv:2404.04656). From pairs: "dpo" (arXiv:2305.18290), "ipo" (arXiv:2310.12036), and
+            without a reference model "cpo" (arXiv:2401.08417), "simpo" (arXiv:2405.14734), "orpo" (arXiv:2403.07691).
+            "sft": from desirable answers alone, those of pairs included.
+
+    The options of a method. One that is left out, None, takes the method's default; one that the method has no use for
+    is refused.
+
+    Args:
+        beta: inverse temperature, 1/nats, above 0; 0.1, and 2.0 for simpo, whose log-probabilities are per token. For ipo
+            it is the paper's tau.
+        desirable_weight, undesirable_weight: multiply the loss of the rows of each label; 1. kto, apo_zero, enhanced_kto.
+        kl_estimator: where the reference point of kto and enhanced_kto comes from. "window" (default): once per
+            optimizer step, from pairs made over all its micro-batches, so that accumulation does not change the
+            gradient. "ema": an exponential average of those, with ``kl_decay`` (0.9). "microbatch": from each
             micro-batch alone, as TRL's KTOTrainer does; for comparisons with it.
-        sampler: order of the training rows. "label_balanced" and "random" are seeded by ``data_seed`` (or ``seed``);
-            "sequential" keeps the order of the data.
+        loss_aversion, alpha, kappa, win_weighting, decision_weighting, decision_clip: of enhanced_kto, see
+            :func:`prefopt_kernels.enhanced_kto_loss`; 2.25, 0.88, 0.1, "off", "tversky-kahneman", (0.5, 2.0). The
+            decision weights have mean 1 over the rows of an optimizer step. For cpo, ``alpha`` is the weight of the
+            chosen answers' likelihood, 1.
+        odds_weight: of enhanced_kto's odds term and of orpo's (the paper's lambda, TRL's beta); 0.1.
+        main_bound, odds_bound: bounds on the pull of enhanced_kto's two terms on a row, 1/nats and 1/nats per token; 0 is
+            none. With a shift ``beta / 4`` and ``2 * odds_weight``, otherwise none.
+        shift: BCO's baseline, estimated once per optimizer step from the rewards of all its rows: "window", half the
+            sum of the two classes' means; "ema", the same of exponential averages, with ``shift_decay`` (0.9);
+            "cumulative", the mean of all rewards so far; "off". "window" for bco, "off" for enhanced_kto.
+        shift_bound: largest size of the shift, reward units; none (0) for bco, 0.5 for enhanced_kto.
+        shift_start, shift_ramp: shares of all steps after which the shift comes in, and over which it does; 0 and 0 for bco,
+            0.3 and 0.1 for enhanced_kto. shift_start "plateau": when the margin has not risen for a tenth of the logs.
+        label_smoothing: dpo; probability that a pair is the wrong way round, below 0.5; 0. ``robust``: with the unbiased
+            form of arXiv:2403.00409; False.
+        gamma: simpo's target margin, reward units; 1.
+
+    Options of every method.
+
+    Args:
+        sampler: order of the training rows. "label_balanced" (default for rows with a thumb) and "random" (default for
+            pairs and sft) are seeded by ``data_seed`` (or ``seed``); "sequential" keeps the order of the data.
         max_length: tokens per sequence, prompt and completion; None for no limit.
         on_bad_row: "stop" before training, or "skip" and list the rows in bad_rows.jsonl.
         disable_dropout: sets every dropout of policy and reference to 0, as TRL does. Without it the log-ratio of two
@@ -44,6 +63,8 @@ class PreferenceConfig(TrainingArguments):
         reference_cache_dir: folder of that cache; beside the cache of ``datasets`` if left out.
         backend: of ``prefopt_kernels.linear_logprob``.
 
+    A batch size counts pairs where the method learns from pairs: both answers are always in one micro-batch.
+
     Differences to the defaults of TrainingArguments: ``learning_rate`` is 1e-6 and ``logging_nan_inf_filter`` is off,
     because a loss that is not finite stops the run.
 
@@ -51,8 +72,9 @@ class PreferenceConfig(TrainingArguments):
         ValueError: unknown names and values out of range, all of them in one message.
 
     Example:
-        >>> PreferenceConfig(output_dir="run", use_cpu=True, beta=0.2, sampler="random").train_sampling_strategy
-        'random'
+        >>> config = PreferenceConfig(output_dir="run", use_cpu=True, method="simpo", gamma=0.5)
+        >>> config.beta, config.gamma, config.sampler, config.kl_estimator
+        (2.0, 0.5, 'random', None)
         >>> PreferenceConfig(output_dir="run", betta=0.2, sampler="balanced")
         Traceback (most recent call last):
             ...
@@ -62,11 +84,29 @@ class PreferenceConfig(TrainingArguments):
     """
 
     method: str = "kto"
-    beta: float = 0.1
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-    kl_estimator: str = "window"
-    sampler: str = "label_balanced"
+    beta: float | None = None
+    desirable_weight: float | None = None
+    undesirable_weight: float | None = None
+    kl_estimator: str | None = None
+    kl_decay: float | None = None
+    loss_aversion: float | None = None
+    alpha: float | None = None
+    kappa: float | None = None
+    win_weighting: str | None = None
+    decision_weighting: str | None = None
+    decision_clip: tuple[float, float] | None = None
+    odds_weight: float | None = None
+    main_bound: float | None = None
+    odds_bound: float | None = None
+    shift: str | None = None
+    shift_decay: float | None = None
+    shift_bound: float | None = None
+    shift_start: float | str | None = None
+    shift_ramp: float | None = None
+    label_smoothing: float | None = None
+    robust: bool | None = None
+    gamma: float | None = None
+    sampler: str | None = None
     max_length: int | None = 1024
     on_bad_row: str = "stop"
     disable_dropout: bool = True
@@ -82,23 +122,37 @@ class PreferenceConfig(TrainingArguments):
         if args or kwargs:  # neither: being copied or unpickled
             names = [option.name for option in fields(cls) if option.init]
             given = dict(zip(names, args, strict=False)) | kwargs
-            _raise_for(cls, _unknown(given, names) + _problems(_with_defaults(cls, given)))
+            _raise_for(cls, unknown(given, names) + problems(_with_defaults(cls, given)))
         return super().__new__(cls)
 
     def __post_init__(self):
         self.check()
+        for name, value in in_force(vars(self)).items():
+            setattr(self, name, value)
+        if self.sampler is None:
+            self.sampler = "label_balanced" if self.spec.data == RATED else "random"
         if self.sampler != "label_balanced":
             self.train_sampling_strategy = self.sampler
         super().__post_init__()
 
     def check(self) -> None:
         """Raise ``ValueError`` with every option that does not make sense, alone or beside the others."""
-        _raise_for(type(self), _problems(vars(self)))
+        _raise_for(type(self), problems(vars(self)))
+
+    @property
+    def spec(self) -> Method:
+        """The method's row in the table of methods."""
+        return METHODS[self.method]
 
     @property
     def needs_kl(self) -> bool:
-        """Whether the loss has a reference point to estimate."""
-        return self.method == "kto"
+        """Whether the loss has KTO's reference point to estimate."""
+        return "kl_estimator" in self.spec.options
+
+    @property
+    def needs_window(self) -> bool:
+        """Whether the loss of a row depends on the scores of all rows of its optimizer step."""
+        return (self.shift or "off") != "off" or (self.decision_weighting or "off") != "off"
 
 
 def _with_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -109,107 +163,9 @@ def _with_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     return defaults | given
 
 
-def _raise_for(cls: type, problems: list[str]) -> None:
-    if problems:
-        count = "1 option" if len(problems) == 1 else f"{len(problems)} options"
-        verb = "is" if len(problems) == 1 else "are"
-        listed = "\n  ".join(problems)
+def _raise_for(cls: type, found: list[str]) -> None:
+    if found:
+        count = "1 option" if len(found) == 1 else f"{len(found)} options"
+        verb = "is" if len(found) == 1 else "are"
+        listed = "\n  ".join(found)
         raise ValueError(f"{count} of {cls.__name__} {verb} not valid:\n  {listed}")
-
-
-def _unknown(given: dict[str, Any], names: list[str]) -> list[str]:
-    return [
-        f"{name} is not an option{_nearest(name, names)}" for name in given if name not in names
-    ]
-
-
-def _nearest(got: Any, names: Any) -> str:
-    near = difflib.get_close_matches(str(got), names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _problems(options: dict[str, Any]) -> list[str]:
-    """One sentence for each option out of range, then for each combination that cannot work."""
-    found = [
-        f"{name} is {options[name]!r}; expected one of {', '.join(allowed)}{_nearest(options[name], allowed)}"
-        for name, allowed in CHOICES.items()
-        if options[name] not in allowed
-    ]
-    found += _numbers(options)
-    if not found:
-        found += _combinations(options)
-    return found
-
-
-def _numbers(options: dict[str, Any]) -> list[str]:
-    found = []
-    for name, lowest, exclusive in (
-        ("beta", 0.0, True),
-        ("desirable_weight", 0.0, False),
-        ("undesirable_weight", 0.0, False),
-    ):
-        value = options[name]
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value < lowest or (exclusive and value == 0):
-            found.append(
-                f"{name} is {value!r}; expected a number {'above 0' if exclusive else '>= 0'}"
-            )
-    for name, lowest in (("max_length", 2), ("precompute_batch_size", 1)):
-        value = options[name]
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < lowest
-        ):
-            found.append(f"{name} is {value!r}; expected an integer >= {lowest}, or None")
-    return found
-
-
-def _combinations(options: dict[str, Any]) -> list[str]:
-    found = []
-    batch, accumulation = (
-        options["per_device_train_batch_size"],
-        options["gradient_accumulation_steps"],
-    )
-    if options["method"] == "kto" and options["kl_estimator"] == "microbatch" and batch == 1:
-        found.append(
-            "kl_estimator 'microbatch' with per_device_train_batch_size 1: a micro-batch of one row has no other row's "
-            "completion to estimate the reference point from; use kl_estimator 'window'"
-        )
-    if (
-        options["method"] == "kto"
-        and options["kl_estimator"] == "window"
-        and batch * accumulation == 1
-    ):
-        found.append(
-            "per_device_train_batch_size 1 with gradient_accumulation_steps 1: an optimizer step of one row has no "
-            "other row's completion to estimate the reference point from; accumulate, or use method 'apo_zero'"
-        )
-    if (
-        options["precompute_ref_logps"]
-        and options["method"] == "kto"
-        and options["kl_estimator"] == "microbatch"
-        and options["sampler"] != "sequential"
-    ):
-        found.append(
-            f"precompute_ref_logps with kl_estimator 'microbatch' and sampler {options['sampler']!r}: which rows meet in "
-            "a micro-batch is then not known in advance; use kl_estimator 'window' or sampler 'sequential'"
-        )
-    if options["train_sampling_strategy"] not in ("random", options["sampler"]):
-        found.append(
-            f"train_sampling_strategy is {options['train_sampling_strategy']!r}; it follows from sampler, which is "
-            f"{options['sampler']!r}"
-        )
-    if options["logging_nan_inf_filter"]:
-        found.append(
-            "logging_nan_inf_filter is True; it would hide a loss that is not finite, which stops the run"
-        )
-    if options["label_smoothing_factor"]:
-        found.append(
-            "label_smoothing_factor is set; it smooths a cross-entropy, which no method here has"
-        )
-    if options["neftune_noise_alpha"] is not None:
-        found.append(
-            "neftune_noise_alpha is set; its noise would enter the log-ratio of policy and reference"
-        )
-    if not options["remove_unused_columns"]:
-        found.append("remove_unused_columns is False; the columns are chosen by the trainer")
-    return found

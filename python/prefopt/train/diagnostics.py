@@ -30,6 +30,10 @@ class Finding:
 class Diagnostics:
     """Watches the logged values; counters and findings are part of the checkpoint.
 
+    Args:
+        max_steps: of the run.
+        fades: whether the method's pull on a row that went very wrong fades.
+
     Example:
         >>> import warnings
         >>> diagnostics = Diagnostics(max_steps=100)
@@ -40,8 +44,9 @@ class Diagnostics:
         'exploding_rewards'
     """
 
-    def __init__(self, max_steps: int = 0):
+    def __init__(self, max_steps: int = 0, fades: bool = True):
         self.max_steps = max_steps
+        self.fades = fades
         self.findings: list[Finding] = []
         self.zero_kl_logs = 0
         self.zero_kl_since: int | None = None
@@ -53,7 +58,7 @@ class Diagnostics:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Continue from ``state_dict``, with this run's own ``max_steps``."""
-        vars(self).update(state, max_steps=self.max_steps)
+        vars(self).update(state, max_steps=self.max_steps, fades=self.fades)
         self.findings = [Finding(**finding) for finding in state["findings"]]
 
     def add(self, name: str, step: int, reason: str, remedy: str) -> None:
@@ -109,7 +114,7 @@ class Diagnostics:
             )
 
     def _rewards(self, step: int, logged: Mapping[str, float], rewards: list[float]) -> None:
-        if any(abs(reward) > SATURATED_REWARD for reward in rewards):
+        if self.fades and any(abs(reward) > SATURATED_REWARD for reward in rewards):
             shown = ", ".join(f"{reward:.1f}" for reward in rewards)
             self.add(
                 "exploding_rewards",

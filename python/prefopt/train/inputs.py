@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import BadRow, LoadedRows, Tokenized, load_rows, tokenize_rows
+from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
 from prefopt.train.config import PreferenceConfig
+from prefopt.train.methods import ANSWERS, PAIRS
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,12 @@ COLUMNS = (  # what the collator and the estimate of the reference point read
     "ref_kl_logps",
     "kl_partner",
     "kl_completion_ids",
+    "chosen_prompt_ids",
+    "chosen_completion_ids",
+    "rejected_prompt_ids",
+    "rejected_completion_ids",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
 )
 
 
@@ -42,32 +50,47 @@ class Prepared:
 def prepare_rows(
     data: object, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str
 ) -> Prepared:
-    """Tokenise what is not yet tokenised.
+    """Bring data into the form that ``args.method`` learns from, and tokenise what is not yet tokenised.
 
     Args:
         data: ``Tokenized``, ``LoadedRows``, or whatever ``load_rows`` reads: a ``datasets.Dataset`` of raw rows, a list
             of them, a path or a hub id.
         tokenizer: needed unless ``data`` is ``Tokenized``.
-        args: for max_length and on_bad_row.
+        args: for method, max_length and on_bad_row.
         name: of the argument, for messages.
 
     Raises:
-        ValueError: no tokenizer for raw rows; or rows tokenised for another ``max_length``.
-        DataError: bad rows.
+        ValueError: no tokenizer for raw rows; rows tokenised for another ``max_length``; rows where pairs are needed, or
+            the reverse.
+        DataError: bad rows, or none of the kind that the method learns from.
     """
+    kind = args.spec.data
     if isinstance(data, Tokenized):
         if data.max_length != args.max_length:
             raise ValueError(
                 f"{name} was tokenised with max_length {data.max_length}, the configuration says {args.max_length}; "
                 "expected the same"
             )
-        return Prepared(data, data.bad)
-    if tokenizer is None:
-        raise ValueError(
-            f"processing_class is None and {name} is not tokenised; expected the model's tokenizer"
+        if are_pairs(data) != (kind == PAIRS):
+            made = "tokenize_pairs" if kind == PAIRS else "tokenize_rows"
+            raise ValueError(
+                f"{name} was not tokenised for method {args.method!r}, which learns from {kind}; expected the rows "
+                f"themselves, or the result of {made}"
+            )
+        tokenized, bad = data, data.bad
+    else:
+        if tokenizer is None:
+            raise ValueError(
+                f"processing_class is None and {name} is not tokenised; expected the model's tokenizer"
+            )
+        loaded = (
+            data if isinstance(data, LoadedRows) else load_rows(data, on_bad_row=args.on_bad_row)
         )
-    loaded = data if isinstance(data, LoadedRows) else load_rows(data, on_bad_row=args.on_bad_row)
-    tokenized = tokenize_rows(
-        loaded, tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
-    )
-    return Prepared(tokenized, [*loaded.bad, *tokenized.bad])
+        tokenize = tokenize_pairs if kind == PAIRS else tokenize_rows
+        tokenized = tokenize(
+            loaded, tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
+        )
+        bad = [*loaded.bad, *tokenized.bad]
+    if kind == ANSWERS:
+        tokenized = desirable_only(tokenized, name)
+    return Prepared(tokenized, bad)

@@ -5,41 +5,51 @@ nothing is divided before the log: every key below is one quotient of two sums o
 averages the values of the micro-batches instead; where those have equal counts the two agree.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefopt.train.objective import PULLS
+
 CLASSES = ("chosen", "rejected")  # desirable, undesirable: the names TRL logs under
-PER_CLASS = ("rows", "rewards", "logps", "logits", "tokens")
+PER_CLASS = ("rows", "rewards", "rewarded", "logps", "logits", "tokens")
 SCALARS = (
     "loss",
+    "counted",  # rows, or pairs
     "steps",
     "kl",
     "kl_estimates",
+    "shift",
+    "shift_gate",
+    "shift_estimates",
+    "pairs",
+    "accuracies",
     "entropy",
     "num_tokens",
     "rows_without_partner",
     "gradient_norms",  # never logged: here so that one look at the sums sees any gradient that is not finite
+    *(f"grad/{pull}" for pull in PULLS),
 )
 SLOTS = (*SCALARS, *(f"{quantity}/{side}" for side in CLASSES for quantity in PER_CLASS))
 
 
 @dataclass(frozen=True)
 class RowMetrics:
-    """A micro-batch, row by row; detached, on its device."""
+    """A micro-batch of R rows, or of R pairs whose sequences are the chosen ones and then the rejected; detached."""
 
-    losses: Tensor  # (B,) fp32
-    shares: Tensor  # (B,) fp32, part of each row in the step's mean loss; 0 for a repeated row
-    labels: Tensor  # (B,) bool
-    rewards: Tensor  # (B,) fp32, beta * log-ratio
+    losses: Tensor  # (R,) fp32, each row's or pair's part of the step's mean loss
+    shares: Tensor  # (R,) fp32, the weight that it has there; 0 for a repeated row
+    labels: Tensor  # (B,) bool; B is R, or 2 R for pairs
+    rewards: Tensor | None  # (B,) fp32; None where the method has none
     logps: Tensor  # (B,) fp32, nats
     mean_logits: Tensor  # (B,) fp32, summed over the completion's tokens
     entropies: Tensor  # (B,) fp32, nats, summed likewise
     completion_tokens: Tensor  # (B,) int64
     tokens: Tensor  # (B,) int64, prompt and completion
+    pulls: Tensor | None = None  # (len(PULLS), R) fp32, 1/nats
 
 
 class MetricSums:
@@ -61,30 +71,37 @@ class MetricSums:
         self.vector = torch.zeros(len(SLOTS), dtype=dtype, device=device)
 
     def add_rows(self, rows: RowMetrics, world_size: int = 1) -> None:
-        """Add one micro-batch; ``shares`` carry a factor ``world_size`` that DDP's mean takes out of the gradient."""
-        counted = rows.shares > 0  # (B,)
-        dtype = self.vector.dtype
-        quantities = torch.stack(
-            [
-                column.to(dtype)
-                for column in (
-                    torch.ones_like(rows.rewards),
-                    rows.rewards,
-                    rows.logps,
-                    rows.mean_logits,
-                    rows.completion_tokens,
-                )
-            ],
-            dim=1,
-        )  # (B, 5)
-        sides = torch.stack([counted & rows.labels, counted & ~rows.labels])  # (2, B)
+        """Add one micro-batch; ``losses`` carry a factor ``world_size`` that DDP's mean takes out of the gradient."""
+        counted = rows.shares > 0  # (R,)
+        paired = len(rows.labels) == 2 * len(counted) > 0
+        sequences = counted.repeat(2) if paired else counted  # (B,)
+        dtype, ones = self.vector.dtype, torch.ones_like(rows.logps)
+        rewards = torch.zeros_like(ones) if rows.rewards is None else rows.rewards
+        columns = (
+            ones,
+            rewards,
+            torch.full_like(ones, float(rows.rewards is not None)),
+            rows.logps,
+            rows.mean_logits,
+            rows.completion_tokens,
+        )
+        quantities = torch.stack([column.to(dtype) for column in columns], dim=1)  # (B, 6)
+        sides = torch.stack([sequences & rows.labels, sequences & ~rows.labels])  # (2, B)
         # where, not a product: a repeated row that is not finite must not reach the sums as 0 * inf
-        per_class = torch.where(sides[:, :, None], quantities, 0).sum(1)  # (2, 5)
+        per_class = torch.where(sides[:, :, None], quantities, 0).sum(1)  # (2, 6)
         scalars = {
-            "loss": torch.where(counted, rows.losses * rows.shares, 0).sum() / world_size,
-            "entropy": torch.where(counted, rows.entropies, 0).sum(),
-            "num_tokens": torch.where(counted, rows.tokens, 0).sum(),
+            "loss": torch.where(counted, rows.losses, 0).sum() / world_size,
+            "counted": counted.sum(),
+            "entropy": torch.where(sequences, rows.entropies, 0).sum(),
+            "num_tokens": torch.where(sequences, rows.tokens, 0).sum(),
         }
+        if paired and rows.rewards is not None:
+            chosen, rejected = rewards.chunk(2)  # (P,)
+            scalars["pairs"] = counted.sum()
+            scalars["accuracies"] = (counted & (chosen > rejected)).sum()
+        if rows.pulls is not None:
+            sizes = torch.where(counted, rows.pulls.abs() * rows.shares, 0).sum(1)
+            scalars |= {f"grad/{pull}": size for pull, size in zip(PULLS, sizes, strict=True)}
         zero = self.vector.new_zeros(())
         head = torch.stack(
             [scalars[name].to(dtype) if name in scalars else zero for name in SCALARS]
@@ -102,6 +119,11 @@ class MetricSums:
             ("kl_estimates", 1),
             ("rows_without_partner", rows_without_partner),
         ):
+            self.vector[SLOTS.index(name)] += value
+
+    def add_shift(self, shift: Tensor, gate: float) -> None:
+        """Count one estimate of BCO's shift, in reward units, and how far it was let in."""
+        for name, value in (("shift", shift), ("shift_gate", gate), ("shift_estimates", 1)):
             self.vector[SLOTS.index(name)] += value
 
     def add_gradient(self, norm: Tensor | float) -> None:
@@ -126,31 +148,51 @@ class MetricSums:
         self.vector.copy_(torch.tensor(ordered, dtype=self.vector.dtype))
 
 
-def quotients(sums: dict[str, float], loss_count: float) -> dict[str, float]:
+def quotients(
+    sums: dict[str, float],
+    loss_count: float,
+    nll_weight: float = 0.0,
+    parts: Sequence[str] = (),
+) -> dict[str, float]:
     """The logged values; a key is left out where nothing was counted for it.
 
     Args:
         sums: of ``MetricSums.read``.
-        loss_count: what ``loss`` is divided by: the optimizer steps in training, the rows in evaluation.
+        loss_count: what ``loss`` is divided by: the optimizer steps in training, the rows or pairs in evaluation.
+        nll_weight: in evaluation, weight of the desirable answers' likelihood per token, which is no sum over rows.
+        parts: those of ``PULLS`` that the method's gradient has.
 
     Returns:
-        ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` in units of beta nats, per row; ``entropy``
-        (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; and
-        ``rows_without_partner``, a count.
+        ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` as the method defines them, per row; ``entropy``
+        (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; of pairs
+        ``rewards/accuracies``, the share with the chosen answer ahead; ``rows_without_partner``, a count; ``shift``
+        in reward units and ``shift_gate``; ``grad/*``, the share that each part of the loss has in the sum of the
+        parts' sizes, each summed over rows.
     """
     logged = {}
     if loss_count:
         logged["loss"] = sums["loss"] / loss_count
+    if nll_weight and sums["tokens/chosen"]:
+        logged["loss"] -= nll_weight * sums["logps/chosen"] / sums["tokens/chosen"]
     if sums["kl_estimates"]:
         logged["kl"] = sums["kl"] / sums["kl_estimates"]
         logged["rows_without_partner"] = round(sums["rows_without_partner"])
+    if sums["shift_estimates"]:
+        for name in ("shift", "shift_gate"):
+            logged[name] = sums[name] / sums["shift_estimates"]
     tokens = sum(sums[f"tokens/{side}"] for side in CLASSES)
     if tokens:
         logged["entropy"] = sums["entropy"] / tokens
-    for quantity, count in (("logits", "tokens"), ("logps", "rows"), ("rewards", "rows")):
+    for quantity, count in (("logits", "tokens"), ("logps", "rows"), ("rewards", "rewarded")):
         for side in CLASSES:
             if sums[f"{count}/{side}"]:
                 logged[f"{quantity}/{side}"] = sums[f"{quantity}/{side}"] / sums[f"{count}/{side}"]
     if "rewards/chosen" in logged and "rewards/rejected" in logged:
         logged["rewards/margins"] = logged["rewards/chosen"] - logged["rewards/rejected"]
+    if sums["pairs"]:
+        logged["rewards/accuracies"] = sums["accuracies"] / sums["pairs"]
+    pulls = {f"grad/{part}": sums[f"grad/{part}"] for part in parts}
+    whole = sum(pulls.values())
+    if whole:
+        logged |= {name: pull / whole for name, pull in pulls.items()}
     return logged

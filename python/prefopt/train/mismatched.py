@@ -1,7 +1,7 @@
 """KTO's reference point: which prompts meet which completions, and how far the policy has drifted on those.
 
-The passes over mismatched completions carry no gradient. With ``kl_estimator="window"`` they run once per optimizer
-step, before its first micro-batch, in pieces of the micro-batches' size.
+The passes over mismatched completions carry no gradient. Unless ``kl_estimator`` is "microbatch" they run once per
+optimizer step, before its first micro-batch, in pieces of the micro-batches' size.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ from torch import Tensor
 from prefopt.data import pair_mismatched
 from prefopt.train.precompute import rotated
 from prefopt.train.scoring import PackingCollator
-from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
+from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
 
-ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL}
-PAIRINGS = {"window": pair_mismatched, "microbatch": rotated}
+ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL, "ema": EMAKL}
+PAIRINGS = {"window": pair_mismatched, "microbatch": rotated, "ema": pair_mismatched}
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class MismatchedRows:
     """Estimates the reference point from the rows of a window or a micro-batch.
 
     Args:
-        kl_estimator: "window" or "microbatch": the pairing and the reduction over ranks.
+        kl_estimator: "window", "microbatch" or "ema": the pairing, the reduction over ranks, and the memory.
         collator: builds the mismatched sequences.
         log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
         device: where an estimate from no rows lies.
+        decay: of "ema".
     """
 
     def __init__(
@@ -43,12 +44,18 @@ class MismatchedRows:
         collator: PackingCollator,
         log_ratios: Callable[[dict], Tensor],
         device: torch.device,
+        decay: float | None = None,
     ):
         self.pair = PAIRINGS[kl_estimator]
-        self.estimator = ESTIMATORS[kl_estimator]()
+        self.estimator = ESTIMATORS[kl_estimator](**({} if decay is None else {"decay": decay}))
+        self._start = self.estimator.state_dict()
         self.collator = collator
         self.log_ratios = log_ratios
         self.device = device
+
+    def reset(self) -> None:
+        """Forget all estimates."""
+        self.estimator.load_state_dict(self._start)
 
     def estimate(self, pieces: Sequence[Sequence[dict]], *, update: bool) -> Estimate:
         """One estimate from all rows of all pieces, which are scored piece by piece.

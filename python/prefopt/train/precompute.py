@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefopt.data import Tokenized, pair_mismatched
+from prefopt.data.pairs import SIDES, are_pairs
 from prefopt.train.scoring import PackingCollator
 
 CACHE_VERSION = 1  # part of the key: raise it when the numbers of the same inputs change
@@ -57,16 +58,19 @@ def with_reference(
     batch_size: int,
     accelerator: Accelerator,
 ) -> Dataset:
-    """The dataset with ``ref_logps`` and, given partners, ``kl_partner``, ``kl_completion_ids`` and ``ref_kl_logps``.
+    """The dataset with the reference's scores as columns.
+
+    They are ``ref_logps``; given partners also ``kl_partner``, ``kl_completion_ids`` and ``ref_kl_logps``; of pairs
+    ``ref_chosen_logps`` and ``ref_rejected_logps``.
 
     Args:
-        tokenized: the rows.
+        tokenized: rows or pairs.
         partners: of ``fixed_partners``, or None where the method needs no mismatched completions.
-        score: gives the reference's (B,) log-probabilities of a batch of ``collator``.
-        collator: makes the batches.
+        score: gives the reference's (B,) log-probabilities of a batch.
+        collator: of rows, packs the batches.
         identity: what else the numbers depend on: the reference's fingerprint and the precision.
         cache_dir: folder of the cache; None is a folder beside the cache of ``datasets``.
-        batch_size: rows per pass.
+        batch_size: sequences per pass.
         accelerator: shares the passes between processes.
     """
     key = "|".join([str(CACHE_VERSION), tokenized.fingerprint, repr(partners), *identity])
@@ -77,58 +81,84 @@ def with_reference(
     columns = cached[0]
     rows = tokenized.dataset
     if columns is None:
-        passes = _passes(rows, partners, batch_size)
+        sequences = _sequences(tokenized, partners)
+        passes = [(name, part) for name in sequences for part in sequences[name].parts(batch_size)]
         mine = passes[accelerator.process_index :: accelerator.num_processes]
         scored = []
         bar = tqdm(
             mine, desc="Reference log-probabilities", disable=not accelerator.is_main_process
         )
         for name, positions in bar:
-            features = [rows[position] for position in positions]
-            if name == "ref_logps":
-                batch = collator(features)
-            else:
-                others = [rows[partners[position]] for position in positions]
-                n = len(features)
-                batch = collator.mismatched(features + others, [*range(n, 2 * n), *([-1] * n)])
+            batch = collator([sequences[name].feature(position) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
-        columns = {"ref_logps": torch.zeros(len(rows))}
-        if partners is not None:
-            columns["ref_kl_logps"] = torch.zeros(len(rows))
+        columns = {name: torch.zeros(len(rows)) for name in sequences}
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(columns, file)
-    rows = rows.add_column("ref_logps", columns["ref_logps"].tolist())
+    for name in sorted(columns, reverse=True):
+        rows = rows.add_column(name, columns[name].tolist())
     if partners is None:
         return rows
     sources = [partner if partner >= 0 else row for row, partner in enumerate(partners)]
     others = tokenized.dataset.select(sources).select_columns("completion_ids")
     others = others.rename_column("completion_ids", "kl_completion_ids")
-    rows = rows.add_column("ref_kl_logps", columns["ref_kl_logps"].tolist())
     rows = rows.add_column("kl_partner", list(partners))
     return datasets.concatenate_datasets([rows, others], axis=1)
 
 
-def _passes(
-    rows: Dataset, partners: Sequence[int] | None, batch_size: int
-) -> list[tuple[str, list[int]]]:
-    """Which rows to score together, for each column; rows of similar length, so that little is padded."""
-    prompts = [len(ids) for ids in rows["prompt_ids"]]
-    completions = [len(ids) for ids in rows["completion_ids"]]
-    wanted = {"ref_logps": list(range(len(rows)))}
-    lengths = {"ref_logps": [p + c for p, c in zip(prompts, completions, strict=True)]}
+class _Sequences:
+    """The sequences behind one column of scores.
+
+    Args:
+        prompts, completions: datasets, with the column of token ids in each.
+        partners: position of each prompt's completion, -1 for none; None is its own.
+    """
+
+    def __init__(
+        self,
+        prompts: tuple[Dataset, str],
+        completions: tuple[Dataset, str],
+        partners: Sequence[int] | None = None,
+    ):
+        self.prompts, self.completions = prompts, completions
+        self.partners = range(len(prompts[0])) if partners is None else partners
+
+    def parts(self, size: int) -> list[list[int]]:
+        """Positions to score together, sequences of similar length, so that little is padded."""
+        before, after = (
+            [len(ids) for ids in rows[name]] for rows, name in (self.prompts, self.completions)
+        )
+        lengths = [b + after[partner] for b, partner in zip(before, self.partners, strict=True)]
+        wanted = [position for position, partner in enumerate(self.partners) if partner >= 0]
+        ordered = sorted(wanted, key=lengths.__getitem__, reverse=True)
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def feature(self, position: int) -> dict:
+        """A row for the collator."""
+        (prompts, prompt), (completions, completion) = self.prompts, self.completions
+        partner = self.partners[position]
+        return {
+            "prompt_ids": prompts[position][prompt],
+            "completion_ids": completions[partner][completion],
+            "label": True,
+            "group": 0,
+            "row": position,
+        }
+
+
+def _sequences(tokenized: Tokenized, partners: Sequence[int] | None) -> dict[str, _Sequences]:
+    rows = tokenized.dataset
+    if are_pairs(tokenized):
+        return {
+            f"ref_{side}_logps": _Sequences(
+                (rows, f"{side}_prompt_ids"), (rows, f"{side}_completion_ids")
+            )
+            for side in SIDES
+        }
+    prompts, completions = (rows, "prompt_ids"), (rows, "completion_ids")
+    found = {"ref_logps": _Sequences(prompts, completions)}
     if partners is not None:
-        wanted["ref_kl_logps"] = [row for row, partner in enumerate(partners) if partner >= 0]
-        lengths["ref_kl_logps"] = [
-            p + completions[partner] for p, partner in zip(prompts, partners, strict=True)
-        ]
-    passes = []
-    for name, positions in wanted.items():
-        ordered = sorted(positions, key=lengths[name].__getitem__, reverse=True)
-        passes += [
-            (name, ordered[start : start + batch_size])
-            for start in range(0, len(ordered), batch_size)
-        ]
-    return passes
+        found["ref_kl_logps"] = _Sequences(prompts, completions, partners)
+    return found

@@ -1,13 +1,15 @@
 """What happens to a model before it is trained: checks, its adapter, its dropout."""
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_seed
 
 from prefopt.train.config import PreferenceConfig
 
 
-def check_arguments(model: object, args: object, train_dataset: object) -> None:
-    """Raise ``TypeError`` for the arguments that everything else relies on."""
+def check_arguments(
+    model: object, args: object, train_dataset: object, ref_model: object = None
+) -> None:
+    """Raise ``TypeError`` for the arguments that everything else relies on, ``ValueError`` for one that has no use."""
     if not isinstance(args, PreferenceConfig):
         raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -18,6 +20,45 @@ def check_arguments(model: object, args: object, train_dataset: object) -> None:
     if train_dataset is None:
         raise TypeError("train_dataset is None; expected rows to train on")
     args.check()
+    if ref_model is not None and not args.spec.needs_reference:
+        raise ValueError(
+            f"ref_model is given; method {args.method!r} has no reference model, leave it out"
+        )
+
+
+def refuse_unsupported(trainer: Trainer) -> None:
+    """Ways of spreading a model over devices that nobody has tried with this trainer."""
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
+            "torchrun or accelerate launch, or make one GPU visible"
+        )
+    for name, used in (
+        ("DeepSpeed", trainer.is_deepspeed_enabled),
+        ("FSDP", trainer.is_fsdp_enabled),
+        ("a parallelism_config", trainer.accelerator.parallelism_config is not None),
+        ("a model sharded while loading", trainer.is_distributed_loading_by_transformers),
+    ):
+        if used:
+            raise ValueError(f"{name} is not supported yet; expected one process or plain DDP")
+
+
+def ready(
+    model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object
+) -> nn.Module:
+    """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
+    if peft_config is not None:
+        model = with_adapter(model, peft_config, args.seed)
+    if args.disable_dropout:
+        for module in [model] if ref_model is None else [model, ref_model]:
+            disable_dropout(module)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires a gradient; nothing to train"
+        )
+    if hasattr(model, "peft_config") and args.activation_checkpointing:
+        model.enable_input_require_grads()
+    return model
 
 
 def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:

@@ -72,6 +72,17 @@ class TheModelItself:
         return weights_fingerprint(self.model)
 
 
+class NoReference:
+    """For the methods whose loss has none."""
+
+    kind = "none"
+    model = None
+
+    def fingerprint(self) -> None:
+        """Of nothing."""
+        return None
+
+
 def choose_reference(
     model: nn.Module, ref_model: nn.Module | None, *, fresh_adapter: bool, precompute: bool
 ) -> AdapterOff | FrozenModel | TheModelItself:

@@ -1,57 +1,54 @@
 """The thin trainer: ``transformers.Trainer`` with a preference loss on fused log-probabilities.
 
-Start here. An optimizer step goes: ``get_batch_samples`` gives every row of the window its share in the step's mean
-loss; the first ``compute_loss`` of the window estimates KTO's reference point from all its rows; every ``compute_loss``
-scores its rows under the reference and the policy and adds up metrics. Nothing in between waits for the device.
+Start here. An optimizer step goes: ``get_batch_samples`` gives every row or pair of the window its share in the step's
+mean loss; the first ``compute_loss`` of the window estimates what its rows are compared with, from all of them; every
+``compute_loss`` scores its sequences under the reference and the policy, takes the method's loss (objective.py) and adds up
+metrics. Nothing in between waits for the device. What is written down, and when, stands in recorded.py.
 """
 
-import json
-import logging
-import math
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt.data import LabelBalancedSampler, PreferenceCollator
-from prefopt.data.collate import RawFeatures
+from prefopt.data.collate_pairs import PairCollator
 from prefopt.train import prepare
+from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.config import PreferenceConfig
-from prefopt.train.diagnostics import Diagnostics
-from prefopt.train.finite import FiniteWatch
+from prefopt.train.describe import describe
 from prefopt.train.inputs import COLUMNS, Prepared, prepare_rows
-from prefopt.train.metrics import CLASSES, MetricSums, RowMetrics, quotients
+from prefopt.train.methods import PAIRS
+from prefopt.train.metrics import RowMetrics
 from prefopt.train.mismatched import MismatchedRows
+from prefopt.train.objective import Baselines, Objective, Sequences
 from prefopt.train.precompute import fixed_partners, with_reference
-from prefopt.train.reference import AdapterOff, choose_reference
+from prefopt.train.recorded import RecordedTrainer
+from prefopt.train.reference import AdapterOff, NoReference, choose_reference
 from prefopt.train.run_folder import RunFolder
 from prefopt.train.scoring import PackingCollator, Scores, score, to_device
+from prefopt.train.window import drop_repeats, share_out
 from prefopt_kernels.integrations.transformers import check_lm_head, lm_head_of
-from prefopt_kernels.losses import apo_zero_loss, kto_loss
 
-logger = logging.getLogger(__name__)
-
-STATE_NAME = "prefopt_state.json"
 POLICY_OUTPUTS = ("entropy", "mean_logit")
 
 
-class PreferenceTrainer(Trainer):
-    """Train a causal language model on desirable and undesirable answers.
+class PreferenceTrainer(RecordedTrainer):
+    """Train a causal language model on desirable and undesirable answers, or on pairs of a better and a worse one.
 
     Args:
         model: the policy, a ``PreTrainedModel`` or a ``PeftModel``; its weights as passed are the starting point.
-        args: see ``PreferenceConfig``.
+        args: see ``PreferenceConfig``; its ``method`` decides which rows are needed.
         train_dataset: ``prefopt.data``'s ``Tokenized`` or ``LoadedRows``, or what ``load_rows`` reads (a
             ``datasets.Dataset`` of raw rows, a list of them, a path).
         eval_dataset: the same, or a dictionary of them.
         processing_class: the tokenizer.
         ref_model: the reference. Left out, it is the model without its adapter where there is one (``peft_config``, or
             a ``PeftModel`` that still equals its base), and otherwise a frozen copy of ``model`` made here, before any
-            checkpoint is loaded; with ``precompute_ref_logps`` no copy is made.
+            checkpoint is loaded; with ``precompute_ref_logps``, or a method without a reference, no copy is made.
         peft_config: wraps ``model``, seeded by ``args.seed``.
         callbacks, optimizers: as for ``Trainer``.
 
@@ -77,25 +74,20 @@ class PreferenceTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        prepare.check_arguments(model, args, train_dataset)
+        prepare.check_arguments(model, args, train_dataset, ref_model)
         train = prepare_rows(train_dataset, processing_class, args, "train_dataset")
         evals = {
             name: prepare_rows(data, processing_class, args, "eval_dataset")
             for name, data in _named(eval_dataset).items()
         }
-        if peft_config is not None:
-            model = prepare.with_adapter(model, peft_config, args.seed)
-        if args.disable_dropout:
-            for module in [model] if ref_model is None else [model, ref_model]:
-                prepare.disable_dropout(module)
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError(
-                f"no parameter of {type(model).__name__} requires a gradient; nothing to train"
-            )
-        if hasattr(model, "peft_config") and args.activation_checkpointing:
-            model.enable_input_require_grads()
+        model = prepare.ready(model, ref_model, args, peft_config)
         pad_token_id = prepare.pad_token_id(processing_class, model)
-        collator = PackingCollator(PreferenceCollator(pad_token_id, max_length=args.max_length))
+        self._row_collator = PackingCollator(
+            PreferenceCollator(pad_token_id, max_length=args.max_length)
+        )
+        collator = self._row_collator
+        if args.spec.data == PAIRS:
+            collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
         super().__init__(
             model=model,
             args=args,
@@ -106,7 +98,7 @@ class PreferenceTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self._refuse_unsupported()
+        prepare.refuse_unsupported(self)
         self.head = lm_head_of(self.model)
         check_lm_head(self.model, self.head)
         self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
@@ -120,28 +112,21 @@ class PreferenceTrainer(Trainer):
             self.reference = self._reference_head = (
                 None  # their scores are columns now; frees memory
             )
-        self.mismatched = MismatchedRows(args.kl_estimator, collator, self._log_ratios, args.device)
+        self.objective = Objective(args)
+        self.baselines = BaselineEstimators(args)
+        self.mismatched = None
+        if args.needs_kl:
+            self.mismatched = MismatchedRows(
+                args.kl_estimator, collator, self._log_ratios, args.device, decay=args.kl_decay
+            )
+        self._window: list[dict] = []
+        self._z0: Tensor | None = None  # of the window
+        self._ahead: tuple[list[Tensor], Baselines] | None = None  # of the window
         self._sampler: LabelBalancedSampler | None = None
         self.add_callback(_SamplerEpoch(self))
         self._reset_state()
         self.run_folder = RunFolder(args.output_dir, active=self.is_world_process_zero())
-        self._describe(train, evals)
-
-    def _refuse_unsupported(self) -> None:
-        """Ways of spreading a model over devices that nobody has tried with this trainer."""
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
-                "torchrun or accelerate launch, or make one GPU visible"
-            )
-        for name, used in (
-            ("DeepSpeed", self.is_deepspeed_enabled),
-            ("FSDP", self.is_fsdp_enabled),
-            ("a parallelism_config", self.accelerator.parallelism_config is not None),
-            ("a model sharded while loading", self.is_distributed_loading_by_transformers),
-        ):
-            if used:
-                raise ValueError(f"{name} is not supported yet; expected one process or plain DDP")
+        describe(self, self._reference_kind, train, evals)
 
     # ---- data and reference ----
 
@@ -149,15 +134,18 @@ class PreferenceTrainer(Trainer):
         args = self.args
         if ref_model is not None and self.place_model_on_device:
             ref_model = ref_model.to(args.device)
-        self.reference = choose_reference(
-            self.model,
-            ref_model,
-            fresh_adapter=fresh_adapter,
-            precompute=args.precompute_ref_logps,
-        )
+        if args.spec.needs_reference:
+            self.reference = choose_reference(
+                self.model,
+                ref_model,
+                fresh_adapter=fresh_adapter,
+                precompute=args.precompute_ref_logps,
+            )
+        else:
+            self.reference = NoReference()
         self._reference_kind = self.reference.kind
         self._reference_head = self.head
-        if self.reference.model is not self.model:
+        if self.reference.model not in (None, self.model):
             self._reference_head = lm_head_of(self.reference.model)
             check_lm_head(self.reference.model, self._reference_head)
         # With an adapter the reference cannot be mistaken for a checkpoint, so its weights need not be read.
@@ -182,7 +170,7 @@ class PreferenceTrainer(Trainer):
             prepared.tokenized,
             partners,
             self._reference_logps,
-            self.data_collator,
+            self._row_collator,
             identity=(self._reference_fingerprint, str(self.accelerator.mixed_precision)),
             cache_dir=args.reference_cache_dir,
             batch_size=args.precompute_batch_size or args.per_device_eval_batch_size,
@@ -200,7 +188,7 @@ class PreferenceTrainer(Trainer):
         # The whole step is balanced, so that its rows do not depend on how it is cut into micro-batches; a reference
         # point of the micro-batch alone wants the micro-batches balanced instead.
         batch_size = self._train_batch_size
-        if args.kl_estimator == "window":
+        if args.kl_estimator != "microbatch":
             batch_size *= args.gradient_accumulation_steps * args.world_size
         seed = args.seed if args.data_seed is None else args.data_seed
         self._sampler = LabelBalancedSampler(rows["label"][:], batch_size, seed)
@@ -209,68 +197,49 @@ class PreferenceTrainer(Trainer):
     # ---- one optimizer step ----
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The window's micro-batches, each row with its share in the window's mean loss."""
+        """The window's micro-batches, each row or pair with its share in the window's mean loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        total = sum(self._drop_repeats(batch, last=batch is batches[-1]) for batch in batches)
-        for batch in batches:
-            batch["shares"] *= self.accelerator.num_processes / total
-        # The estimate waits for the first compute_loss: on resume the random state is restored in between.
-        self._window = [list(batch["features"]) for batch in batches]
-        self._z0 = None
+        share_out(batches, self.accelerator, by_tokens=self.objective.nll_weight > 0)
+        # The estimates wait for the first compute_loss: on resume the random state is restored in between.
+        self._window, self._z0, self._ahead = batches, None, None
         if batches:
             self._sums["train"].add_step(self.accelerator.num_processes)
+            self.baselines.step(self.state.global_step)
         return batches, None
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         return None  # Trainer would count label tokens; these labels are of rows
 
-    def _drop_repeats(self, batch: dict, last: bool) -> int:
-        """Set ``shares`` (B,): 1, or 0 for a row that the dataloader repeats to give every rank a full last batch.
-
-        Returns:
-            How many rows of all ranks' micro-batches are not repeats; by arithmetic, without a reduction.
-        """
-        rows, state = list(batch["features"]), self.accelerator.gradient_state
-        everywhere = len(rows) * self.accelerator.num_processes
-        if last and state.end_of_dataloader and 0 < state.remainder < everywhere:
-            everywhere = state.remainder
-        mine = everywhere - len(rows) * self.accelerator.process_index
-        mine = max(0, min(len(rows), mine))
-        device = batch["input_ids"].device
-        batch["shares"] = (torch.arange(len(rows), device=device) < mine).float()
-        batch["features"] = RawFeatures(rows[:mine])
-        return everywhere
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of this micro-batch's row losses times their shares."""
-        args, mode = self.args, "train" if model.training else "eval"
+        """The sum of what this micro-batch's rows or pairs add to the step's mean loss."""
+        args, objective, mode = self.args, self.objective, "train" if model.training else "eval"
         z0 = self._reference_point(inputs, mode) if args.needs_kl else None
-        ref_logps = inputs["ref_logps"] if "ref_logps" in inputs else self._reference_logps(inputs)
+        ahead = mode == "train" and args.needs_window and len(self._window) > 1
+        if ahead and self._ahead is None:
+            self._ahead = self._look_ahead()
+        ref_logps = self._ahead[0][inputs["position"]] if ahead else self._known_ref_logps(inputs)
         with self.accelerator.autocast():
             policy = score(model, self.head, inputs, backend=args.backend, outputs=POLICY_OUTPUTS)
-        losses = self._losses(policy.logps, ref_logps, inputs["labels"], z0)
-        self._record(inputs, policy, ref_logps, losses.detach(), mode)
-        return (losses * inputs["shares"]).sum()
-
-    def _losses(
-        self, logps: Tensor, ref_logps: Tensor, labels: Tensor, z0: Tensor | None
-    ) -> Tensor:
-        args = self.args
-        options = {
-            "beta": args.beta,
-            "desirable_weight": args.desirable_weight,
-            "undesirable_weight": args.undesirable_weight,
-        }
-        if args.method == "apo_zero":
-            return apo_zero_loss(logps, ref_logps, labels, **options)
-        return kto_loss(logps, ref_logps, labels, reference_point=z0, **options)
+        rows = _sequences(inputs, policy.logps, ref_logps)
+        if ahead:
+            baselines = self._ahead[1]
+        else:  # these are all the rows of the step, or of the batch that is evaluated
+            baselines = self._estimate(rows.first(len(inputs["features"])), mode)
+        baselines = replace(baselines, reference_point=z0)
+        losses = objective.losses(rows, baselines) * inputs["shares"]
+        if "token_shares" in inputs:
+            nll = objective.nll(rows, len(losses))
+            losses = losses + objective.nll_weight * nll * inputs["token_shares"]
+        self._record(inputs, rows, policy, losses.detach(), baselines, mode)
+        return losses.sum()
 
     def _reference_point(self, inputs: dict, mode: str) -> Tensor:
         """z0 of the window, or of the micro-batch; in evaluation of the batch."""
-        windowed = mode == "train" and self.args.kl_estimator == "window"
+        windowed = mode == "train" and self.args.kl_estimator != "microbatch"
         if windowed and self._z0 is not None:
             return self._z0
-        pieces = self._window if windowed else [list(inputs["features"])]
+        batches = self._window if windowed else [inputs]
+        pieces = [list(batch["features"]) for batch in batches]
         estimate = self.mismatched.estimate(pieces, update=mode == "train")
         self._sums[mode].add_estimate(estimate.value, estimate.rows_without_partner)
         if windowed:
@@ -278,14 +247,36 @@ class PreferenceTrainer(Trainer):
         return estimate.value
 
     @torch.no_grad()
+    def _look_ahead(self) -> tuple[list[Tensor], Baselines]:
+        """The reference's scores of every micro-batch of the window, and what all its rows together say."""
+        references, parts = [], []
+        for batch in self._window:
+            batch = to_device(batch, self.args.device)
+            references.append(self._known_ref_logps(batch))
+            with self.accelerator.autocast():
+                logps = score(self.model, self.head, batch, backend=self.args.backend).logps
+            parts.append(_sequences(batch, logps, references[-1]).first(len(batch["features"])))
+        return references, self._estimate(Sequences.joined(parts), "train")
+
+    def _estimate(self, rows: Sequences, mode: str) -> Baselines:
+        baselines = self.baselines.estimate(rows, update=mode == "train")
+        if baselines.shift is not None:
+            self._sums[mode].add_shift(baselines.shift, baselines.gate)
+        return baselines
+
+    @torch.no_grad()
     def _log_ratios(self, batch: dict) -> Tensor:
         """Policy less reference of mismatched sequences, (n,) nats."""
         batch = to_device(batch, self.args.device)
         with self.accelerator.autocast():
             logps = score(self.model, self.head, batch, backend=self.args.backend).logps
-        return logps - (
-            batch["ref_logps"] if "ref_logps" in batch else self._reference_logps(batch)
-        )
+        return logps - self._known_ref_logps(batch)
+
+    def _known_ref_logps(self, batch: dict) -> Tensor | None:
+        """(B,) nats, computed beforehand or now; None for a method without a reference."""
+        if not self.args.spec.needs_reference:
+            return None
+        return batch["ref_logps"] if "ref_logps" in batch else self._reference_logps(batch)
 
     @torch.no_grad()
     def _reference_logps(self, batch: dict) -> Tensor:
@@ -295,41 +286,33 @@ class PreferenceTrainer(Trainer):
             return score(model, self._reference_head, batch, backend=self.args.backend).logps
 
     def _record(
-        self, inputs: dict, policy: Scores, ref_logps: Tensor, losses: Tensor, mode: str
+        self,
+        inputs: dict,
+        rows: Sequences,
+        policy: Scores,
+        losses: Tensor,
+        baselines: Baselines,
+        mode: str,
     ) -> None:
-        log_ratios = policy.logps.detach() - ref_logps
-        rows = RowMetrics(
+        detached = replace(rows, logps=rows.logps.detach())
+        metrics = RowMetrics(
             losses=losses,
             shares=inputs["shares"],
             labels=inputs["labels"],
-            rewards=self.args.beta * log_ratios,
-            logps=policy.logps.detach(),
+            rewards=self.objective.rewards(detached),
+            logps=detached.logps,
             mean_logits=policy.mean_logits,
             entropies=policy.entropies,
-            completion_tokens=inputs["cu_seqlens"].diff(),
+            completion_tokens=rows.lengths,
             tokens=inputs["attention_mask"].sum(1),
+            pulls=self.objective.pulls(detached, baselines),
         )
-        self._sums[mode].add_rows(rows, self.accelerator.num_processes if mode == "train" else 1)
+        self._sums[mode].add_rows(metrics, self.accelerator.num_processes if mode == "train" else 1)
         if mode == "train":
             numbers = [int(row["row"]) for row in inputs["features"]]
-            # Plus 0 * log-ratio: a row at minus infinity has a finite loss.
-            finite = (losses + 0.0 * log_ratios)[: len(numbers)]
-            self._watch.add_rows(self.state.global_step + 1, numbers, finite)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None):
-        """Trainer's; on the CPU, where looking is free, the step is checked before the optimizer takes it."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A gradient scaler (fp16) meets infinite gradients on purpose and skips those steps itself.
-        if self.accelerator.scaler is None:
-            self._watch.add_gradient(self.state.global_step + 1, grad_norm)
-            self._sums["train"].add_gradient(grad_norm)
-        if self._looking_is_free:
-            self._watch.check()
-        return grad_norm
-
-    @property
-    def _looking_is_free(self) -> bool:
-        return self.args.device.type == "cpu"
+            self._watch.add_rows(
+                self.state.global_step + 1, numbers, _telling(losses, detached)[: len(numbers)]
+            )
 
     # ---- evaluation ----
 
@@ -342,174 +325,10 @@ class PreferenceTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's summed loss, and no predictions: the logits are never built."""
-        self._drop_repeats(inputs, last=True)
+        drop_repeats(inputs, self.accelerator, last=True)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             return self.compute_loss(model, inputs), None, None
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None,
-        metric_key_prefix="eval",
-    ):  # fmt: skip
-        """Trainer's, with the metrics of training, each weighted by its rows or tokens."""
-        self._sums["eval"].reset()
-        output = super().evaluation_loop(
-            dataloader, description, True, ignore_keys, metric_key_prefix
-        )
-        sums = self._sums["eval"].read()
-        metrics = quotients(sums, loss_count=sum(sums[f"rows/{side}"] for side in CLASSES))
-        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
-        return output
-
-    # ---- logs, checkpoints, resume ----
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the metrics since the last log, and metrics.jsonl beside it."""
-        if "loss" in logs:  # the training loop's; evaluation's keys have a prefix
-            sums = self._read_sums()
-            self._sums["train"].reset()
-            self._num_tokens += round(sums["num_tokens"])
-            logs.update(quotients(sums, loss_count=sums["steps"]), num_tokens=self._num_tokens)
-            self._diagnose(sums, logs)
-        super().log(logs, start_time)
-        self.run_folder.metrics({"step": self.state.global_step, **logs})
-
-    def _read_sums(self) -> dict[str, float]:
-        """The sums since the last log; the only place where training waits for the device.
-
-        Raises:
-            NonFiniteError: something in them is not finite.
-        """
-        sums = self._sums["train"].read()
-        if not all(math.isfinite(value) for value in sums.values()):
-            self._watch.check()
-            self._watch.stop_elsewhere(self.state.global_step)
-        self._watch.forget()
-        return sums
-
-    def _diagnose(self, sums: dict[str, float], logs: dict[str, float]) -> None:
-        step, known = self.state.global_step, len(self.diagnostics.findings)
-        self.diagnostics.observe(step, logs)
-        rows = sum(sums[f"rows/{side}"] for side in CLASSES)
-        self.diagnostics.observe_partners(step, rows, sums["rows_without_partner"])
-        if len(self.diagnostics.findings) > known:
-            self.run_folder.update(diagnostics=self.diagnostics.state_dict()["findings"])
-
-    def _reset_state(self) -> None:
-        """A run's own state: everything that a checkpoint has to hold beside Trainer's."""
-        device = self.args.device
-        self._sums = {mode: MetricSums(device) for mode in ("train", "eval")}
-        self._watch = FiniteWatch(self.args.output_dir)
-        self._num_tokens = 0
-        self._window: list[list[dict]] = []
-        self._z0: Tensor | None = None
-        self.diagnostics = Diagnostics()
-
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        sums = self._read_sums()
-        folder = (
-            Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        )
-        state = {
-            "num_tokens": self._num_tokens,
-            "sums": sums,
-            "reference_point": float(self.mismatched.estimator.value),
-            "diagnostics": self.diagnostics.state_dict(),
-            "reference_fingerprint": self._reference_fingerprint,
-        }
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        super()._save_checkpoint(model, trial)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        found = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        findings = self.diagnostics.findings
-        self._reset_state()
-        self.diagnostics.findings = [finding for finding in findings if finding.step == 0]
-        if resume_from_checkpoint is not None:
-            self._load_state(Path(resume_from_checkpoint) / STATE_NAME)
-        self.diagnostics.max_steps = max_steps
-        self.run_folder.start_metrics(self.state.global_step)
-        return found
-
-    def _load_state(self, file: Path) -> None:
-        if not file.is_file():
-            logger.warning(
-                "%s has no %s: num_tokens and metrics start anew", file.parent, file.name
-            )
-            return
-        state = json.loads(file.read_text(encoding="utf-8"))
-        fingerprints = {state["reference_fingerprint"], self._reference_fingerprint} - {None}
-        if len(fingerprints) > 1:
-            raise ValueError(
-                f"the reference is not the one that {file.parent} was trained against (its weights differ); pass the "
-                "starting model as model, or the same ref_model: the checkpoint itself is loaded by Trainer"
-            )
-        self._num_tokens = state["num_tokens"]
-        if self.is_world_process_zero():  # they are the sums of all ranks
-            self._sums["train"].load(state["sums"])
-        value = torch.tensor(state["reference_point"], device=self.args.device)
-        self.mismatched.estimator.load_state_dict({"value": value})
-        self.diagnostics.load_state_dict(state["diagnostics"])
-
-    # ---- run folder ----
-
-    def train(self, *args, **kwargs):
-        """Trainer's; run.json tells whether it is running, finished or stopped, and by what."""
-        self.run_folder.update(status="running", stopped_by=None)
-        status, reason = "stopped", "interrupted"
-        try:
-            result = super().train(*args, **kwargs)
-            status, reason = "finished", None
-            return result
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            findings = self.diagnostics.state_dict()["findings"]
-            self.run_folder.update(status=status, stopped_by=reason, diagnostics=findings)
-
-    def _describe(self, train: Prepared, evals: dict[str, Prepared]) -> None:
-        args, counts = self.args, train.tokenized.counts
-        if args.method == "kto":
-            self.diagnostics.observe_data(
-                counts["desirable"],
-                counts["undesirable"],
-                args.desirable_weight,
-                args.undesirable_weight,
-            )
-        text = self.model.config.get_text_config()
-        if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):
-            self.diagnostics.add(
-                "no_router_loss",
-                0,
-                "The model is a mixture of experts, and its load-balancing loss is not part of the objective",
-                "Freeze the router, for example by training an adapter on the attention layers",
-            )
-        parameters = list(self.model.parameters())
-        self.run_folder.bad_rows(row for rows in [train, *evals.values()] for row in rows.bad)
-        self.run_folder.update(
-            status="prepared",
-            method=args.method,
-            config=args.to_dict(),
-            model={
-                "class": type(self.model).__name__,
-                "parameters": sum(parameter.numel() for parameter in parameters),
-                "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-                "logit_scale": self.head.logit_scale,
-                "softcap": self.head.softcap,
-            },
-            reference={"kind": self._reference_kind, "fingerprint": self._reference_fingerprint},
-            data={"train": train.summary()}
-            | {f"eval_{name}" if name else "eval": rows.summary() for name, rows in evals.items()},
-            world_size=args.world_size,
-            diagnostics=self.diagnostics.state_dict()["findings"],
-        )
 
 
 class _SamplerEpoch(TrainerCallback):
@@ -527,3 +346,13 @@ def _named(eval_dataset: object) -> dict[str, object]:
     if eval_dataset is None:
         return {}
     return eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+
+
+def _sequences(batch: dict, logps: Tensor, ref_logps: Tensor | None) -> Sequences:
+    return Sequences(logps, ref_logps, batch["labels"], batch["cu_seqlens"].diff())
+
+
+def _telling(losses: Tensor, rows: Sequences) -> Tensor:
+    """(R,) finite where a row or pair is: a row at minus infinity may have a finite loss."""
+    logps = rows.logps if rows.ref_logps is None else rows.logps - rows.ref_logps  # (B,)
+    return losses + (0.0 * logps).view(-1, len(losses)).sum(0)

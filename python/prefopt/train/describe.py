@@ -1,0 +1,56 @@
+"""What run.json says of a run before it starts, and what is told about its data and its model."""
+
+from prefopt.train.diagnostics import Diagnostics
+from prefopt.train.inputs import Prepared
+from prefopt.train.methods import RATED
+from prefopt.train.recorded import RecordedTrainer
+
+
+def describe(
+    trainer: RecordedTrainer, reference_kind: str, train: Prepared, evals: dict[str, Prepared]
+) -> None:
+    """Look at data and model, and write the first run.json.
+
+    Args:
+        trainer: built.
+        reference_kind: in words.
+        train, evals: the rows as they were prepared.
+    """
+    args, model, head = trainer.args, trainer.model, trainer.head
+    if args.spec.data == RATED:
+        _observe_labels(trainer.diagnostics, args, train.tokenized.counts)
+    text = model.config.get_text_config()
+    if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):
+        trainer.diagnostics.add(
+            "no_router_loss",
+            0,
+            "The model is a mixture of experts, and its load-balancing loss is not part of the objective",
+            "Freeze the router, for example by training an adapter on the attention layers",
+        )
+    parameters = list(model.parameters())
+    trainer.run_folder.bad_rows(row for rows in [train, *evals.values()] for row in rows.bad)
+    trainer.run_folder.update(
+        status="prepared",
+        method=args.method,
+        config=args.to_dict(),
+        model={
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+            "logit_scale": head.logit_scale,
+            "softcap": head.softcap,
+        },
+        reference={"kind": reference_kind, "fingerprint": trainer._reference_fingerprint},
+        data={"train": train.summary()}
+        | {f"eval_{name}" if name else "eval": rows.summary() for name, rows in evals.items()},
+        world_size=args.world_size,
+        diagnostics=trainer.diagnostics.state_dict()["findings"],
+    )
+
+
+def _observe_labels(diagnostics: Diagnostics, args, counts: dict[str, int]) -> None:
+    labels = counts["desirable"], counts["undesirable"]
+    if args.needs_kl:  # KTO's advice on the weights is KTO's
+        diagnostics.observe_data(*labels, args.desirable_weight, args.undesirable_weight)
+    elif not all(labels):
+        diagnostics.observe_data(*labels, 1.0, 1.0)
