@@ -8,13 +8,14 @@ is needed. Leave TRITON_INTERPRET unset.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +33,8 @@ from prefopt_kernels.ops._launch import Launch, recording
 from prefopt_kernels.ops.linear_logprob import backend_triton, backend_triton_choices
 from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
+from prefopt_kernels.ops.sequence_loss import backend_triton as sequence_loss
+from prefopt_kernels.ops.sequence_loss.parameters import TENSORS, Form, Parameters
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -50,7 +53,7 @@ TYPES = {
     torch.bool: "i1",
 }
 MATRIX = r"\bwgmma\.mma_async|\bmma\.sync|\btcgen05\.mma"  # in PTX: Hopper, Ampere, Blackwell
-T, H, V, RANK = 4096, 1024, 151_936, 16
+T, H, V, RANK, SEQUENCES = 4096, 1024, 151_936, 16, 64
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Compiled:
     calls: str
 
 
-def calls(dtype: torch.dtype) -> Iterator[tuple[str, partial]]:
+def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
     """Calls of the backend that between them launch every kernel with every flag."""
     meta = {"device": "meta"}
     hidden, weight = torch.empty(T, H, dtype=dtype, **meta), torch.empty(V, H, dtype=dtype, **meta)
@@ -111,6 +114,41 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, partial]]:
         "backward, everything",
         partial(backward, full, through, saved(row, None, 0.0, 0.0), capped, every),
     )
+
+
+def sequence_calls() -> Iterator[tuple[str, Callable]]:
+    """Calls of sequence_loss, whose kernels have one dtype; between them every method, weighting and kind of argument."""
+    win, decision = ("tversky-kahneman", "prelec")
+    forms = {
+        "kto": Form("kto", None, None),
+        "apo_zero": Form("apo_zero", None, None),
+        "bco": Form("bco", None, None),
+        "enhanced": Form("enhanced_kto", None, None),
+        "enhanced, weightings": Form("enhanced_kto", win, decision),
+        "enhanced, the other weightings": Form("enhanced_kto", decision, win),
+    }
+    meta = {"device": "meta"}
+    settings = dict.fromkeys(Parameters._fields, 0.5)
+    for name, form in forms.items():
+        for plain in (False, True):
+            numbers = (
+                settings if plain else settings | {t: torch.empty((), **meta) for t in TENSORS}
+            )
+            offsets = torch.empty(
+                SEQUENCES + 1, dtype=torch.int32 if plain else torch.int64, **meta
+            )
+            lengths = None if plain else torch.empty(SEQUENCES, dtype=torch.int64, **meta)
+            yield (
+                f"{name}, {'numbers' if plain else 'tensors'}",
+                partial(_sequence_call, offsets, lengths, form, Parameters(**numbers)),
+            )
+
+
+def _sequence_call(offsets: Tensor, lengths: Tensor | None, form: Form, parameters: Parameters):
+    rows = torch.empty(SEQUENCES, device="meta")
+    logp = torch.empty(T, device="meta")
+    out = sequence_loss.forward(logp, offsets, rows, rows.bool(), lengths, form, parameters)
+    sequence_loss.backward(rows, rows, offsets, out[-1], T)
 
 
 def argument_type(value) -> str:
@@ -190,7 +228,8 @@ def compile_launch(launch: Launch, arch: int, dtype: str, names: list[str]) -> C
 def compile_all(arch: int, dtype: str) -> list[Compiled]:
     """Every kernel that the cases launch, each once."""
     jobs: dict[tuple, tuple[Launch, list[str]]] = {}
-    for name, call in calls(DTYPES[dtype]):
+    cases = itertools.chain(calls(DTYPES[dtype]), sequence_calls() if dtype == "fp32" else ())
+    for name, call in cases:
         with backend_triton_choices.pretending(TARGETS[arch]), recording() as launches:
             call()
         for launch in launches:

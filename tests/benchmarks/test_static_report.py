@@ -12,6 +12,7 @@ from benchmarks.origin import ROOT
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may have
 KERNELS = {"scan", "combine", "check_reference", "target_logits", "product", "finish"}
 KERNELS |= {"logit_gradients"}
+SEQUENCE_KERNELS = {"sum_tokens", "all_rows", "spread"}  # of sequence_loss, fp32 whatever the model
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,7 @@ def test_kernels_keep_their_registers_and_use_the_matrix_units(rows, arch):
     ours = [row for row in rows if row["arch"] == arch]
     for dtype in ("bf16", "fp16", "fp32"):
         assert {row["kernel"] for row in ours if row["dtype"] == dtype} >= KERNELS
+    assert {row["kernel"] for row in ours if row["dtype"] == "fp32"} >= SEQUENCE_KERNELS
     for row in ours:
         name = f"{row['kernel']} {row['dtype']} sm_{arch} in {row['calls']}: {row['flags']}"
         assert row["spill_bytes"] == 0, name

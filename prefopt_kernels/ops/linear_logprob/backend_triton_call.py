@@ -274,7 +274,7 @@ class Call:
 
     def product_splits(self, rows: int, columns: int, inner: int) -> int:
         tile = choices.product(self.target, self.dtype, columns, self.descriptors, aligned=True)
-        programs = -(-rows // tile.block_m) * -(-columns // tile.block_n)
+        programs = cdiv(rows, tile.block_m) * max(1, cdiv(columns, tile.block_n))
         return choices.splits(self.target, programs, -(-inner // (8 * tile.block_k)))
 
     def peaks(self, tile_max: Tensor, lse: Tensor) -> Tensor:

@@ -86,12 +86,9 @@ def _cuda_target(index: int) -> Target:
 
 def tiles(target: Target, dtype: torch.dtype, descriptors: bool, adapter: bool) -> Tiles:
     """``parts`` are of FILTER_TILE columns; ``block_t`` is FILTER_ROWS."""
-    if not descriptors and (adapter or dtype == torch.float32):
-        # addresses beside 4-byte or further operands: 128 columns spill
-        return Tiles(FILTER_ROWS, 64, 32, 1, 8, 2)
     if dtype == torch.float32:
-        # in bytes the tile of 128 x 128 x 64 bf16 numbers
-        return Tiles(FILTER_ROWS, 128, 32, 2, 8, 2)
+        # Three tf32 products keep both halves of each operand in registers: wider or deeper, sm_80 and sm_100 spill.
+        return Tiles(FILTER_ROWS, 64, 16, 1, 8, 2)
     if descriptors and not adapter and target.capability < (10, 0):
         # 48 KiB from L2 for 4.2 MFLOP, where 128 x 128 asks a third more. In one part it spills 117 registers, in two 12,
         # in four none; on sm_100, where sums come back from tensor memory, also in four.
@@ -105,14 +102,16 @@ def product(
     target: Target, dtype: torch.dtype, columns: int, descriptors: bool, aligned: bool
 ) -> Product:
     """``columns`` of the result: H, or the rank of an adapter. ``aligned``: rows of 16 bytes, as any usual H gives."""
+    inner = 16 if dtype == torch.float32 else 32
     if columns <= 64:
-        return Product(FILTER_ROWS, max(16, 1 << (columns - 1).bit_length()), 32, 4, 2)
-    if not aligned:  # an address for each number: 128 columns spill
-        return Product(FILTER_ROWS, 64, 32, 8, 2)
+        return Product(FILTER_ROWS, max(16, 1 << (columns - 1).bit_length()), inner, 4, 2)
+    if dtype == torch.float32 or not aligned:
+        # unaligned rows need an address for each number: 128 columns spill
+        return Product(FILTER_ROWS, 64, inner, 8, 2)
     if dtype == torch.bfloat16 and descriptors:
         wide = 256 if target.capability < (10, 0) else 128  # sm_100: 256 spill
         return Product(FILTER_ROWS, wide, 64, 8, 3)
-    return Product(FILTER_ROWS, 128, 32, 8, 3)  # fp16 and fp32: the workspace is fp32
+    return Product(FILTER_ROWS, 128, 32, 8, 3)  # fp16: the workspace is fp32
 
 
 def splits(target: Target, programs: int, parts: int) -> int:

@@ -63,16 +63,16 @@ def fold(
     if PRODUCT:
         zero = reference
     else:
-        zero = above
-        shrink = tl.exp2(largest - above)  # 0 at the first tile, where largest is -inf
+        zero = tl.where(above > float("-inf"), above, 0.0)  # a bias of -inf may ban every id so far
+        shrink = tl.exp2(largest - zero)  # 0 at the first tile, where largest is -inf
         if ENTROPY:
-            moved = tl.where(largest > float("-inf"), (largest - above) * (total + low), 0.0)
+            moved = tl.where(largest > float("-inf"), (largest - zero) * (total + low), 0.0)
             spread = (spread + moved) * shrink
         total *= shrink
         low *= shrink
     p = tl.exp2(x - zero[:, None])
     if ENTROPY:
-        spread += tl.sum(tl.where(valid, p * (x - zero[:, None]), 0.0), 1)
+        spread += tl.sum(tl.where(p > 0, p * (x - zero[:, None]), 0.0), 1)
     if MEAN:
         logits += tl.sum(tl.where(valid, x, 0.0), 1)
     # Many small terms after a large one would all be rounded away: the sum keeps its rounding error.
@@ -85,7 +85,7 @@ def fold(
     inside = (targets >= column) & (targets < column + WIDTH)
     if tl.max(inside.to(tl.int32), 0) > 0:  # seldom: one tile of a row has its target
         hit = cols[None, :] == targets[:, None]
-        target = tl.maximum(target, tl.max(tl.where(hit, x, float("-inf")), 1))
+        target = tl.where(inside, tl.max(tl.where(hit, x, float("-inf")), 1), target)
         if PRODUCT:
             p = tl.where(hit, 0.0, p)  # its own term is added in fp32, where 1 - p is exact
     if PRODUCT:
@@ -155,7 +155,8 @@ def scan(
     reference = nothing
     if PRODUCT:
         reference = tl.load(reference_ptr + rows, mask=rows < T, other=0.0)
-    state = (nothing + float("-inf"), nothing, nothing, nothing + float("-inf"), nothing, nothing)
+    unseen = nothing + float("nan")  # a target that no tile has
+    state = (nothing + float("-inf"), nothing, nothing, unseen, nothing, nothing)
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for tile in tl.range(first, last):
@@ -353,14 +354,13 @@ def combine(
     total = tl.zeros((BLOCK_T,), tl.float64)
     spread = tl.zeros((BLOCK_T,), tl.float64)
     logits = tl.zeros((BLOCK_T,), tl.float64)
-    target = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    target = tl.full((BLOCK_T,), float("nan"), tl.float32)
     for split in tl.range(0, splits):
         place = tl.cast(split, tl.int64) * T + rows
         part = tl.load(partials_ptr + stride + place, mask=counts, other=1.0).to(tl.float64)
         part += tl.load(partials_ptr + 2 * stride + place, mask=counts, other=0.0).to(tl.float64)
-        target = tl.maximum(
-            target, tl.load(partials_ptr + 3 * stride + place, mask=counts, other=0.0)
-        )
+        seen = tl.load(partials_ptr + 3 * stride + place, mask=counts, other=0.0)
+        target = tl.where(seen == seen, seen, target)  # NaN in the splits that do not have it
         moved = tl.zeros((BLOCK_T,), tl.float64)
         if not PRODUCT:
             largest = tl.load(partials_ptr + place, mask=counts, other=0.0)
@@ -377,7 +377,6 @@ def combine(
             )
     log_sum = tl.log(total)
     logp = (target - zero).to(tl.float64) * LN_2 - log_sum
-    logp = tl.where(target > float("-inf"), logp, float("nan"))  # its target is no token id
     places = tl.load(order_ptr + rows, mask=counts, other=0)
     tl.store(logp_ptr + places, logp.to(tl.float32), mask=counts)
     tl.store(lse_ptr + places, (zero.to(tl.float64) * LN_2 + log_sum).to(tl.float32), mask=counts)

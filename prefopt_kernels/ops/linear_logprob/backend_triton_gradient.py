@@ -67,13 +67,14 @@ def part_gradients(
         dz += tl.where(hit, dlogp[:, None], 0.0)
     if SOFTCAP:
         dz *= slope
-    dz *= factor
+    rows = row + tl.arange(0, BLOCK_T)
+    counts = (rows < count)[:, None]
+    dz = tl.where(counts, dz * factor, 0.0)  # an infinite row of the head makes NaN of a row of zeros
     if COLUMN_SUMS:
         place = tl.cast(block, tl.int64) * workspace_stride + (cols - first_column)
         tl.store(column_sums_ptr + place, tl.sum(dz, 0))
     if PEAK:
-        rows = row + tl.arange(0, BLOCK_T)
-        peak = tl.max(tl.max(tl.where((rows < count)[:, None], p, 0.0), 1), 0)
+        peak = tl.max(tl.max(tl.where(counts, p, 0.0), 1), 0)
         place = tl.cast(block, tl.int64) * tiles + column // WIDTH
         tl.store(peak_ptr + place, tl.where(has_target, 1.0, peak), mask=column < V)
     tile = dz.to(workspace.dtype if DESCRIPTOR else workspace.dtype.element_ty)
