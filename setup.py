@@ -30,7 +30,15 @@ TRAIN = [
     "pyyaml>=6",
     "safetensors>=0.6",
 ]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "trl==1.16.0", "liger-kernel==0.8.5"]
+EXPORT = ["gguf>=0.19,<1"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "hypothesis>=6",
+    "trl==1.16.0",
+    "liger-kernel==0.8.5",
+    *EXPORT,
+]
 DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
 
 
@@ -120,7 +128,7 @@ def main() -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
-        extras_require={"train": TRAIN, "test": TEST, "dev": DEV},
+        extras_require={"train": TRAIN, "export": EXPORT, "test": TEST, "dev": DEV},
         packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
         package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
         package_data={"prefopt_kernels": data, "prefopt": data},

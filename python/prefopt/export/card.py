@@ -1,0 +1,63 @@
+"""README.md of an export: the metadata that the hub reads, and how to load what is in the folder."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from prefopt.export.folder import RECORD
+from prefopt.report.card import hub_id
+from prefopt.use.load import Source
+
+RELATIONS = {
+    "adapter": "adapter",
+    "merged": "finetune",
+    "merged-4bit": "quantized",
+    "gguf": "quantized",
+}
+LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
+TAGS = {"adapter": ["lora"], "gguf": ["llama.cpp"]}
+WHAT = {
+    "adapter": "The adapter alone: it needs its base model.",
+    "merged": "The adapter merged into the weights of its base model, in fp32, then rounded to the dtype that is stored.",
+    "merged-4bit": "The merged weights, rounded to 4 bits (bitsandbytes, NF4).",
+    "gguf": "One file for llama.cpp and the programs built on it.",
+}
+
+
+def write_card(folder: Path, source: Source, format: str) -> None:
+    """Write README.md beside what was exported. No license is guessed, and no local path is written."""
+    made = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    base = hub_id(source.base)
+    block = {"base_model": base, "base_model_relation": RELATIONS[format]} if base else {}
+    block |= {
+        "library_name": LIBRARIES.get(format, "transformers"),
+        "pipeline_tag": "text-generation",
+        "tags": ["preference-optimization", "prefopt", *TAGS.get(format, [])],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(block, sort_keys=False, allow_unicode=True)}---",
+        f"# {made['run']}, {format}",
+        WHAT[format],
+        _use(folder, format, base),
+    ]
+    if made["notes"]:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in made["notes"]))
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _use(folder: Path, format: str, base: str | None) -> str:
+    if format == "gguf":
+        file = next(folder.glob("*.gguf")).name
+        return f"```sh\nllama-cli -m {file} -cnv\n```"
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if format == "adapter":
+        lines.insert(0, "from peft import PeftModel")
+        lines += [
+            f'model = AutoModelForCausalLM.from_pretrained("{base or "PATH_OF_THE_BASE_MODEL"}")',
+            'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")',
+        ]
+    else:
+        lines.append('model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")')
+    lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")')
+    return "```python\n" + "\n".join(lines) + "\n```"

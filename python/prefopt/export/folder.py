@@ -1,0 +1,41 @@
+"""The folder of an export: whole or not there, and never over something that is not an export."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from prefopt.data.write import whole_folder
+from prefopt.recipe.load import RecipeError
+
+RECORD = "export.json"
+
+
+@contextmanager
+def export_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``out`` when the block has ended well.
+
+    Until then an earlier export stays where it is.
+
+    Raises:
+        RecipeError: ``out`` is in use, and ``force`` is not given or what is there is no export.
+    """
+    out = out.absolute()
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        with whole_folder(out) as folder:
+            yield folder
+        return
+    if not (out / RECORD).is_file():
+        raise RecipeError(f"--out {out} has files in it that are no export; choose another folder")
+    if not force:
+        raise RecipeError(
+            f"--out {out} has an export in it; choose another folder, or replace it by --force"
+        )
+    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
+    old = out.with_name(f".{out.name}.old-{os.getpid()}")
+    with whole_folder(fresh) as folder:
+        yield folder
+    os.replace(out, old)
+    os.replace(fresh, out)
+    shutil.rmtree(old)

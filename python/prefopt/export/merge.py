@@ -1,0 +1,154 @@
+"""An adapter merged into its base, in fp32, once; then rounded to the dtype it is kept in."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefopt.recipe.load import RecipeError
+from prefopt.use.load import Source, load_model, stop_ids
+
+BLOCK = 64  # weights that share a scale in bitsandbytes' 4 bits
+
+
+def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model without adapter, fp32, on the CPU: ``W + scale * B A`` for each adapted matrix, computed in fp32.
+
+    Its generation config stops where the run's chat template ends a turn.
+
+    Raises:
+        RecipeError: the base is stored quantised, the adapter cannot be merged, or weights are not finite.
+    """
+    _refuse_quantised(source)
+    model = load_model(source, dtype="float32")
+    if source.base is not None:
+        separate_tied_head(model)
+        try:
+            # safe_merge looks for values that are not finite before it writes them
+            model = model.merge_and_unload(safe_merge=True)
+        except (ValueError, AttributeError, NotImplementedError) as error:
+            raise RecipeError(
+                f"the adapter in {source.folder} cannot be merged: {str(error).strip()}"
+            ) from None
+    _check_finite(model, f"{source.folder} has weights")
+    stops = stop_ids(model, tokenizer, source.template_kwargs)
+    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    return model
+
+
+def separate_tied_head(model: nn.Module) -> None:
+    """Give head and embedding a matrix each where they share one and an adapter sits on either.
+
+    Merged into the shared matrix, a change of the one would also be made to the other.
+    """
+    base = model.get_base_model()
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    adapted = [
+        isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save")
+        for module in (head, embedding)
+    ]
+    if not base.config.get_text_config().tie_word_embeddings or not any(adapted):
+        return
+    inner = getattr(head, "base_layer", head)
+    if not hasattr(inner, "modules_to_save"):
+        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
+    base.config.get_text_config().tie_word_embeddings = False
+    base.config.tie_word_embeddings = False
+
+
+def save_merged(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+) -> None:
+    """Merged weights (safetensors), configuration, generation config, tokenizer and chat template."""
+    _save(_rounded(merged_model(source, tokenizer), source, dtype), tokenizer, folder)
+
+
+def save_four_bit(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+) -> None:
+    """The merged weights in bitsandbytes' NF4 with doubly quantised scales; head and embedding are not quantised."""
+    from transformers import BitsAndBytesConfig
+
+    model = merged_model(source, tokenizer)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        refuse_broken_blocks(model)
+    model = _rounded(model, source, dtype)
+    compute = torch.bfloat16 if model.dtype == torch.float32 else model.dtype
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as scratch:
+        _save(model, tokenizer, Path(scratch))
+        del model
+        quantised = AutoModelForCausalLM.from_pretrained(
+            scratch, dtype=compute, device_map={"": device}, quantization_config=config
+        )
+        _save(quantised, tokenizer, folder)
+
+
+def refuse_broken_blocks(model: PreTrainedModel) -> None:
+    """Refuse rows that bitsandbytes 0.50 does not quantise rightly on a CPU: it loses the weights without a word.
+
+    Raises:
+        RecipeError: a linear layer's rows are no whole number of blocks.
+    """
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and module.in_features % BLOCK:
+            raise RecipeError(
+                f"--format merged-4bit: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which "
+                "bitsandbytes quantises wrongly on a CPU; use a GPU, or --format merged"
+            )
+
+
+def _rounded(model: PreTrainedModel, source: Source, dtype: str) -> PreTrainedModel:
+    """The model in the dtype it is to be kept in."""
+    kind = getattr(torch, dtype) if dtype != "auto" else _config(source).dtype or torch.float32
+    model.to(kind)
+    _check_finite(model, f"--dtype {str(kind).removeprefix('torch.')} gives weights")
+    return model
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    model.config._name_or_path = ""  # a path of this machine has no place in what is published
+    try:
+        model.save_pretrained(folder)
+    except ValueError as error:
+        raise RecipeError(f"the merged model cannot be saved: {str(error).strip()}") from None
+    tokenizer.save_pretrained(folder)
+
+
+def _refuse_quantised(source: Source) -> None:
+    config = _config(source)
+    if getattr(config, "quantization_config", None) is not None:
+        raise RecipeError(
+            f"{source.weights} is stored quantised, and an adapter merged into that would be rounded with it; name the base "
+            "that it was made of by --base"
+        )
+
+
+def _config(source: Source) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.weights, revision=source.revision)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise RecipeError(f"cannot read the configuration of {source.weights}: {first}") from None
+
+
+def _check_finite(model: nn.Module, what: str) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise RecipeError(f"{what} that are not finite, the first in {name}")

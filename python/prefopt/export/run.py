@@ -1,0 +1,172 @@
+"""``prefopt export``: one run folder in, one finished folder out."""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.export.card import write_card
+from prefopt.export.folder import RECORD, export_folder
+from prefopt.export.merge import merged_model, save_four_bit, save_merged
+from prefopt.recipe.load import RecipeError
+from prefopt.train.run_folder import versions
+from prefopt.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, find_run, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("adapter", "merged", "merged-4bit", "gguf")
+QUANTS = ("q8_0", "f16", "f32")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NEEDS = {"merged-4bit": "bitsandbytes", "gguf": "gguf"}
+
+
+def export_run(
+    run: str | Path,
+    format: str,
+    *,
+    quant: str = "q8_0",
+    dtype: str = "auto",
+    out: str | Path | None = None,
+    base: str | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a run's model in another form, into a folder that appears when it is complete.
+
+    Args:
+        run: run folder.
+        format: "adapter" (the adapter alone, to be used with its base), "merged" (safetensors that need no adapter),
+            "merged-4bit" (the same in bitsandbytes' NF4) or "gguf" (one file for llama.cpp and its relatives).
+        quant: of gguf's matrices, "q8_0", "f16" or "f32".
+        dtype: of merged weights; "auto" is that of the base. The merge itself is done in fp32.
+        out: the folder; RUN/export/FORMAT if not given.
+        base: the base model, instead of the one that the adapter names; with "adapter" the name that is written.
+        force: replace an earlier export.
+
+    Returns:
+        the folder, which has the weights, the tokenizer, a model card and export.json (what it was made of).
+
+    Raises:
+        RecipeError: the run, the format and the model do not go together, a package is missing, or ``out`` is in use.
+        OSError: it cannot be written.
+    """
+    if format not in FORMATS:
+        raise RecipeError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}")
+    if quant not in QUANTS:
+        raise RecipeError(f"--quant is {quant!r}; expected one of {', '.join(QUANTS)}")
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    package = NEEDS.get(format)
+    if package is not None and find_spec(package) is None:
+        raise RecipeError(
+            f"--format {format} needs the package {package}, which is not installed: pip install {package}"
+        )
+    source = _published(run, base) if format == "adapter" else find_run(run, base)
+    tokenizer = load_tokenizer(source)
+    folder = source.folder / "export" / format if out is None else Path(out).expanduser()
+    with export_folder(folder, force) as partial:
+        notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
+        _record(partial, source, format, quant, dtype, notes)
+        write_card(partial, source, format)
+    for note in notes:
+        logger.warning("note: %s", note)
+    return folder
+
+
+def _published(run: str | Path, base: str | None) -> Source:
+    """A run whose adapter is to be written; its base need not be here, since only its name matters."""
+    folder = Path(run).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        source = find_run(run)  # says what is wrong with the folder, if anything
+        raise RecipeError(
+            f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf"
+        )
+    config = PeftConfig.from_pretrained(str(folder))
+    return Source(folder, base or config.base_model_name_or_path or "", config.revision)
+
+
+def _write_adapter(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
+) -> list[str]:
+    weights = [source.folder / name for name in ADAPTER_WEIGHTS]
+    found = [path for path in weights if path.is_file()]
+    if not found:
+        raise RecipeError(f"{source.folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
+    shutil.copy2(found[0], folder)
+    config = json.loads((source.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = source.base
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    if Path(source.base).expanduser().is_dir() or source.base.startswith((".", "/", "~")):
+        return [
+            f"the adapter names its base by a folder of this machine, {source.base}; before you publish it, name the "
+            "hub id by --base"
+        ]
+    return []
+
+
+def _write_merged(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
+) -> list[str]:
+    save_merged(source, tokenizer, folder, dtype)
+    return []
+
+
+def _write_four_bit(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
+) -> list[str]:
+    save_four_bit(source, tokenizer, folder, dtype)
+    return [
+        "the weights were rounded to 4 bits after the merge: evaluate them before you rely on them"
+    ]
+
+
+def _write_gguf(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
+) -> list[str]:
+    from prefopt.export.gguf_write import check_gguf, write_gguf
+
+    check_gguf(source, tokenizer)  # before the weights are read
+    model = merged_model(source, tokenizer)
+    path = folder / f"{source.folder.resolve().name}-{quant}.gguf"
+    notes = write_gguf(model, tokenizer, path, quant, source.template_kwargs)
+    if source.template_kwargs:
+        notes.append(
+            f"the run was trained with the chat template's arguments {json.dumps(source.template_kwargs)}, which the file "
+            "cannot hold; give them to the program that runs it"
+        )
+    return notes
+
+
+_WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], list[str]]] = {
+    "adapter": _write_adapter,
+    "merged": _write_merged,
+    "merged-4bit": _write_four_bit,
+    "gguf": _write_gguf,
+}
+
+
+def _record(
+    folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]
+) -> None:
+    made = {"format": format, "run": source.folder.resolve().name, "base": source.base}
+    if format == "gguf":
+        made["quant"] = quant
+    elif format != "adapter":
+        made["dtype"] = dtype
+    package = NEEDS.get(format)
+    packages = versions() | ({} if package is None else {package: version(package)})
+    made |= {
+        "notes": notes,
+        "chat_template_kwargs": source.template_kwargs,
+        "versions": packages,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    text = json.dumps(made, indent=2, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")

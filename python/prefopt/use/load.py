@@ -1,0 +1,239 @@
+"""A run folder turned back into tokenizer and model: the one way in for chat, classify, bench-inference and export."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from prefopt.recipe.load import RecipeError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run folder says about its model. ``base`` is None where the folder holds all the weights itself."""
+
+    folder: Path
+    base: str | None = None
+    revision: str | None = None
+    adapter: dict = field(default_factory=dict)  # adapter_config.json
+    dtype: str = "auto"  # that of training
+    template_kwargs: dict = field(default_factory=dict)  # of the chat template, as in training
+    data: dict = field(default_factory=dict)  # the recipe's section
+
+    @property
+    def weights(self) -> str:
+        """Where the weights under the adapter are, or all of them."""
+        return str(self.folder) if self.base is None else self.base
+
+
+def find_run(run: str | Path, base: str | None = None) -> Source:
+    """Look into a run folder (or a checkpoint, or a model's folder) without loading anything.
+
+    Args:
+        run: the folder.
+        base: folder or hub id of the base model, instead of the one that the adapter names.
+
+    Raises:
+        RecipeError: there is no trained model in it, or the base model is said to be in a folder that is not there.
+    """
+    folder = Path(run).expanduser()
+    if not folder.is_dir():
+        raise RecipeError(f"there is no run folder {folder}")
+    recipe = _recipe(folder)
+    model, data = _section(recipe, "model"), _section(recipe, "data")
+    kwargs = data.get("chat_template_kwargs")
+    said = {
+        "dtype": model["dtype"] if isinstance(model.get("dtype"), str) else "auto",
+        "template_kwargs": kwargs if isinstance(kwargs, dict) else {},
+        "data": data,
+    }
+    if (folder / ADAPTER_CONFIG).is_file():
+        adapter = _object(folder / ADAPTER_CONFIG)
+        if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
+            raise RecipeError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
+        named = adapter.get("base_model_name_or_path")
+        revision = adapter.get("revision") or model.get("revision") if base is None else None
+        return Source(folder, _located(base or named, folder), revision, adapter, **said)
+    if (folder / "config.json").is_file():
+        if base is not None:
+            raise RecipeError(f"--base is {base}, but {folder} holds all the weights; leave it out")
+        return Source(folder, **said)
+    raise RecipeError(f"{folder} holds no trained model{_hint(folder)}")
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The run's own tokenizer, with its chat template; that of the base model where the run saved none."""
+    own = (source.folder / "tokenizer_config.json").is_file()
+    path, revision = (str(source.folder), None) if own else (source.weights, source.revision)
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot load a tokenizer from {path}: {_first(error)}") from None
+
+
+def load_model(
+    source: Source, *, dtype: str | None = None, device: str = "cpu", **options: Any
+) -> PreTrainedModel | PeftModel:
+    """The trained model in eval mode, its adapter (if it has one) applied beside the base's weights.
+
+    Args:
+        source: of ``find_run``.
+        dtype: "float32", "bfloat16", "float16" or "auto"; as in training if not given.
+        device: of ``choose_device``.
+        options: passed to ``from_pretrained``.
+
+    Raises:
+        RecipeError: the base or the adapter cannot be loaded.
+    """
+    name = source.dtype if dtype is None else dtype
+    kind = name if name == "auto" else getattr(torch, name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.weights, revision=source.revision, dtype=kind, **options
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(
+            f"cannot load a causal language model from {source.weights}: {_first(error)}"
+        ) from None
+    if source.base is not None:
+        try:
+            model = PeftModel.from_pretrained(model, source.folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RecipeError(
+                f"the adapter in {source.folder} does not fit the base model {source.base}: {_first(error)}"
+            ) from None
+    return model.to(device).eval()
+
+
+def choose_device(name: str) -> str:
+    """ "cuda" or "cpu" for "auto"; a named device that is not there is refused.
+
+    Example:
+        >>> choose_device("cpu")
+        'cpu'
+    """
+    found = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if found else "cpu"
+    if name == "cuda" and not found:
+        raise RecipeError("--device is cuda, but torch sees no GPU; expected auto or cpu")
+    return name
+
+
+def stop_ids(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: dict | None = None,
+) -> list[int]:
+    """Tokens that end an answer: those of the generation config, the tokenizer's EOS, and the template's end of turn.
+
+    A base model that was trained with a chat template ends its turns with a token that its generation config does not
+    name; without it, it would go on and write the user's next question.
+    """
+    named = model.generation_config.eos_token_id
+    found = [named] if isinstance(named, int) else list(named or [])
+    found += [tokenizer.eos_token_id, end_of_turn(tokenizer, template_kwargs)]
+    return sorted({token for token in found if token is not None})
+
+
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None = None
+) -> int | None:
+    """The special token that the chat template writes behind an answer; None without a template."""
+    if not tokenizer.chat_template:
+        return None
+    mark = "ANSWER"
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}],
+        tokenize=False,
+        **(template_kwargs or {}),
+    )
+    behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    special = {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return next((token for token in behind if token in special), None)
+
+
+def check_length(model: PreTrainedModel | PeftModel, tokens: int, what: str) -> None:
+    """Refuse a text that is longer than the model's positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise RecipeError(f"{what} {tokens:,} tokens, and the model takes {limit:,}")
+
+
+def _located(named: str | None, folder: Path) -> str:
+    """A base model's folder or hub id."""
+    if not named:
+        raise RecipeError(
+            f"the adapter in {folder} does not name its base model; name it by --base"
+        )
+    path = Path(named).expanduser()
+    if path.is_dir():
+        return str(path)
+    if named.startswith((".", "/", "~")) or named.count("/") > 1:
+        raise RecipeError(
+            f"the base model {named} of {folder} is not there; say by --base in which folder, or under which hub id, it is"
+        )
+    return named
+
+
+def _hint(folder: Path) -> str:
+    """Where the model may be instead."""
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is not None:
+        return f": training has not ended; its last checkpoint is {checkpoint}"
+    inside = folder / "run"
+    if (inside / ADAPTER_CONFIG).is_file() or (inside / "config.json").is_file():
+        return f"; did you mean {inside}?"
+    return f": it has neither {ADAPTER_CONFIG} nor config.json"
+
+
+def _recipe(folder: Path) -> dict:
+    """recipe.yaml of the folder, or of the run that the folder is a checkpoint of; {} if there is none."""
+    for place in (folder, folder.absolute().parent):
+        if place != folder and not folder.name.startswith("checkpoint-"):
+            break
+        try:
+            content = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{place / 'recipe.yaml'} cannot be read: {_first(error)}") from None
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _section(recipe: dict, name: str) -> dict:
+    content = recipe.get(name)
+    return content if isinstance(content, dict) else {}
+
+
+def _object(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not a JSON object")
+    return content
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
