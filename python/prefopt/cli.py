@@ -324,7 +324,7 @@ def _study_command(commands: Any) -> None:
         "--quick", action="store_true", help="a part of the grid, in about a minute (default)"
     )
     size.add_argument(
-        "--full", action="store_true", help="the whole grid: about an hour of one core"
+        "--full", action="store_true", help="the whole grid: about 45 minutes of one core"
     )
     bco.add_argument(
         "--out", type=Path, default=Path("bco-stability"), help="folder (default: bco-stability)"

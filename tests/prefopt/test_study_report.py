@@ -2,15 +2,17 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from prefopt.recipe.load import RecipeError
 from prefopt.report.statistics import wilson
-from prefopt.study.findings import effects, find, remedy_cells, variants
-from prefopt.study.grid import COMPONENTS, Config, Plan, remedies_of
+from prefopt.study.findings import effects, find, remedy_cells
+from prefopt.study.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
 from prefopt.study.pool import missing, read_lines
-from prefopt.study.report import write_report
+from prefopt.study.price import variants
+from prefopt.study.report import markdown, write_report
 from prefopt.study.table import Share, as_csv, cell_of, paired
 
 EVERY = "+".join(COMPONENTS)
@@ -94,6 +96,7 @@ def test_the_cause_is_named_whatever_it_is():
     cause = " ".join(find(made_up()).cause)
     assert "raises it most is the weighting: 16 of 24 (67 %, 47 to 82) with it, 0 of 24" in cause
     assert "The shift by itself has no clear effect" in cause
+    assert "Nearest to it comes value + weighting + odds + shift in bf16" in cause
     other = " ".join(find(made_up(shift_is_bad=True)).cause)
     assert "raises it most is the shift" in other and "The shift adds to it" in other
 
@@ -145,6 +148,22 @@ def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
     assert "+0.200 (+0.200 to +0.200) against KTO's" in said
 
 
+def test_a_variant_run_often_enough_gets_its_own_sentence():
+    rows = made_up(ours_margin=0.9)
+    wide = [Config("ours", COMPONENTS, "fp32", rate, WIDER) for rate in (0.01, 0.02)]
+    rows += rows_of(wide[0], ["stable"] * 120, 1.1) + rows_of(wide[1], ["stable"] * 79, 1.1)
+    assert len(find(rows).price) == 5  # two rates, margin, accuracy, the best variant
+    rows += rows_of(wide[1], ["stable"] * 80, 1.1)[-1:]
+    assert (
+        find(rows)
+        .price[-1]
+        .startswith(
+            "In 200 runs, our form with no shift bound and loss aversion 1.5 was unstable in "
+            "0 of 200 (0 %, 0 to 1.9). The margin on held-out pairs is above KTO's: +0.100"
+        )
+    )
+
+
 def test_few_runs_are_no_verdict():
     rows = [row for row in made_up() if row["seed"] < 12]
     assert find(rows).tone == "unclear"
@@ -177,6 +196,15 @@ def test_the_report_is_one_page_with_every_plot(tmp_path):
     answers = (tmp_path / "answers.md").read_text(encoding="utf-8")
     assert find(rows).verdict in answers and all(one in answers for one in find(rows).cause)
     assert "| weighting, bf16 | 0 of 24 (0 %, 0 to 14) | 16 of 24 (67 %, 47 to 82) | +67" in answers
+
+
+def test_the_committed_answers_are_those_of_the_committed_rows():
+    folder = Path(__file__).parents[2] / "docs" / "bco-stability"
+    rows = read_lines(folder / "results.jsonl")
+    assert (folder / "answers.md").read_text(encoding="utf-8") == markdown(rows)
+    assert (folder / "table.csv").read_text(encoding="utf-8") == as_csv(rows)
+    runs = {(Config.of(row), row["seed"]) for row in rows}
+    assert len(runs) == len(rows) and {config for config, _ in runs} <= set(full_plan().cells)
 
 
 # ---------------------------------------------------------------- what is left to run

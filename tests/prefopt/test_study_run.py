@@ -6,10 +6,10 @@ import re
 import pytest
 
 from prefopt.cli import main
-from prefopt.study.findings import plain, remedy_cells
+from prefopt.study.findings import remedy_cells
 from prefopt.study.grid import COMPONENTS, quick_plan, remedies_of
 from prefopt.study.pool import read_lines
-from prefopt.study.table import share_of
+from prefopt.study.table import plain, share_of
 
 EVERY = "+".join(COMPONENTS)
 

@@ -159,27 +159,26 @@ def _kinds(rows: Rows) -> str:
 
 
 def _near_forty(rows: Rows) -> str:
-    """The cell with all components whose share is nearest to the 40 % once reported, with and without the shift."""
-    every = "+".join(COMPONENTS)
+    """Of the cells with value, weighting and shift, the one whose share is nearest to the 40 % once reported."""
+    reported = {"value", "weighting", "shift"}
     cells = {
-        (row["precision"], row["learning_rate"]) for row in plain(rows, "naive", components=every)
+        (row["components"], row["precision"], row["learning_rate"])
+        for row in plain(rows, "naive")
+        if reported <= set(row["components"].split("+"))
     }
     if not cells:
         return ""
 
-    def shares(cell: tuple[str, float]) -> tuple[Share, Share]:
-        where = {"precision": cell[0], "learning_rate": cell[1]}
-        return tuple(
-            share_of(plain(rows, "naive", components=components, **where))
-            for components in (every, "+".join(one for one in COMPONENTS if one != "shift"))
-        )
+    def share(components: str, precision: str, rate: float) -> Share:
+        where = {"components": components, "precision": precision, "learning_rate": rate}
+        return share_of(plain(rows, "naive", **where))
 
-    nearest = min(sorted(cells), key=lambda cell: abs(shares(cell)[0].share - 0.4))
-    with_it, without = shares(nearest)
+    components, precision, rate = min(sorted(cells), key=lambda cell: abs(share(*cell).share - 0.4))
+    without = share(components.replace("+shift", ""), precision, rate)
     rest = f"; the same without the shift, {without.words()}" if without.n else ""
     return (
-        f"With all four components, the share nearest to 40 % is found in {nearest[0]} at a learning rate of "
-        f"{nearest[1]:g}: {with_it.words()}{rest}."
+        f"About 40 % was once reported for value, weighting and shift. Nearest to it comes {components.replace('+', ' + ')} in "
+        f"{precision} at a learning rate of {rate:g}: {share(components, precision, rate).words()}{rest}."
     )
 
 
