@@ -18,6 +18,7 @@ from prefopt_kernels.losses import (
 )
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
+from prefopt_kernels.ops.sequence_loss import SequenceLoss, sequence_loss
 from prefopt_kernels.reference_point import (
     EMAKL,
     CumulativeShift,
@@ -39,6 +40,7 @@ __all__ = [
     "FusedLinearKTOLoss",
     "KTOMetrics",
     "MicrobatchKL",
+    "SequenceLoss",
     "ShiftSchedule",
     "TokenLogprobs",
     "WindowKL",
@@ -56,6 +58,7 @@ __all__ = [
     "linear_logprob",
     "orpo_loss",
     "sequence_logps",
+    "sequence_loss",
     "sft_loss",
     "simpo_loss",
 ]

@@ -244,10 +244,10 @@ def test_the_environment_chooses_the_backend(monkeypatch, kernels):
     monkeypatch.setenv("PREFOPT_BACKEND", "auto")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 2
-    monkeypatch.setenv("PREFOPT_BACKEND", "triton")
+    monkeypatch.setenv("PREFOPT_BACKEND", "cuda")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 3, "a named backend comes before the environment"
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: .*no triton"):
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: .*no cuda"):
         linear_logprob(*arguments)
     monkeypatch.setenv("PREFOPT_BACKEND", "refrence")
     with pytest.raises(ValueError, match="'refrence'; expected one of .*'reference'"):
