@@ -1,0 +1,247 @@
+"""The suite of classification: which of 14 fields a question belongs to.
+
+Two ways of asking the same model: the likelihood of each name as the whole answer, end of turn included, of which the
+largest wins; and the answer it generates, read by ``name_in``. A generated answer that gives no name is wrong.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefopt.data.convert.answer import Dropped
+from prefopt.data.convert.mmlu_pro import CATEGORIES, NEEDS, convert
+from prefopt.data.read import LoadedRows, load_rows
+from prefopt.data.rows import DataError, RowError
+from prefopt.data.sources import open_rows
+from prefopt.data.tokenize import Encode
+from prefopt.evaluate.answers import name_in
+from prefopt.evaluate.generate import generate
+from prefopt.evaluate.logprobs import answer_logps
+from prefopt.evaluate.preference import end_tokens
+from prefopt.evaluate.request import EvalRequest
+from prefopt.evaluate.results import Results
+from prefopt.evaluate.scores import BASE, RUN, Score, share, share_change
+from prefopt.evaluate.subject import Subject
+from prefopt.train.prepare import pad_token_id
+
+NAMES = CATEGORIES
+NONE = "no name"  # what a generated answer without a name is counted as
+TASK = "classification"
+LIKELIHOOD, GENERATED = "likelihood", "generated"
+SPLIT = "test"  # of a built folder, where nothing else was said
+ROOM = 8  # tokens to generate beyond the longest name
+SAMPLES = 20  # of generated answers, kept to look at
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts, text or chat messages, and the right name of each as a place in ``NAMES``.
+
+    ``lead`` is the space that completions of text begin with, if they do.
+    """
+
+    prompts: list
+    right: np.ndarray  # (n,) int64
+    chat: bool
+    lead: str
+    name: str
+
+
+def read_questions(request: EvalRequest) -> Questions:
+    """The rows of ``--data``: the published schema of MMLU-Pro, or rows whose completion is one of the names.
+
+    Raises:
+        DataError: neither, or rows that cannot be used.
+    """
+    source = request.data
+    loaded = load_rows(_converted(source, request)) if _is_published(source) else load_rows(
+        source, split=request.split or (SPLIT if Path(source).is_dir() else None)
+    )  # fmt: skip
+    questions = _questions(loaded, source)
+    if request.limit is not None:
+        questions = replace(
+            questions,
+            prompts=questions.prompts[: request.limit],
+            right=questions.right[: request.limit],
+        )
+    return questions
+
+
+def evaluate(subject: Subject, questions: Questions, request: EvalRequest) -> Results:
+    """Both ways of asking, for base and run; accuracies, a table by field and confusion matrices in ``details``."""
+    found = {who: _ask(subject, who, questions, request) for who in subject.models}
+    return judged(questions.right, found)
+
+
+def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:
+    """Scores of {base or run: {likelihood: (n,), generated: (n,), texts}}, where ``len(NAMES)`` stands for no name."""
+    scores: list[Score] = []
+    chance = 1 / len(NAMES)
+    for way in (LIKELIHOOD, GENERATED):
+        hits = {who: (one[way] == right).astype(float).tolist() for who, one in found.items()}
+        labels = {"task": TASK, "metric": f"accuracy, {way}"}
+        scores += [share(one, model=who, chance=chance, **labels) for who, one in hits.items()]
+        if BASE in hits:
+            scores.append(share_change(hits[BASE], hits[RUN], **labels))
+    counts = np.bincount(right, minlength=len(NAMES))
+    details = {
+        "names": [*NAMES, NONE],
+        "categories": _by_category(right, found),
+        "confusion": {
+            who: {way: _confusion(right, one[way]).tolist() for way in (LIKELIHOOD, GENERATED)}
+            for who, one in found.items()
+        },
+        "samples": [
+            {"right": NAMES[place], **{who: one["texts"][number] for who, one in found.items()}}
+            for number, place in enumerate(right[:SAMPLES])
+        ],
+    }
+    how = [
+        "Likelihood: of the 14 names, the one whose tokens with the end of turn are likeliest after the question. "
+        "Generated: the likeliest tokens one by one, read as the longest name they begin with. Chance is one guess in 14; "
+        f"always saying {NAMES[counts.argmax()]} would score {counts.max() / len(right):.3f} here."
+    ]
+    silent = {who: float((one[GENERATED] == len(NAMES)).mean()) for who, one in found.items()}
+    details["generated_without_a_name"] = silent
+    warnings = []
+    if silent[RUN] > 0.05:
+        warnings.append(
+            f"{100 * silent[RUN]:.1f} % of the run's generated answers give none of the names."
+        )
+    absent = [name for name, count in zip(NAMES, counts, strict=True) if not count]
+    if absent:
+        warnings.append(f"There are no questions of {', '.join(absent)}.")
+    return Results(scores, how, warnings, details)
+
+
+def _by_category(right: np.ndarray, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each field that occurs: its questions, and the share that each model gets right in each way."""
+    table = []
+    for place, name in enumerate(NAMES):
+        here = right == place
+        if not here.any():
+            continue
+        row: dict[str, Any] = {"category": name, "n": int(here.sum())}
+        for who, one in found.items():
+            for way in (LIKELIHOOD, GENERATED):
+                row[f"{who}, {way}"] = float((one[way][here] == place).mean())
+        table.append(row)
+    return table
+
+
+def _confusion(right: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """(14, 15) counts, the right name by what was said; the last column is no name."""
+    width = len(NAMES) + 1
+    return np.bincount(right * width + said, minlength=len(NAMES) * width).reshape(-1, width)
+
+
+def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest) -> dict[str, Any]:
+    encode = Encode(
+        subject.tokenizer,
+        questions.chat,
+        dict(subject.option("data", "chat_template_kwargs", {})),
+    )
+    pad = pad_token_id(subject.tokenizer, subject.model)
+    options = _options(encode, questions)
+    prompts = encode.ids(
+        [encode.texts(prompt, _said(questions, ""))[0] for prompt in questions.prompts]
+    )
+    longest = max(len(row["completion_ids"]) for row in options)
+    with subject.playing(who) as model:
+        logps = answer_logps(
+            model,
+            options,
+            pad_token_id=pad,
+            max_length=None,  # a cut from the right would take the name
+            batch_size=request.batch_size,
+            backend=subject.option("training", "backend", "auto"),
+            desc=f"likelihoods, {who}",
+        )
+        answers = generate(
+            model,
+            prompts,
+            pad_token_id=pad,
+            eos_token_ids=end_tokens(subject),
+            max_new_tokens=request.max_new_tokens or longest + ROOM,
+            batch_size=request.batch_size,
+            temperature=None,
+            desc=f"answers, {who}",
+        )
+    texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    named = [name_in(text, NAMES) for text in texts]
+    return {
+        LIKELIHOOD: logps.reshape(-1, len(NAMES)).argmax(1),
+        GENERATED: np.array([len(NAMES) if name is None else NAMES.index(name) for name in named]),
+        "texts": [text.strip() for text in texts],
+    }
+
+
+def _options(encode: Encode, questions: Questions) -> list[dict]:
+    """Every question with every name as its answer, question by question."""
+    batch: dict[str, list] = {"prompt": [], "completion": []}
+    for prompt in questions.prompts:
+        for name in NAMES:
+            batch["prompt"].append(prompt)
+            batch["completion"].append(_said(questions, name))
+    encoded = encode(batch)
+    problem = next((problem for problem in encoded["problem"] if problem), None)
+    if problem:
+        raise DataError(f"{questions.name}: {problem}")
+    pairs = zip(encoded["prompt_ids"], encoded["completion_ids"], strict=True)
+    return [{"prompt_ids": prompt, "completion_ids": answer} for prompt, answer in pairs]
+
+
+def _said(questions: Questions, name: str) -> Any:
+    """A name as a completion."""
+    if questions.chat:
+        return [{"role": "assistant", "content": name}]
+    return questions.lead + name
+
+
+def _questions(loaded: LoadedRows, source: str) -> Questions:
+    right, lead = [], ""
+    for line, completion in zip(loaded.rows["line"], loaded.rows["completion"], strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        if text.strip() not in NAMES:
+            raise DataError(
+                f"{source}:{line}: completion is {text.strip()!r:.60}; expected one of {', '.join(NAMES)}"
+            )
+        right.append(NAMES.index(text.strip()))
+        lead = text[: len(text) - len(text.lstrip())]
+    prompts = list(loaded.rows["prompt"])
+    return Questions(prompts, np.array(right), loaded.conversational, lead, source)
+
+
+def _is_published(source: str) -> bool:
+    """Whether the first row has the columns of MMLU-Pro."""
+    path = Path(source).expanduser()
+    if path.is_dir() or not path.exists():
+        return False
+    first = next((raw for _, raw in islice(open_rows(source, None, None, needs=())[1], 1)), None)
+    return isinstance(first, dict) and {"question", "category"} <= first.keys()
+
+
+def _converted(source: str, request: EvalRequest) -> list[dict]:
+    """MMLU-Pro's rows as prompts with a name; repeated questions are asked once."""
+    raws = open_rows(source, request.split, None, needs=NEEDS)[1]
+    good = []
+
+    def present():
+        for line, raw in raws:
+            if isinstance(raw, RowError):
+                raise DataError(f"{source}:{line}: {raw}")
+            if raw is not None:
+                yield line, raw
+
+    for line, outcome in convert(present()):
+        if isinstance(outcome, RowError):
+            raise DataError(f"{source}:{line}: {outcome}")
+        if not isinstance(outcome, Dropped):
+            good += [
+                {"prompt": one.prompt, "completion": one.completion, "label": True}
+                for one in outcome
+            ]
+    return good

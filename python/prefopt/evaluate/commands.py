@@ -1,0 +1,67 @@
+"""`prefopt eval` on the command line; nothing heavy is imported before it runs."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prefopt.evaluate import evaluate_run
+from prefopt.evaluate.request import SUITES, EvalRequest
+
+
+def add_eval_command(
+    commands: Any,
+    command: Callable[..., argparse.ArgumentParser],
+    no_more: Callable[[list[str], list[str]], None],
+) -> None:
+    """Add the command.
+
+    Args:
+        commands: of the parser.
+        command: makes one of them, from (commands, name, what it runs, summary).
+        no_more: refuses arguments that nobody took, from (them, known options).
+    """
+
+    def evaluate(given: argparse.Namespace, rest: list[str]) -> int:
+        arguments = {
+            name: value
+            for name, value in vars(given).items()
+            if name not in ("command", "traceback")
+        }
+        no_more(rest, [f"--{name.replace('_', '-')}" for name in arguments if name != "run"])
+        said = {name: value for name, value in arguments.items() if value is not None}
+        print(f"\n{evaluate_run(EvalRequest(**said))}")
+        return 0
+
+    parser = command(
+        commands,
+        "eval",
+        evaluate,
+        "judge a run beside the model it started from",
+        epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all. "
+        + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
+    )
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder, or a saved model or adapter"
+    )
+    parser.add_argument(
+        "--suite", required=True, choices=list(SUITES), help="what to measure (required)"
+    )
+    for flag, kind, text in (
+        ("--data", str, "rows for preference and classify: a file, a built folder or a hub id"),
+        ("--split", str, "of a built folder or hub dataset"),
+        ("--tasks-dir", Path, "folder with the questions of thesis, instead of the hub"),
+        ("--limit", int, "use the first N questions of each task, or rows"),
+        ("--out", Path, "folder for the results (default: RUN)"),
+        ("--base", str, "the starting model, where it is not what the run says"),
+        (
+            "--rule",
+            str,
+            "for answers of preference: demo, language, contains:TEXT or regex:PATTERN",
+        ),
+        ("--temperature", float, "of the answers that the rule judges (default: 1)"),
+        ("--max-new-tokens", int, "of a generated answer"),
+        ("--batch-size", int, "rows at a time (default: 8)"),
+        ("--seed", int, "of bootstrap and sampling (default: 0)"),
+    ):
+        parser.add_argument(flag, type=kind, help=text)

@@ -1,0 +1,388 @@
+"""The suite of held-out preferences: what the run thinks of rated answers, and what it answers itself.
+
+Rewards are ``beta * (log p_run - log p_base)`` of a completion, as in training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from prefopt.data.collate import pair_mismatched
+from prefopt.data.read import LoadedRows, load_rows, split_by_group
+from prefopt.data.tokenize import Encode, Tokenized, tokenize_rows
+from prefopt.evaluate.generate import generate
+from prefopt.evaluate.logprobs import answer_logps
+from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.results import Results
+from prefopt.evaluate.rules import make_rule
+from prefopt.evaluate.scores import (
+    BASE,
+    CHANGE,
+    RUN,
+    Score,
+    auc_of,
+    bootstrap,
+    difference_of_means,
+    mean_of,
+    share,
+    share_change,
+)
+from prefopt.evaluate.subject import Subject
+from prefopt.train.prepare import pad_token_id
+
+BETA, MAX_LENGTH, MAX_NEW_TOKENS = 0.1, 1024, 128  # where neither run nor request say another
+REWARDS, LIKELIHOOD, ANSWERS = "rewards", "likelihood", "sampled answers"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to be judged on, in text and in tokens."""
+
+    loaded: LoadedRows
+    tokens: Tokenized
+
+    @property
+    def rows(self) -> Dataset:
+        """Token ids, label and group of each."""
+        return self.tokens.dataset
+
+
+def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
+    """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
+
+    Raises:
+        EvalError: neither names rows.
+        DataError: they cannot be used.
+    """
+    loaded = _loaded(subject, request)
+    if request.limit is not None and request.limit < len(loaded.rows):
+        loaded = _first(loaded, request.limit)
+    tokens = tokenize_rows(
+        loaded,
+        subject.tokenizer,
+        max_length=subject.option("data", "max_length", MAX_LENGTH),
+        chat_template_kwargs=subject.option("data", "chat_template_kwargs", {}),
+    )
+    return HeldOut(loaded, tokens)
+
+
+def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Results:
+    """Score the rows under base and run and, with a rule, sample answers of both.
+
+    Raises:
+        EvalError: there is no base to compare with.
+    """
+    if BASE not in subject.models:
+        raise EvalError(
+            f"rewards of {subject.folder} are relative to the model it started from, which is not known; give it with --base"
+        )
+    rule = None if request.rule is None else make_rule(request.rule)
+    beta = subject.option("loss", "beta", BETA)
+    judge = _Judge(subject, held_out, request)
+    scores, details = judge.rewards(float(beta))
+    how = [
+        f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, pairs: the "
+        "desirable answer of a pair has the higher reward. Accuracy, all: any desirable answer has a higher reward than "
+        "any undesirable one (area under the ROC curve). KL, mismatched: mean log-ratio of answers to other prompts, "
+        "which is KTO's reference point before it is cut at 0."
+    ]
+    if rule is not None:
+        found, samples = judge.sampled(rule)
+        scores += found
+        details["samples"] = samples
+        how.append(
+            f"One answer to each prompt from base and from run, sampled at temperature {judge.temperature:g} up to "
+            f"{judge.max_new_tokens} tokens, and judged by the rule {request.rule}. Wins: the run's answer passes and the "
+            "base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, which "
+            "estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
+        )
+    return Results(scores, how, judge.warnings, details)
+
+
+class _Judge:
+    """The measurements on one set of rows."""
+
+    def __init__(self, subject: Subject, held_out: HeldOut, request: EvalRequest):
+        self.subject, self.held_out, self.request = subject, held_out, request
+        self.rows = list(held_out.rows)
+        self.labels = np.array([row["label"] for row in self.rows], dtype=bool)
+        self.groups = [row["group"] for row in self.rows]
+        self.pad = pad_token_id(subject.tokenizer, subject.model)
+        self.temperature = 1.0 if request.temperature is None else request.temperature
+        self.max_new_tokens = request.max_new_tokens or MAX_NEW_TOKENS
+        self.warnings: list[str] = []
+        if len(set(self.labels.tolist())) == 1:
+            self.warnings.append(
+                "The rows have one label alone, so there is neither a margin nor an accuracy of all."
+            )
+        seen = len(set(self.groups) & trained_on(subject))
+        if seen:
+            self.warnings.append(
+                f"{seen} of {len(set(self.groups))} prompts were trained on, so this is not a held-out evaluation."
+            )
+        lost = held_out.tokens.counts["truncated"]
+        if lost:
+            self.warnings.append(f"{lost} answers are longer than max_length and were scored cut.")
+
+    def logps(self, rows: list[dict], what: str, limit: int | None) -> dict[str, np.ndarray]:
+        """(n,) of base and of run."""
+        found = {}
+        for who in (BASE, RUN):
+            with self.subject.playing(who) as model:
+                found[who] = answer_logps(
+                    model,
+                    rows,
+                    pad_token_id=self.pad,
+                    max_length=limit,
+                    batch_size=self.request.batch_size,
+                    backend=self.subject.option("training", "backend", "auto"),
+                    desc=f"{what}, {who}",
+                )
+        return found
+
+    def rewards(self, beta: float) -> tuple[list[Score], dict[str, Any]]:
+        """Margin, accuracies, KL on mismatched answers and likelihoods."""
+        limit = self.held_out.tokens.max_length
+        logps = self.logps(self.rows, "rated answers", limit)
+        ratios = logps[RUN] - logps[BASE]  # (n,) nats
+        rewards = beta * ratios
+        scores = []
+        if len(set(self.labels.tolist())) == 2:
+            scores.append(
+                self._boot(difference_of_means(rewards, self.labels), "margin", "reward", 0.0)
+            )
+        scores += self._pair_accuracy(rewards)
+        if len(set(self.labels.tolist())) == 2:
+            scores.append(self._boot(auc_of(rewards, self.labels), "accuracy, all", "share", 0.5))
+        scores += self._kl(limit)
+        scores += self._likelihoods(logps, limit)
+        details = {
+            "beta": beta,
+            "rows": self.held_out.tokens.counts,
+            "fingerprint": self.held_out.tokens.fingerprint,
+            "mean_reward": {
+                name: float(rewards[side].mean()) if side.any() else None
+                for name, side in (("desirable", self.labels), ("undesirable", ~self.labels))
+            },
+        }
+        return scores, details
+
+    def _boot(self, statistic, metric: str, unit: str, chance: float | None) -> Score:
+        return bootstrap(
+            statistic,
+            self.groups,
+            seed=self.request.seed,
+            task=REWARDS,
+            metric=metric,
+            model=RUN,
+            unit=unit,
+            chance=chance,
+        )
+
+    def _pair_accuracy(self, rewards: np.ndarray) -> list[Score]:
+        """Of rows that came as pairs, which stand one after the other and come from one line."""
+        lines = np.asarray(self.held_out.loaded.rows["line"][:])[[row["row"] for row in self.rows]]
+        first = np.flatnonzero((lines[:-1] == lines[1:]) & self.labels[:-1] & ~self.labels[1:])
+        if not len(first):
+            return []
+        better = rewards[first] - rewards[first + 1]
+        outcomes = np.where(better > 0, 1.0, np.where(better == 0, 0.5, 0.0))
+        score = bootstrap(
+            mean_of(outcomes),
+            [self.groups[place] for place in first],
+            seed=self.request.seed,
+            task=REWARDS,
+            metric="accuracy, pairs",
+            model=RUN,
+            chance=0.5,
+        )
+        return [score]
+
+    def _kl(self, limit: int | None) -> list[Score]:
+        """On each prompt with the answer to another one, where there is room for it."""
+        partners = pair_mismatched(self.groups)
+        mixed = [
+            {"prompt_ids": row["prompt_ids"], "completion_ids": self.rows[other]["completion_ids"]}
+            | {"group": row["group"]}
+            for row, other in zip(self.rows, partners, strict=True)
+            if other >= 0 and (limit is None or len(row["prompt_ids"]) < limit)
+        ]
+        if not mixed:
+            self.warnings.append("All rows share one prompt, so there are no mismatched answers.")
+            return []
+        logps = self.logps(mixed, "mismatched answers", limit)
+        score = bootstrap(
+            mean_of(logps[RUN] - logps[BASE]),
+            [row["group"] for row in mixed],
+            seed=self.request.seed,
+            task=REWARDS,
+            metric="KL, mismatched",
+            model=RUN,
+            unit="nats",
+        )
+        return [score]
+
+    def _likelihoods(self, logps: dict[str, np.ndarray], limit: int | None) -> list[Score]:
+        """Of base, run and change, per answer and per token, for each label."""
+        ends = [
+            min(len(row["completion_ids"]), (limit or np.inf) - len(row["prompt_ids"]))
+            for row in self.rows
+        ]
+        tokens = np.array(ends, dtype=float)
+        scores = []
+        for name, side in (("desirable", self.labels), ("undesirable", ~self.labels)):
+            if not side.any():
+                continue
+            groups = [group for group, kept in zip(self.groups, side, strict=True) if kept]
+            for metric, sizes in (("per answer", None), ("per token", tokens[side])):
+                told = (
+                    name == "desirable" and metric == "per token"
+                )  # the change that should be seen
+                for who, values in (*logps.items(), (CHANGE, logps[RUN] - logps[BASE])):
+                    score = bootstrap(
+                        mean_of(values[side], sizes),
+                        groups,
+                        seed=self.request.seed,
+                        task=LIKELIHOOD,
+                        metric=f"{name}, {metric}",
+                        model=who,
+                        unit="nats",
+                        chance=0.0 if told and who == CHANGE else None,
+                    )
+                    scores.append(score)
+        return scores
+
+    def sampled(self, rule) -> tuple[list[Score], list[dict]]:
+        """An answer of base and of run to each different prompt, judged by the rule."""
+        prompts, questions = self._prompts()
+        answers = {}
+        for who in (BASE, RUN):
+            with self.subject.playing(who) as model:
+                answers[who] = generate(
+                    model,
+                    prompts,
+                    pad_token_id=self.pad,
+                    eos_token_ids=end_tokens(self.subject),
+                    max_new_tokens=self.max_new_tokens,
+                    batch_size=self.request.batch_size,
+                    temperature=self.temperature,
+                    seed=self.request.seed,
+                    desc=f"answers, {who}",
+                )
+        texts = {
+            who: [
+                text.strip()
+                for text in self.subject.tokenizer.batch_decode(made, skip_special_tokens=True)
+            ]
+            for who, made in answers.items()
+        }
+        passed = {
+            who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)]
+            for who, made in texts.items()
+        }
+        scores = [
+            share(one, task=ANSWERS, metric="pass the rule", model=who)
+            for who, one in passed.items()
+        ]
+        scores.append(share_change(passed[BASE], passed[RUN], task=ANSWERS, metric="pass the rule"))
+        wins = (1 + np.subtract(passed[RUN], passed[BASE])) / 2
+        labels = {"task": ANSWERS, "model": RUN, "seed": self.request.seed}
+        scores.append(
+            bootstrap(mean_of(wins), range(len(wins)), metric="wins", chance=0.5, **labels)
+        )
+        if self.temperature == 1.0:
+            own = [
+                {"prompt_ids": prompt, "completion_ids": answer}
+                for prompt, answer in zip(prompts, answers[RUN], strict=True)
+            ]
+            logps = self.logps(own, "own answers", None)
+            ratios = logps[RUN] - logps[BASE]
+            scores.append(
+                bootstrap(
+                    mean_of(ratios),
+                    range(len(ratios)),
+                    metric="KL, own answers",
+                    unit="nats",
+                    **labels,
+                )
+            )
+        samples = [
+            {"prompt": question, "before": before, "after": after, "before_ok": bool(was), "after_ok": bool(now)}
+            for question, before, after, was, now in zip(
+                questions, texts[BASE], texts[RUN], passed[BASE], passed[RUN], strict=True
+            )
+        ]  # fmt: skip
+        return scores, samples
+
+    def _prompts(self) -> tuple[list[list[int]], list[str]]:
+        """Each different prompt once: its tokens as for generation, and what the user asked last."""
+        encode = Encode(
+            self.subject.tokenizer,
+            self.held_out.loaded.conversational,
+            dict(self.subject.option("data", "chat_template_kwargs", {})),
+        )
+        texts, questions = [], []
+        for place in {row["group"]: row["row"] for row in reversed(self.rows)}.values():
+            row = self.held_out.loaded.rows[place]
+            prompt, _, _ = encode.texts(row["prompt"], row["completion"])
+            texts.append(prompt)
+            asked = row["prompt"]
+            questions.append(asked if isinstance(asked, str) else asked[-1]["content"])
+        return encode.ids(texts)[::-1], questions[::-1]
+
+
+def trained_on(subject: Subject) -> set[int]:
+    """Groups of the rows that the run's recipe trained on, as far as they are files here; empty where not."""
+    data = subject.recipe.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if not path or not Path(path).expanduser().exists():
+        return set()
+    loaded = load_rows(path, split=data.get("split"), on_bad_row=data.get("on_bad_row", "stop"))
+    if data.get("eval_fraction"):
+        seed = subject.option("training", "seed", 0)
+        loaded = split_by_group(loaded, data["eval_fraction"], seed)[0]
+    return set(loaded.rows["group"])
+
+
+def end_tokens(subject: Subject) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
+    own = getattr(subject.model.generation_config, "eos_token_id", None)
+    found = [subject.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(one for one in found if one is not None))
+
+
+def _loaded(subject: Subject, request: EvalRequest) -> LoadedRows:
+    if request.data is not None:
+        return load_rows(request.data, split=request.split)
+    data = subject.recipe.get("data")
+    data = data if isinstance(data, dict) else {}
+    if data.get("eval_path"):
+        return load_rows(
+            data["eval_path"],
+            split=request.split or data.get("eval_split"),
+            revision=data.get("eval_revision"),
+        )
+    if data.get("eval_fraction"):
+        seed = subject.option("training", "seed", 0)
+        loaded = load_rows(data["path"], split=data.get("split"), revision=data.get("revision"))
+        return split_by_group(loaded, data["eval_fraction"], seed)[1]
+    raise EvalError(
+        f"{subject.folder} set no rows aside; name a file of rows that were not trained on with --data"
+    )
+
+
+def _first(loaded: LoadedRows, limit: int) -> LoadedRows:
+    """The first rows, of which the last pair stays whole."""
+    lines = loaded.rows["line"][: limit + 1]
+    limit += len(lines) > limit and lines[limit] == lines[limit - 1]
+    return LoadedRows(
+        loaded.rows.select(range(limit)),
+        loaded.bad,
+        loaded.counts,
+        loaded.ignored,
+        f"{loaded.fingerprint}, first {limit}",
+        loaded.name,
+    )

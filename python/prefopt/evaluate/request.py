@@ -1,0 +1,85 @@
+"""What `prefopt eval` is asked for, checked before anything heavy is imported."""
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+SUITES = {
+    "thesis": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
+    "preference": "margin, accuracy, KL and likelihoods on held-out rows, and wins of sampled answers by a rule",
+    "classify": "one of 14 fields for each question: by likelihood, and by what is generated",
+}
+# Which suites an option belongs to; the others refuse it rather than pass over it.
+OPTIONS = {
+    "data": ("preference", "classify"),
+    "split": ("preference", "classify"),
+    "tasks_dir": ("thesis",),
+    "rule": ("preference",),
+    "temperature": ("preference",),
+    "max_new_tokens": ("preference", "classify"),
+}
+
+
+class EvalError(ValueError):
+    """A run that cannot be evaluated as asked; the message is one sentence for the person who asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest:
+    """One evaluation of one run; None where nothing was said.
+
+    Raises:
+        EvalError: no such suite, an option that is not of the suite, a number out of range.
+
+    Example:
+        >>> EvalRequest(run=Path("runs/kto"), suite="thesis").out
+        PosixPath('runs/kto')
+        >>> EvalRequest(run=Path("runs/kto"), suite="thesis", rule="demo")
+        Traceback (most recent call last):
+        prefopt.evaluate.request.EvalError: --rule belongs to the suite preference, not to thesis
+    """
+
+    run: Path
+    suite: str
+    data: str | None = None
+    split: str | None = None
+    base: str | None = None
+    limit: int | None = None
+    tasks_dir: Path | None = None
+    out: Path | None = None
+    rule: str | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.suite not in SUITES:
+            near = difflib.get_close_matches(self.suite, SUITES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise EvalError(f"--suite is {self.suite!r}; expected one of {', '.join(SUITES)}{hint}")
+        for name, suites in OPTIONS.items():
+            if getattr(self, name) is not None and self.suite not in suites:
+                flag = "--" + name.replace("_", "-")
+                raise EvalError(
+                    f"{flag} belongs to the suite {' and '.join(suites)}, not to {self.suite}"
+                )
+        for name in ("limit", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EvalError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+        if self.seed < 0:
+            raise EvalError(f"--seed is {self.seed}; expected at least 0")
+        if self.temperature is not None and not 0 < self.temperature < float("inf"):
+            raise EvalError(f"--temperature is {self.temperature}; expected a number above 0")
+        if self.out is None:
+            object.__setattr__(self, "out", self.run)
+
+    def settings(self) -> dict:
+        """What was asked, for eval.json; paths as text."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in given.items()
+            if name not in ("run", "out", "suite") and value is not None
+        }

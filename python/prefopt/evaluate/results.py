@@ -1,0 +1,163 @@
+"""eval.json and eval_summary.csv, each put in place in one step, and the table for the terminal."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefopt.evaluate.request import EvalError
+from prefopt.evaluate.scores import CHANGE, RUN, Score
+
+FORMAT = 1  # of eval.json
+JSON_NAME, CSV_NAME = "eval.json", "eval_summary.csv"
+COLUMNS = (
+    "suite", "task", "metric", "model", "value", "stderr", "low", "high", "n", "n_shot", "unit", "chance", "at_chance",
+)  # fmt: skip
+
+
+@dataclass
+class Results:
+    """What a suite found: scores, sentences about them, and anything else it wants kept, as JSON can hold it."""
+
+    scores: list[Score]
+    how: list[str] = field(default_factory=list)  # what was measured, in words
+    warnings: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def chance_sentences(scores: Sequence[Score]) -> list[str]:
+    """One sentence for each score of the run, or change, that cannot be told from its chance line or is below it."""
+    said = []
+    for score in scores:
+        if score.model == RUN and score.at_chance and score.chance:
+            said.append(
+                f"{score.task}, {score.metric}: {number(score.value)} is indistinguishable from chance "
+                f"({number(score.chance)}); its 95 % interval is {number(score.low)} to {number(score.high)}."
+            )
+        elif score.model == RUN and score.chance and score.high < score.chance:
+            said.append(
+                f"{score.task}, {score.metric}: {number(score.value)} is below chance ({number(score.chance)}): guessing "
+                "would do better, so look at how the answers are scored before the model."
+            )
+        elif score.chance == 0 and score.at_chance:
+            what = "the change from base to run" if score.model == CHANGE else number(score.value)
+            said.append(
+                f"{score.task}, {score.metric}: {what} is indistinguishable from 0 "
+                f"(95 % interval {number(score.low)} to {number(score.high)})."
+            )
+    return said
+
+
+def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
+    """Put a suite's results beside those of the others in eval.json, and all of them into eval_summary.csv.
+
+    Args:
+        out: folder, made if it is not there.
+        suite: whose earlier results are replaced.
+        entry: with ``scores``, a list of ``Score.as_dict()``.
+
+    Returns:
+        Path of eval.json, which is written last.
+
+    Raises:
+        EvalError: there is an eval.json that is not of ours.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    suites = _known(out / JSON_NAME) | {suite: entry}
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for name, one in suites.items():
+        for score in one["scores"]:
+            writer.writerow({"suite": name} | {key: score[key] for key in COLUMNS[1:]})
+    replace(out / CSV_NAME, table.getvalue())
+    content = {"format": FORMAT, "suites": suites}
+    replace(
+        out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    return out / JSON_NAME
+
+
+def check_writable(out: Path) -> None:
+    """What would stop ``write_results`` at the end, said before any work."""
+    if out.exists() and not out.is_dir():
+        raise EvalError(f"--out {out} is a file; expected a folder")
+    _known(out / JSON_NAME)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write to a new file in the same folder, then put it in place in one step."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(text.encode("utf-8", errors="replace"))
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def text_table(scores: Sequence[Score]) -> str:
+    """The scores for a terminal, one a line."""
+    rows = [("task", "metric", "model", "value", "std. error", "95 % interval", "chance", "n")]
+    for score in scores:
+        rows.append(
+            (
+                score.task if score.n_shot is None else f"{score.task}, {score.n_shot}-shot",
+                score.metric,
+                score.model,
+                number(score.value),
+                "-" if score.stderr is None else number(score.stderr),
+                f"{number(score.low)} to {number(score.high)}",
+                "" if score.chance is None else number(score.chance),
+                str(score.n),
+            )
+        )
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def number(value: float) -> str:
+    """Three places after the point, four significant digits above 1,000; "unknown" for what is not finite.
+
+    Example:
+        >>> number(0.26449), number(-1234.567), number(float("inf"))
+        ('0.264', '-1,235', 'unknown')
+    """
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+
+
+def _known(path: Path) -> dict[str, dict]:
+    """The suites of an eval.json that is there already."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        content = None
+    suites = content.get("suites") if isinstance(content, dict) else None
+    if not isinstance(suites, dict) or content.get("format") != FORMAT:
+        raise EvalError(
+            f"{path} is not what `prefopt eval` writes (format {FORMAT}); move it away, or choose another --out"
+        )
+    return suites

@@ -1,0 +1,107 @@
+"""One evaluation from request to files: what can fail early does, and nothing is written before it is complete."""
+
+import time
+from pathlib import Path
+
+from prefopt.evaluate import classify, preference, thesis
+from prefopt.evaluate.plots import draw_bars, draw_confusion
+from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.results import (
+    Results,
+    chance_sentences,
+    check_writable,
+    plain,
+    text_table,
+    write_results,
+)
+from prefopt.evaluate.rules import make_rule
+from prefopt.evaluate.scores import RUN
+from prefopt.evaluate.subject import Subject, kind_of, load_subject
+from prefopt.train.run_folder import versions
+
+
+def run(request: EvalRequest) -> Path:
+    """Evaluate, print the table, and write eval.json, eval_summary.csv and pictures.
+
+    Returns:
+        Path of eval.json.
+
+    Raises:
+        EvalError: the run folder, the request or the questions are not as needed.
+        DataError: rows that cannot be used.
+    """
+    kind_of(request.run)
+    check_writable(request.out)
+    if request.rule is not None:
+        make_rule(request.rule)
+    subject, results = _SUITES[request.suite](request)
+    warnings = subject.warnings + results.warnings + chance_sentences(results.scores)
+    if request.limit is not None and request.suite != "thesis":
+        warnings.insert(0, f"Only the first {request.limit} rows were used.")
+    pictures = _draw(request, results)
+    entry = {
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": subject.about(),
+        "settings": request.settings(),
+        "versions": versions(),
+        "how": results.how,
+        "warnings": warnings,
+        "scores": [score.as_dict() for score in results.scores],
+        "pictures": pictures,
+        "details": results.details,
+    }
+    path = write_results(request.out, request.suite, plain(entry))
+    print(text_table(results.scores))
+    if request.suite == "classify":
+        print("\n" + _category_table(results))
+    for sentence in [*results.how, *warnings]:
+        print(f"\n{sentence}" if sentence is results.how[0] else sentence)
+    return path
+
+
+def _thesis(request: EvalRequest) -> tuple[Subject, Results]:
+    asked = thesis.prepare_questions(request)
+    subject = load_subject(request.run, request.base)
+    return subject, thesis.evaluate(subject, asked, request)
+
+
+def _preference(request: EvalRequest) -> tuple[Subject, Results]:
+    subject = load_subject(request.run, request.base)
+    return subject, preference.evaluate(subject, preference.read_rows(subject, request), request)
+
+
+def _classify(request: EvalRequest) -> tuple[Subject, Results]:
+    if request.data is None:
+        raise EvalError(
+            "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
+        )
+    questions = classify.read_questions(request)
+    subject = load_subject(request.run, request.base)
+    return subject, classify.evaluate(subject, questions, request)
+
+
+_SUITES = {"thesis": _thesis, "preference": _preference, "classify": _classify}
+
+
+def _draw(request: EvalRequest, results: Results) -> list[str]:
+    folder = request.out / "plots"
+    titles = {"thesis": "Benchmarks", "preference": "Held-out preferences", "classify": "Accuracy"}
+    names = draw_bars(results.scores, folder, f"eval_{request.suite}", titles[request.suite])
+    if request.suite == "classify":
+        matrices = results.details["confusion"][RUN]
+        names += draw_confusion(matrices, results.details["names"], folder, "eval_confusion")
+    return [f"plots/{name}" for name in names]
+
+
+def _category_table(results: Results) -> str:
+    table = results.details["categories"]
+    heads = list(table[0])
+    rows = [heads] + [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
+        for row in table
+    ]
+    widths = [max(len(row[place]) for row in rows) for place in range(len(heads))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
