@@ -27,6 +27,7 @@ def operands_of(module: nn.Module) -> HeadOperands:
     Raises:
         ValueError: the head is quantised, or one of its adapters cannot be written as ``r B A``.
     """
+    _refuse_mixed_batch(module)
     if hasattr(module, "modules_to_save"):
         return operands_of(_saved_module_in_use(module))
     if hasattr(module, "token_adapter"):  # of trainable_token_indices, in a head tied to them
@@ -36,6 +37,17 @@ def operands_of(module: nn.Module) -> HeadOperands:
     if hasattr(module, "base_layer"):
         return _with_lora(module)
     return HeadOperands(_dense_weight(module), getattr(module, "bias", None), None)
+
+
+def _refuse_mixed_batch(module: nn.Module) -> None:
+    """PEFT brings ``adapter_names``, an adapter per row, into its layers by a hook, where nobody else can read it."""
+    for hook in module._forward_pre_hooks.values():
+        function = getattr(hook, "func", hook)
+        if getattr(function, "__name__", "") == "_adapter_names_pre_forward_hook":
+            raise ValueError(
+                "adapter_names, another adapter for each row, is not supported with an adapter on the lm_head; score "
+                "each adapter's rows by themselves"
+            )
 
 
 def _saved_module_in_use(wrapper: nn.Module) -> nn.Module:
@@ -78,17 +90,15 @@ def _is_off(layer: nn.Module) -> bool:
 
 def _with_lora(layer: nn.Module) -> HeadOperands:
     weight, bias, inner = operands_of(layer.base_layer)
-    if LORA_LINEAR not in [
-        f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__
-    ]:
+    kinds = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__]
+    if LORA_LINEAR not in kinds:
         raise ValueError(
-            f"an adapter of type {type(layer).__module__}.{type(layer).__name__} sits on the lm_head, and only plain LoRA "
+            f"an adapter of type {kinds[0]} sits on the lm_head, and only plain LoRA "
             "can be scored there; take lm_head out of target_modules, or train all of it with "
             "modules_to_save=['lm_head']"
         )
     if _is_off(layer):
         return HeadOperands(weight, bias, inner)
-    _refuse_mixed_batch(layer)
     adapters = [] if inner is None else [inner]
     for name in layer.active_adapters:
         if name not in layer.lora_A:
@@ -123,19 +133,6 @@ def _check_plain(layer: nn.Module, name: str) -> None:
             f"adapter {name!r} on the lm_head has dropout {dropout.p}, and the head scores hidden states without "
             "dropout; set lora_dropout=0, or p of this layer's lora_dropout to 0 to keep it elsewhere"
         )
-
-
-def _refuse_mixed_batch(layer: nn.Module) -> None:
-    """PEFT brings ``adapter_names``, an adapter per row, into its layers by a hook, where nobody else can read it."""
-    for hook in layer._forward_pre_hooks.values():
-        if (
-            getattr(getattr(hook, "func", None), "__name__", "")
-            == "_adapter_names_pre_forward_hook"
-        ):
-            raise ValueError(
-                "adapter_names, another adapter for each row, is not supported with an adapter on the lm_head; score "
-                "each adapter's rows by themselves"
-            )
 
 
 def _with_trained_tokens(layer: nn.Module) -> HeadOperands:

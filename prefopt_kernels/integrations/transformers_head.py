@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prefopt_kernels.integrations.transformers_adapters import HeadOperands, operands_of
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
 
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE_ROWS = 4096  # entries of the vocabulary that the check looks at, evenly spaced
 PROBE_GAIN = 16.0  # the second probe's hidden state is this much longer: a softcap bends its logits
 
@@ -106,13 +107,7 @@ def lm_head_of(model: nn.Module) -> LMHead:
     config = (
         base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    head = LMHead(
-        module,
-        _logit_scale(config),
-        None if softcap is None else float(softcap),
-        _virtual_tokens(model),
-    )
+    head = LMHead(module, _logit_scale(config), _softcap(config), _virtual_tokens(model))
     _ = head.operands  # refuses here what it could not score later
     return head
 
@@ -120,6 +115,13 @@ def lm_head_of(model: nn.Module) -> LMHead:
 def base_model_of(model: nn.Module) -> nn.Module:
     """The model inside PEFT's, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _softcap(config) -> float | None:
+    for name in SOFTCAPS:
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    return None
 
 
 def _logit_scale(config) -> float:

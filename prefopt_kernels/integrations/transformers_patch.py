@@ -8,6 +8,8 @@ could add: Trainer calls ``model(**inputs, num_items_in_batch=...)`` and takes t
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import MethodType
 
 import torch
@@ -29,16 +31,14 @@ class FusedForward:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._before = model.__dict__.get(
-            "forward"
-        )  # what another library put there, as a rule None
+        self._before = model.__dict__.get("forward")  # put there by another library
         self._labels_at = _place_of_labels(model)
         self._applied = False
         setattr(model, ATTRIBUTE, self)
         model.forward = MethodType(_forward_like(model.forward), model)
         self._forward = model.forward
 
-    def apply(self, head: LMHead, backend: str, eval_logits: bool) -> None:
+    def _apply(self, head: LMHead, backend: str, eval_logits: bool) -> None:
         """Start; see :func:`patch_forward`."""
         self.head, self.backend, self.eval_logits = head, backend, eval_logits
         self.calls = 0
@@ -98,9 +98,7 @@ class FusedForward:
                 f"{type(model).__name__} did not call its loss_function for these labels; is its forward that of another "
                 "library's fused loss? Expected the model's own"
             )
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a number that moves would compile again at each call
+        if not torch.compiler.is_compiling():  # it would compile again for each number
             self.calls += 1
         without = type(outputs)(**{k: v for k, v in outputs.items() if k != "logits"})
         return without.to_tuple() if as_tuple else without
@@ -197,7 +195,7 @@ def patch_forward(
     if getattr(config, "peft_type", None) == "CPT":
         raise ValueError("PEFT's CPT weighs the loss from logits; expected another prompt learning")
     base = base_model_of(model)
-    if hasattr(base, "_orig_mod") or getattr(base, "_compiled_call_impl", None) is not None:
+    if any(_is_compiled(each) for each in (model, base)):
         raise ValueError(f"{type(base).__name__} is compiled; call patch_forward before")
     fused = getattr(base, ATTRIBUTE, None)
     if fused is not None and fused._applied:
@@ -208,12 +206,11 @@ def patch_forward(
         loss, allowed = _checked_loss(base, head)
         if fused is None:
             fused = FusedForward(base)
-        fused.apply(head, backend, eval_logits)
-        try:
+        with ExitStack() as on_failure:
+            fused._apply(head, backend, eval_logits)
+            on_failure.callback(fused.undo)
             _compare_loss(base, fused, loss, allowed)
-        except ValueError:
-            fused.undo()
-            raise
+            on_failure.pop_all()
     fused.calls = 0
     return fused
 
@@ -234,6 +231,10 @@ def _forward_like(plain) -> MethodType:
     return forward
 
 
+def _is_compiled(model: nn.Module) -> bool:
+    return hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+
+
 def _place_of_labels(model: nn.Module) -> int | None:
     names = list(inspect.signature(model.forward).parameters)
     return names.index("labels") if "labels" in names else None
@@ -247,18 +248,15 @@ def _give_back_loss(model: nn.Module, own_loss) -> None:
         model.loss_function = own_loss
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each in its own again."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *exception) -> None:
-        for module, training in self.modes:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
             module.training = training
 
 
