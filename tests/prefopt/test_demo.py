@@ -1,5 +1,6 @@
 """The demo: its text and rule, its folder, and that a model does learn by it, on three seeds."""
 
+import copy
 import json
 import random
 import re
@@ -12,11 +13,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.demo import run, run_demo
 from prefopt.demo.model import build_model, build_tokenizer
-from prefopt.demo.rows import LANGUAGES, bad_answer, good_answer, split_questions, thumbs_rows
+from prefopt.demo.rows import (
+    LANGUAGES,
+    bad_answer,
+    good_answer,
+    pair_rows,
+    split_questions,
+    thumbs_rows,
+)
 from prefopt.demo.rule import is_about, judge, language, topic_of
 from prefopt.demo.sampling import sample_answers
 from prefopt.demo.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
 from prefopt.recipe import RecipeError
+from prefopt.train.methods import METHODS, PAIRS
 
 EGG, EGG_AR = "How do I boil an egg?", "كيف يمكنني سلق البيض؟"
 TIP, TIP_AR = TOPICS["en"][1].tips[0], TOPICS["ar"][1].tips[0]
@@ -98,6 +107,16 @@ def test_rows_have_the_promised_share_of_thumbs_up():
     assert rows == thumbs_rows(seen, 3, 0.4, "x", 0) != thumbs_rows(seen, 3, 0.4, "x", 1)
 
 
+def test_a_pair_is_an_answer_that_passes_and_one_that_does_not():
+    seen, _ = split_questions(0)
+    rows = pair_rows(seen, "x", 0)
+    assert len(rows) == len(seen) and rows == pair_rows(seen, "x", 0) != pair_rows(seen, "x", 1)
+    for row in rows:
+        question, chosen, rejected = (row[key][0]["content"] for key in row)
+        assert judge(question, chosen).ok and not judge(question, rejected).ok
+    assert sorted(row["prompt"][0]["content"] for row in rows) == sorted(q.text for q in seen)
+
+
 # ---- model and samples ----
 
 
@@ -162,6 +181,8 @@ def test_a_file_and_a_wrong_seed_are_refused(tmp_path):
         run_demo(tmp_path / "file", 0)
     with pytest.raises(RecipeError, match="--seed is -1; expected a number from 0"):
         run_demo(tmp_path / "new", -1)
+    with pytest.raises(RecipeError, match="--method is 'ppo'; expected one of kto, "):
+        run_demo(tmp_path / "new", 0, "ppo")
     assert not (tmp_path / "new").exists()
 
 
@@ -189,10 +210,34 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path, monkeypatch, existed):
 
 # ---- the whole ----
 
+FINE_TUNED: dict[
+    int, dict
+] = {}  # weights by seed: most of a demo's time, and the same for every method
+
+
+@pytest.fixture
+def fine_tune_once(monkeypatch):
+    """The short fine-tune of a seed runs once; whoever comes later takes its weights."""
+    original = run.supervised_fine_tune
+
+    def once(model, tokenizer, rows, *, seed, epochs):
+        if seed not in FINE_TUNED:
+            original(model, tokenizer, rows, seed=seed, epochs=epochs)
+            FINE_TUNED[seed] = copy.deepcopy(model.state_dict())
+        model.load_state_dict(FINE_TUNED[seed])
+
+    monkeypatch.setattr(run, "supervised_fine_tune", once)
+
+
+def shares_of(report) -> tuple[float, float]:
+    """Thumbs-up answers before and after."""
+    summary = json.loads((report.parent / "summary.json").read_text(encoding="utf-8"))
+    return summary["before"], summary["after"]
+
 
 @pytest.mark.slow  # about a minute each
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_demo_learns(tmp_path, monkeypatch, seed, capsys):
+def test_the_demo_learns(tmp_path, monkeypatch, fine_tune_once, seed, capsys):
     monkeypatch.chdir(tmp_path)
     report = run_demo("demo", seed)
     samples = json.loads((report.parent / "samples.json").read_text(encoding="utf-8"))
@@ -228,3 +273,18 @@ def test_the_demo_learns(tmp_path, monkeypatch, seed, capsys):
         ok = sum(judge(*pair).ok for pair in zip(questions, again, strict=True)) / len(again)
         assert ok - shares["before"] >= 0.20
         assert not re.search(r"base_model: ", (tmp_path / "demo/run/README.md").read_text("utf-8"))
+
+
+@pytest.mark.slow  # about twenty seconds each, after the demo of seed 0
+@pytest.mark.parametrize("method", ["dpo", "enhanced_kto", "sft"])
+def test_the_demo_learns_by_other_methods(tmp_path, fine_tune_once, method, capsys):
+    report = run_demo(tmp_path / "demo", 0, method)
+    before, after = shares_of(report)
+    assert after - before >= 0.20  # the bar of the main job
+    title = METHODS[method].title
+    assert f"{title} demo" in report.read_text(encoding="utf-8")
+    assert f"3/4 {title} on " in capsys.readouterr().out
+    config = json.loads((report.parent / "run.json").read_text(encoding="utf-8"))["config"]
+    assert config["method"] == method
+    rows = (tmp_path / "demo/data/train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert ("chosen" in json.loads(rows[0])) == (METHODS[method].data == PAIRS)

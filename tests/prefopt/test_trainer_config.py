@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.train import PreferenceConfig, PreferenceTrainer, TrainingWarning
+from prefopt.train.methods import METHODS, OPTIONS, in_force
 from prefopt.train.prepare import refuse_unsupported
 from prefopt_testing import make_dataset, make_rows
 from trainer_testing import make_trainer, make_world, train
@@ -59,6 +60,38 @@ def test_defect_10_all_wrong_options_in_one_message_with_the_nearest_name():
             {"precompute_ref_logps": True, "kl_estimator": "microbatch"},
             "use kl_estimator 'window' or sampler 'sequential'",
         ),
+        ({"loss_aversion": 2.0}, "loss_aversion is 2.0; method 'kto' has no use for it here"),
+        ({"method": "bco", "desirable_weight": 1.5}, "(it takes: beta, shift, shift_bound, "),
+        ({"method": "sft", "beta": 0.1}, "method 'sft' has no use for it here (it takes: none)"),
+        ({"method": "apo_zero", "kl_estimator": "window"}, "'apo_zero' has no use for it"),
+        ({"kl_decay": 0.5}, "kl_decay is 0.5; method 'kto' has no use for it here"),
+        ({"method": "enhanced_kto", "shift_bound": 1.0}, "shift_bound is 1.0; method 'enh"),
+        ({"method": "bco", "shift": "off", "shift_start": 0.1}, "shift_start is 0.1"),
+        ({"method": "bco", "shift_decay": 0.5}, "shift_decay is 0.5; method 'bco'"),
+        (
+            {"method": "enhanced_kto", "decision_weighting": "off", "decision_clip": (1, 2)},
+            "decision_clip is (1, 2); method",
+        ),
+        ({"method": "bco", "shift": "windows"}, "did you mean window?"),
+        ({"method": "bco", "shift_start": "soon"}, "a number from 0 to 1, or plateau"),
+        ({"method": "enhanced_kto", "win_weighting": "prelecs"}, "did you mean prelec?"),
+        ({"method": "enhanced_kto", "decision_clip": (2, 1)}, "(low, high) with 0 < low <= high"),
+        ({"method": "enhanced_kto", "alpha": 1.5}, "expected a number above 0 and at most 1"),
+        ({"method": "enhanced_kto", "kappa": 0}, "kappa is 0; expected a number above 0"),
+        (
+            {"method": "enhanced_kto", "kl_estimator": "ema", "kl_decay": 1},
+            "kl_decay is 1; expected",
+        ),
+        ({"method": "dpo", "label_smoothing": 0.5}, "expected a number >= 0 and below 0.5"),
+        ({"method": "dpo", "robust": True}, "robust is True and label_smoothing 0"),
+        ({"method": "dpo", "robust": 1.5}, "robust is 1.5; expected True or False"),
+        ({"method": "cpo", "precompute_ref_logps": True}, "'cpo' has no reference model"),
+        ({"method": "dpo", "sampler": "label_balanced"}, "learns from pairs: expected random or"),
+        ({"method": "sft", "sampler": "label_balanced"}, "answers of one label"),
+        (
+            {"method": "bco", "per_device_train_batch_size": 1},
+            "never has both labels, which shift 'window' is the mean of",
+        ),
         ({"train_sampling_strategy": "group_by_length"}, "it follows from sampler"),
         ({"logging_nan_inf_filter": True}, "which stops the run"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
@@ -70,6 +103,28 @@ def test_defect_10_a_wrong_option_is_named_with_what_is_expected(options, part):
     with pytest.raises(ValueError) as caught:
         PreferenceConfig("run", use_cpu=True, **options)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_defaults_that_fit_and_keeps_them_when_copied(method):
+    config = PreferenceConfig("run", use_cpu=True, method=method)
+    used = in_force({"method": method})
+    assert {name: getattr(config, name) for name in used} == used
+    assert all(getattr(config, name) is None for name in set(OPTIONS) - set(used))
+    assert dataclasses.replace(config, learning_rate=1e-4).to_dict() == config.to_dict() | {
+        "learning_rate": 1e-4
+    }
+
+
+def test_defaults_follow_from_the_options_that_are_given():
+    config = PreferenceConfig("run", use_cpu=True, method="enhanced_kto", beta=0.4, shift="ema")
+    assert (config.main_bound, config.odds_bound) == (0.1, 0.2)
+    assert (config.shift_bound, config.shift_start, config.shift_ramp) == (0.5, 0.3, 0.1)
+    assert config.shift_decay == 0.9 and config.needs_window
+    off = {"decision_weighting": "off", "shift": "off"}
+    config = PreferenceConfig("run", use_cpu=True, method="enhanced_kto", **off)
+    assert not config.needs_window and config.main_bound == 0 and config.decision_clip is None
+    assert PreferenceConfig("run", use_cpu=True, method="sft").sampler == "random"
 
 
 def test_batch_size_one_is_no_problem_without_a_reference_point():
