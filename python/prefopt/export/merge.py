@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -40,8 +41,15 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
                 f"the adapter in {source.folder} cannot be merged: {str(error).strip()}"
             ) from None
     _check_finite(model, f"{source.folder} has weights")
+    settled = model.generation_config
     stops = stop_ids(model, tokenizer, source.template_kwargs)
-    model.generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    settled.eos_token_id = stops[0] if len(stops) == 1 else stops
+    try:
+        settled.validate(strict=True)
+    except ValueError:
+        settled.do_sample = (
+            True  # a temperature without it, as some published models have, cannot be saved again
+        )
     return model
 
 
@@ -126,7 +134,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     model.config._name_or_path = ""  # a path of this machine has no place in what is published
     try:
         model.save_pretrained(folder)
-    except ValueError as error:
+    except (ValueError, SafetensorError) as error:  # a full disk is one of the latter
         raise RecipeError(f"the merged model cannot be saved: {str(error).strip()}") from None
     tokenizer.save_pretrained(folder)
 

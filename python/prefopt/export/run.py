@@ -9,15 +9,22 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.export.card import write_card
 from prefopt.export.folder import RECORD, export_folder
 from prefopt.export.merge import merged_model, save_four_bit, save_merged
 from prefopt.recipe.load import RecipeError
+from prefopt.report.card import hub_id
 from prefopt.train.run_folder import versions
-from prefopt.use.load import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Source, find_run, load_tokenizer
+from prefopt.use.load import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Source,
+    find_run,
+    load_tokenizer,
+    read_object,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +94,11 @@ def _published(run: str | Path, base: str | None) -> Source:
         raise RecipeError(
             f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf"
         )
-    config = PeftConfig.from_pretrained(str(folder))
-    return Source(folder, base or config.base_model_name_or_path or "", config.revision)
+    adapter = read_object(folder / ADAPTER_CONFIG)
+    if base is not None:
+        adapter |= {"base_model_name_or_path": base, "revision": None}
+    named = adapter.get("base_model_name_or_path") or ""
+    return Source(folder, named, adapter.get("revision"), adapter)
 
 
 def _write_adapter(
@@ -99,14 +109,13 @@ def _write_adapter(
     if not found:
         raise RecipeError(f"{source.folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
     shutil.copy2(found[0], folder)
-    config = json.loads((source.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = source.base
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(source.adapter, indent=2, ensure_ascii=False)
+    (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    if Path(source.base).expanduser().is_dir() or source.base.startswith((".", "/", "~")):
+    if hub_id(source.base) is None:
         return [
-            f"the adapter names its base by a folder of this machine, {source.base}; before you publish it, name the "
-            "hub id by --base"
+            f"adapter_config.json names the base by {source.base or 'nothing'}, which nobody else can find; before you publish "
+            "the adapter, name the hub id by --base"
         ]
     return []
 
@@ -155,7 +164,11 @@ _WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], 
 def _record(
     folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]
 ) -> None:
-    made = {"format": format, "run": source.folder.resolve().name, "base": source.base}
+    local = source.base is not None and hub_id(source.base) is None
+    base = (
+        Path(source.base).name if local else source.base
+    )  # what is published names no path of this machine
+    made = {"format": format, "run": source.folder.resolve().name, "base": base}
     if format == "gguf":
         made["quant"] = quant
     elif format != "adapter":

@@ -1,6 +1,7 @@
 """A run folder turned back into tokenizer and model: the one way in for chat, classify, bench-inference and export."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
         "data": data,
     }
     if (folder / ADAPTER_CONFIG).is_file():
-        adapter = _object(folder / ADAPTER_CONFIG)
+        adapter = read_object(folder / ADAPTER_CONFIG)
         if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
             raise RecipeError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
         named = adapter.get("base_model_name_or_path")
@@ -112,7 +113,10 @@ def load_model(
         ) from None
     if source.base is not None:
         try:
-            model = PeftModel.from_pretrained(model, source.folder)
+            with warnings.catch_warnings():
+                # peft asks transformers for an attribute by its former name; nothing a user could act on
+                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+                model = PeftModel.from_pretrained(model, source.folder)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise RecipeError(
                 f"the adapter in {source.folder} does not fit the base model {source.base}: {_first(error)}"
@@ -177,6 +181,17 @@ def check_length(model: PreTrainedModel | PeftModel, tokens: int, what: str) -> 
         raise RecipeError(f"{what} {tokens:,} tokens, and the model takes {limit:,}")
 
 
+def read_object(path: Path) -> dict:
+    """A JSON object from a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} is not a JSON object")
+    return content
+
+
 def _located(named: str | None, folder: Path) -> str:
     """A base model's folder or hub id."""
     if not named:
@@ -222,16 +237,6 @@ def _recipe(folder: Path) -> dict:
 def _section(recipe: dict, name: str) -> dict:
     content = recipe.get(name)
     return content if isinstance(content, dict) else {}
-
-
-def _object(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a JSON object")
-    return content
 
 
 def _first(error: Exception) -> str:
