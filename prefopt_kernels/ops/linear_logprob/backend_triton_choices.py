@@ -93,6 +93,9 @@ def tiles(target: Target, dtype: torch.dtype, descriptors: bool, adapter: bool) 
         # 48 KiB from L2 for 4.2 MFLOP, where 128 x 128 asks a third more. In one part it spills 117 registers, in two 12,
         # in four none; on sm_100, where sums come back from tensor memory, also in four.
         return Tiles(FILTER_ROWS, 256, 64, 4, 8, 3)
+    if adapter and (not descriptors or target.capability >= (10, 0)):
+        # a further pair of operands, by addresses, takes the registers that a wider tile would spill
+        return Tiles(FILTER_ROWS, 64, 32, 1, 8, 3)
     if target.shared_bytes >= 160 * 1024:
         return Tiles(FILTER_ROWS, 128, 64, 2, 8, 3)
     return Tiles(FILTER_ROWS, 128, 32, 2, 8, 3)  # sm_86, sm_89: 99 KiB of shared memory
