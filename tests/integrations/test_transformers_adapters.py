@@ -41,7 +41,7 @@ CASES = {  # family, configuration
     "on a scaled head": ("scale cohere", lambda: LoraConfig(**ON_HEAD, **TASK)),
     "with a bias": (
         "bias phi",
-        lambda: LoraConfig(lora_bias=True, target_modules=["lm_head"], **TASK),
+        lambda: LoraConfig(lora_bias=True, **ON_HEAD, **TASK),
     ),
     "whole head": (
         "llama",
