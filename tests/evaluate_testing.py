@@ -5,11 +5,13 @@ from pathlib import Path
 
 import yaml
 from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedModel
 
+from prefopt.data.convert.mmlu_pro import CATEGORIES
 from prefopt_testing import make_model, make_rows, make_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"
-BETA = 0.2
+BETA, CONTEXT = 0.2, 1024
 
 
 def make_run(folder: Path, kind: str = "adapter") -> Path:
@@ -18,13 +20,17 @@ def make_run(folder: Path, kind: str = "adapter") -> Path:
     ``kind`` is "adapter" or "weights".
     """
     tokenizer = make_tokenizer(folder / "base")
-    model = make_model("qwen3", len(tokenizer), folder / "base")
+    tokenizer.model_max_length = CONTEXT
+    # One token each, as letters are elsewhere: random models would otherwise all like the shortest best.
+    tokenizer.add_tokens([*(f" {letter}" for letter in "ABCD"), *CATEGORIES])
+    tokenizer.save_pretrained(folder / "base")
+    model = _model(len(tokenizer), folder / "base", seed=0)
     run = folder / "run"
     if kind == "adapter":
-        lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, lora)
     else:
-        model = make_model("qwen3", len(tokenizer), run, seed=1)
+        model = _model(len(tokenizer), run, seed=1)
     model.save_pretrained(run)
     tokenizer.save_pretrained(run)
     write_lines(folder / "rows.jsonl", make_rows(True))
@@ -38,6 +44,14 @@ def make_run(folder: Path, kind: str = "adapter") -> Path:
     record = {"status": "finished", "method": "kto", "config": {"beta": BETA}}
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return run
+
+
+def _model(vocab_size: int, path: Path, seed: int) -> PreTrainedModel:
+    """With a context for ten examples; positions are rotary, so a longer one needs no weights."""
+    model = make_model("qwen3", vocab_size, path, seed)
+    model.config.max_position_embeddings = CONTEXT
+    model.save_pretrained(path)
+    return model
 
 
 def write_lines(path: Path, rows: list[dict]) -> Path:

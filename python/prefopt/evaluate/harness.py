@@ -128,10 +128,10 @@ def ask(
     from lm_eval.models.huggingface import HFLM
 
     device = next(model.parameters()).device
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
     for task in asked.tasks.values():
         task.set_fewshot_seed(seed=FEWSHOT_SEED)  # base and run are shown the same examples
     with _quiet() as log:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
         found = lm_eval.evaluate(
             lm=lm,
             task_dict={"tasks": asked.tasks, "groups": {}, "group_map": {}},
