@@ -11,8 +11,9 @@ import torch
 from prefopt.cli import main
 from prefopt.data.rows import DataError
 from prefopt.recipe.load import RecipeError
-from prefopt.use.classify import LabelScorer, Question, classify, read_questions
+from prefopt.use.classify import LabelScorer, classify
 from prefopt.use.load import find_run, load_model, load_tokenizer
+from prefopt.use.questions import Question, read_questions
 from use_testing import EOS, make_run
 
 LABELS = ["computer", "computer science", "law"]

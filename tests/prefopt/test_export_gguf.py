@@ -5,18 +5,15 @@ import math
 
 import pytest
 import torch
-from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prefopt.export import gguf_model, gguf_tokenizer
-from prefopt.export.gguf_tokenizer import read_tokenizer
 from prefopt.export.gguf_write import write_gguf
 from prefopt.export.run import export_run
 from prefopt.recipe.load import RecipeError
 from prefopt_testing import make_model, make_tokenizer
 from use_testing import (
     EOS,
-    LLAMA3,
     TEXTS,
     THINK,
     logits_of,
@@ -30,6 +27,15 @@ from use_testing import (
 gguf = pytest.importorskip("gguf", reason="the extra [export] is not installed")
 
 KINDS = [("llama", "llama-bpe"), ("qwen2", "qwen2"), ("qwen3", "qwen2"), ("llama", "gpt-2")]
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 EPS_F16 = 2.0**-11  # half the distance of neighbouring F16 numbers, relative
 
 
@@ -198,15 +204,7 @@ def test_biases_of_a_llama_change_places_with_their_rows(tmp_path):
 
 def test_scaled_rotary_frequencies_of_llama_3(tmp_path):
     """Divisors by the published rule: 1 for short waves, the factor for long ones, between them a blend of frequencies."""
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    run = make_run(tmp_path, "llama", "gpt-2", rope_parameters=rope)
+    run = make_run(tmp_path, "llama", "gpt-2", rope_parameters=LLAMA3_ROPE)
     tensors = fields_of(export_run(run.folder, "gguf") / "run-q8_0.gguf")[1]
     expected = []
     for i in range(8):  # heads of size 16
@@ -223,8 +221,7 @@ def test_scaled_rotary_frequencies_of_llama_3(tmp_path):
 
 
 def test_linear_rotary_scaling_is_named(tmp_path):
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-    run = make_run(tmp_path, "llama", "gpt-2", rope_parameters=rope)
+    run = make_run(tmp_path, "llama", "gpt-2", rope_parameters=LINEAR_ROPE)
     fields, _ = fields_of(export_run(run.folder, "gguf") / "run-q8_0.gguf")
     assert fields["llama.rope.scaling.type"] == "linear"
     assert fields["llama.rope.scaling.factor"] == 2.0
@@ -237,77 +234,6 @@ def test_rows_that_blocks_do_not_fill_are_kept_in_f16_and_said(tmp_path):
     assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["blk.0.ffn_down.weight"] == "Q8_0"
     count = sum(kind == "F16" for kind in kinds.values())
     assert f"{count} matrices are kept in f16" in read_json(out / "export.json")["notes"][0]
-
-
-@pytest.mark.parametrize("split", ["qwen2", "llama-bpe", "gpt-2", "smollm"])
-def test_each_rule_for_splitting_is_known(split, tmp_path):
-    tokenizer = make_split_tokenizer(split, tmp_path)
-    assert read_tokenizer(tokenizer, len(tokenizer)).pre == split
-
-
-def test_a_bos_token_that_the_tokenizer_adds_is_said(tmp_path):
-    from tokenizers import processors
-
-    tokenizer = make_split_tokenizer("gpt-2", tmp_path)
-    assert read_tokenizer(tokenizer, len(tokenizer)).add_bos is False
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", tokenizer.bos_token_id)]
-    )
-    found = read_tokenizer(tokenizer, len(tokenizer))
-    assert found.add_bos is True and found.add_eos is False
-
-
-def altered(tmp_path, change):
-    tokenizer = make_split_tokenizer("gpt-2", tmp_path / "tokenizer")
-    change(tokenizer.backend_tokenizer)
-    return tokenizer
-
-
-def other_split(core):
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{L}+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def llama_split_without_whole_words(core):
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def space_in_front(core):
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-
-
-def lower_case(core):
-    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (other_split, "another one, so that the file would give other tokens"),
-        (space_in_front, "another one, so that the file would give other tokens"),
-        (llama_split_without_whole_words, "splits text as llama-bpe does, but does not take"),
-        (lower_case, "normaliser (Lowercase, NFC)"),
-    ],
-)
-def test_tokenizers_that_the_file_cannot_hold_are_refused(change, said, tmp_path):
-    tokenizer = altered(tmp_path, change)
-    with pytest.raises(RecipeError, match=said.replace("(", r"\(").replace(")", r"\)")):
-        read_tokenizer(tokenizer, len(tokenizer))
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
-    tokenizer = make_split_tokenizer("gpt-2", tmp_path)
-    with pytest.raises(RecipeError, match="the id 420, and the model's embedding 420 rows"):
-        read_tokenizer(tokenizer, 420)
 
 
 def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
@@ -366,15 +292,27 @@ def test_without_the_gguf_package_one_sentence(runs, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("arch", "split"), [*KINDS, ("llama", "smollm")])
-def test_llama_cpp_gives_the_same_tokens_and_logits(runs, arch, split, tmp_path):
+@pytest.mark.parametrize(
+    ("arch", "split", "changes"),
+    [
+        ("qwen2", "qwen2", {}),
+        ("qwen2", "gpt-2", {"tie_word_embeddings": True}),
+        ("qwen3", "qwen2", {"head_dim": 32}),
+        ("llama", "smollm", {}),
+        ("llama", "gpt-2", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", "gpt-2", {"rope_parameters": LINEAR_ROPE}),
+        ("llama", "llama-bpe", {"rope_parameters": LLAMA3_ROPE}),
+    ],
+    ids=["qwen2", "tied", "qwen3", "llama", "biases", "linear-rope", "llama3-rope"],
+)
+def test_llama_cpp_gives_the_same_tokens_and_logits(arch, split, changes, tmp_path):
+    """What transformers cannot read back (biases, rotary scaling, other heads of a Qwen3, SmolLM's digits) can be seen here."""
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama.cpp is not installed (pip install llama-cpp-python builds it)"
     )
-    run = runs(arch, split)
-    out = export_run(run.folder, "gguf", quant="f32", out=tmp_path / "out")
+    run = make_run(tmp_path, arch, split, **changes)
     program = llama_cpp.Llama(
-        str(out / "run-f32.gguf"),
+        str(export_run(run.folder, "gguf", quant="f32") / "run-f32.gguf"),
         n_ctx=256,
         logits_all=True,
         verbose=False,
@@ -384,12 +322,12 @@ def test_llama_cpp_gives_the_same_tokens_and_logits(runs, arch, split, tmp_path)
     for text in TEXTS:
         expected = run.tokenizer(text, add_special_tokens=False).input_ids
         assert program.tokenize(text.encode(), add_bos=False, special=True) == expected
-    ids = some_ids(run.tokenizer, rows=1)
-    expected = logits_of(merged(run), ids)[0]
+    assert program.token_eos() == run.tokenizer.eos_token_id
+    ids = some_ids(run.tokenizer, rows=1, length=200)
+    model = merged(run)
+    exact = copy.deepcopy(model).double()(input_ids=ids).logits[0].detach()
+    own = (logits_of(model, ids)[0].double() - exact).abs().max()
     program.eval(ids[0].tolist())
-    found = torch.tensor(program.scores[: ids.shape[1]])
-    # Both compute in fp32, in another order: against fp64 neither is off by more than rounding, which the same model
-    # in fp64 measures; llama.cpp may err ten times as much as torch (it rounds its tables of silu to F16 on some CPUs).
-    exact = logits_of(merged(run).double(), ids)[0].double()
-    ours = (expected.double() - exact).abs().max()
-    assert (found.double() - exact).abs().max() <= max(10 * ours, 2e-3 * exact.abs().max())
+    found = torch.tensor(program.scores[: ids.shape[1]]).double()
+    # Both compute in fp32, in another order: llama.cpp may err as torch does, with some room for its own functions.
+    assert (found - exact).abs().max() <= 16 * own < 1e-2

@@ -1,0 +1,98 @@
+"""The prompts of a file, for ``prefopt classify``."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefopt.data.rows import DataError, RowError
+from prefopt.data.sources import open_rows
+
+PLACE = "{text}"  # where a text goes in --ask
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt (text or chat messages), where it stands, and its label if the file says one."""
+
+    line: int
+    prompt: str | list[dict[str, str]]
+    expected: str | None = None
+
+
+def read_questions(
+    file: str | Path, split: str | None = None, ask: str | None = None, chat: bool = True
+) -> list[Question]:
+    """The prompts of a file, in order.
+
+    Args:
+        file, split, ask: of ``classify``.
+        chat: make a user's message of a text.
+
+    Raises:
+        DataError: it cannot be read, has no prompts, or a row without one.
+    """
+    path = Path(file).expanduser()
+    if path.suffix.lower() == ".txt":
+        rows = _text_lines(path)
+    else:
+        rows = _rows(str(file), split)
+    questions = []
+    for line, prompt, expected in rows:
+        if isinstance(prompt, str):
+            text = prompt if ask is None else ask.replace(PLACE, prompt)
+            prompt = [{"role": "user", "content": text}] if chat else text
+        elif ask is not None:
+            raise DataError(f"{file}:{line}: prompt is chat messages, and --ask needs text")
+        questions.append(Question(line, prompt, expected))
+    if not questions:
+        raise DataError(f"{file} has no prompts")
+    return questions
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str, None]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line.strip(), None
+
+
+def _rows(name: str, split: str | None) -> Iterator[tuple[int, str | list, str | None]]:
+    reported, raws = open_rows(name, split, None, needs=("prompt",))
+    for line, raw in raws:
+        if raw is None:
+            continue
+        if isinstance(raw, RowError):
+            raise DataError(f"{reported}:{line}: {raw}")
+        prompt = raw.get("prompt")
+        if not _is_prompt(prompt):
+            raise DataError(
+                f"{reported}:{line}: prompt is {prompt!r:.60}; expected text, or chat messages of role and content"
+            )
+        yield line, prompt, answer_text(raw.get("completion"))
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+            for turn in prompt
+        )
+    )
+
+
+def answer_text(completion: object) -> str | None:
+    """An answer's text, from text or from one chat message."""
+    if isinstance(completion, list) and len(completion) == 1 and _is_prompt(completion):
+        completion = completion[0]["content"]
+    return completion.strip() if isinstance(completion, str) else None
