@@ -12,9 +12,12 @@ INTERPRETED = ("special", "layouts", "values", "autograd")
 
 
 def pytest_generate_tests(metafunc):
-    name = metafunc.module.__name__
-    if "backend" in metafunc.fixturenames and not hasattr(metafunc.module, "backend"):
-        interpreted = name.endswith(INTERPRETED) and not ON_GPU
+    module = metafunc.module
+    own = hasattr(module, "backend") or any(
+        "backend" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
+    )
+    if "backend" in metafunc.fixturenames and not own:
+        interpreted = module.__name__.endswith(INTERPRETED) and not ON_GPU
         names = [*backends(), "triton"] if interpreted else backends()
         metafunc.parametrize("backend", names, indirect=True)
 
