@@ -69,7 +69,8 @@ def part_gradients(
         dz *= slope
     rows = row + tl.arange(0, BLOCK_T)
     counts = (rows < count)[:, None]
-    dz = tl.where(counts, dz * factor, 0.0)  # an infinite row of the head makes NaN of a row of zeros
+    # an infinite row of the head makes NaN of a row of zeros
+    dz = tl.where(counts, dz * factor, 0.0)
     if COLUMN_SUMS:
         place = tl.cast(block, tl.int64) * workspace_stride + (cols - first_column)
         tl.store(column_sums_ptr + place, tl.sum(dz, 0))
