@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prefopt.train.prepare import pad_token_id
 from prefopt_testing import make_dataset, make_rows
-from trainer_testing import gradients_of_first_step, make_trainer, make_world, train
+from trainer_testing import data_for, gradients_of_first_step, make_trainer, make_world, train
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -151,6 +151,21 @@ def test_what_is_saved_is_what_was_trained(world, tmp_path, adapter):
     ids = torch.arange(10)[None]
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("method", ["kto", "dpo"])
+def test_an_adapter_on_the_head_is_trained_and_the_reference_has_none(world, tmp_path, method):
+    head = LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    options = {"per_device_train_batch_size": 4, "method": method, "data": data_for(method, 20)}
+    trainer = make_trainer(world, tmp_path, ref=False, peft_config=head, **options)
+    found = gradients_of_first_step(trainer)
+    assert found["base_model.model.lm_head.lora_B.default.weight"].abs().max() > 0
+    first, *_, last = trainer.state.log_history[:-1]
+    assert first["rewards/margins"] == 0.0 != last["rewards/margins"]  # B is 0 at the start
+    state = trainer.model.state_dict()
+    assert torch.equal(
+        state["base_model.model.lm_head.base_layer.weight"], world.model.lm_head.weight
+    )
 
 
 def test_dropout_stays_where_it_is_asked_for(world, tmp_path):
