@@ -262,3 +262,14 @@ def test_rows_that_cannot_be_used(run, tmp_path):
 
 def test_the_template_is_the_one_written_out_here(tmp_path):
     assert make_tokenizer(tmp_path).chat_template == CHATML
+
+
+def test_null_in_a_recipe_is_not_the_default(run, tmp_path):
+    copy = spoiled(run, tmp_path)
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["max_length"] = recipe["loss"]["beta"] = None
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    subject = load_subject(copy)
+    assert subject.option("data", "max_length", 7) is None
+    assert subject.option("loss", "beta", 7) == BETA  # run.json knows it
+    assert subject.option("loss", "gamma", 7) == 7

@@ -142,7 +142,7 @@ def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest)
     encode = Encode(
         subject.tokenizer,
         questions.chat,
-        dict(subject.option("data", "chat_template_kwargs", {})),
+        dict(subject.option("data", "chat_template_kwargs") or {}),
     )
     pad = pad_token_id(subject.tokenizer, subject.model)
     options = _options(encode, questions)
@@ -157,7 +157,7 @@ def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest)
             pad_token_id=pad,
             max_length=None,  # a cut from the right would take the name
             batch_size=request.batch_size,
-            backend=subject.option("training", "backend", "auto"),
+            backend=subject.option("training", "backend") or "auto",
             desc=f"likelihoods, {who}",
         )
         answers = generate(

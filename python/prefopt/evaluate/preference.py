@@ -64,7 +64,7 @@ def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
         loaded,
         subject.tokenizer,
         max_length=subject.option("data", "max_length", MAX_LENGTH),
-        chat_template_kwargs=subject.option("data", "chat_template_kwargs", {}),
+        chat_template_kwargs=subject.option("data", "chat_template_kwargs"),
     )
     return HeldOut(loaded, tokens)
 
@@ -80,9 +80,9 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
             f"rewards of {subject.folder} are relative to the model it started from, which is not known; give it with --base"
         )
     rule = None if request.rule is None else make_rule(request.rule)
-    beta = subject.option("loss", "beta", BETA)
+    beta = float(subject.option("loss", "beta") or BETA)
     judge = _Judge(subject, held_out, request)
-    scores, details = judge.rewards(float(beta))
+    scores, details = judge.rewards(beta)
     how = [
         f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, pairs: the "
         "desirable answer of a pair has the higher reward. Accuracy, all: any desirable answer has a higher reward than "
@@ -138,7 +138,7 @@ class _Judge:
                     pad_token_id=self.pad,
                     max_length=limit,
                     batch_size=self.request.batch_size,
-                    backend=self.subject.option("training", "backend", "auto"),
+                    backend=self.subject.option("training", "backend") or "auto",
                     desc=f"{what}, {who}",
                 )
         return found
@@ -322,7 +322,7 @@ class _Judge:
         encode = Encode(
             self.subject.tokenizer,
             self.held_out.loaded.conversational,
-            dict(self.subject.option("data", "chat_template_kwargs", {})),
+            dict(self.subject.option("data", "chat_template_kwargs") or {}),
         )
         texts, questions = [], []
         for place in {row["group"]: row["row"] for row in reversed(self.rows)}.values():

@@ -87,6 +87,9 @@ def check_writable(out: Path) -> None:
     """What would stop ``write_results`` at the end, said before any work."""
     if out.exists() and not out.is_dir():
         raise EvalError(f"--out {out} is a file; expected a folder")
+    there = next(one for one in (out, *out.absolute().parents) if one.exists())
+    if not os.access(there, os.W_OK):
+        raise EvalError(f"{there} cannot be written to; choose a folder for the results with --out")
     _known(out / JSON_NAME)
 
 

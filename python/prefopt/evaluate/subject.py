@@ -64,13 +64,13 @@ class Subject:
         return next(self.model.parameters()).device
 
     def option(self, section: str, name: str, default: Any = None) -> Any:
-        """An option of the run's recipe, or else of the trainer's configuration in run.json."""
-        options = self.recipe.get(section)
-        found = options.get(name) if isinstance(options, dict) else None
-        config = self.record.get("config")
-        if found is None and isinstance(config, dict):
-            found = config.get(name)
-        return default if found is None else found
+        """An option of the run's recipe, or else of the trainer's configuration in run.json.
+
+        ``default`` is for what neither of them names; what they name as null is None.
+        """
+        places = (self.recipe.get(section), self.record.get("config"))
+        said = [one[name] for one in places if isinstance(one, dict) and name in one]
+        return next((one for one in said if one is not None), None if said else default)
 
     def about(self) -> dict:
         """For eval.json; no local path but the base's, which is the user's own name for it."""
