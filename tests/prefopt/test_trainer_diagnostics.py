@@ -12,7 +12,7 @@ from prefopt.train.diagnostics import KL_LOGS, Diagnostics
 from prefopt.train.finite import FiniteWatch
 from prefopt.train.run_folder import RunFolder
 from prefopt_testing import make_dataset, make_rows
-from trainer_testing import make_trainer, make_world, train
+from trainer_testing import data_for, make_trainer, make_world, train
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,28 @@ def test_defect_15_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, valu
     ]
     record = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert record["status"] == "stopped" and "step 3" in record["stopped_by"]
+
+
+@pytest.mark.parametrize("method", ["bco", "enhanced_kto", "dpo", "cpo", "sft"])
+def test_defect_15_a_loss_that_is_not_finite_stops_every_method(world, tmp_path, method):
+    """Also where the rows are looked at before the first loss of the step: no estimate hides them."""
+    trainer = make_trainer(
+        world,
+        tmp_path,
+        method=method,
+        data=data_for(method, 20),
+        callbacks=[_Break(2, float("nan"))],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        sampler="sequential",
+    )
+    with pytest.raises(NonFiniteError, match="step 2: the loss is nan") as caught:
+        train(trainer)
+    rows = trainer.train_dataset["row"][4:8]
+    assert caught.value.rows == list(rows) and trainer.state.global_step == 1
+    if method == "bco":
+        assert trainer.baselines.shift.value.isfinite()
 
 
 def test_defect_15_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):

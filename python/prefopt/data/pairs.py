@@ -13,13 +13,12 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.data.collate_pairs import SIDES
 from prefopt.data.read import LoadedRows
 from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 
 logger = logging.getLogger(__name__)
-
-SIDES = ("chosen", "rejected")
 
 
 def tokenize_pairs(

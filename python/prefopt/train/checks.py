@@ -106,7 +106,7 @@ def _numbers(options: Mapping[str, Any]) -> list[str]:
         and 0 < clip[0] <= clip[1]
     ):
         found.append(f"decision_clip is {clip!r}; expected (low, high) with 0 < low <= high")
-    if options["robust"] not in (None, True, False):
+    if options["robust"] is not None and not isinstance(options["robust"], bool):
         found.append(f"robust is {options['robust']!r}; expected True or False")
     return found
 
@@ -184,7 +184,7 @@ def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
     if options["train_sampling_strategy"] not in ("random", options["sampler"]):
         found.append(
             f"train_sampling_strategy is {options['train_sampling_strategy']!r}; it follows from sampler, which is "
-            f"{options['sampler']!r}"
+            + (repr(options["sampler"]) if options["sampler"] else "left out")
         )
     if options["logging_nan_inf_filter"]:
         found.append(

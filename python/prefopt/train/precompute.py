@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefopt.data import Tokenized, pair_mismatched
-from prefopt.data.pairs import SIDES, are_pairs
+from prefopt.data.collate_pairs import SIDES
+from prefopt.data.pairs import are_pairs
 from prefopt.train.scoring import PackingCollator
 
 CACHE_VERSION = 1  # part of the key: raise it when the numbers of the same inputs change
