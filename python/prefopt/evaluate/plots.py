@@ -28,23 +28,30 @@ STYLE = {
 
 
 def draw_bars(scores: Sequence[Score], folder: Path, name: str, title: str) -> list[str]:
-    """Shares of base and run side by side, with 95 % intervals and each group's chance line; the files' names."""
+    """Shares of base and run side by side, with 95 % intervals and chance lines where there are any; the files' names."""
     groups: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
-        if score.unit == "share" and score.model in (BASE, RUN) and score.chance is not None:
+        if score.unit == "share" and score.model in (BASE, RUN):
             groups.setdefault((score.task, score.metric), {})[score.model] = score
     if not groups:
         return []
     with _figure((max(5.0, 1.5 * len(groups) + 1.5), 3.6)) as (figure, axes):
-        width = 0.36
+        width, named = 0.36, set()
+
+        def once(name: str) -> str | None:
+            """The legend's entry, the first time."""
+            known = name in named
+            named.add(name)
+            return None if known else name
+
         for place, found in enumerate(groups.values()):
             for who, colour, shift in ((BASE, BASE_COLOUR, -width / 2), (RUN, OWN, width / 2)):
                 if who not in found:
                     continue
-                one = found[who]
+                one, at = found[who], place + (shift if len(found) > 1 else 0)
                 reach = [[one.value - one.low], [one.high - one.value]]
                 axes.bar(
-                    place + shift,
+                    at,
                     one.value,
                     width,
                     color=colour,
@@ -52,16 +59,18 @@ def draw_bars(scores: Sequence[Score], folder: Path, name: str, title: str) -> l
                         np.maximum(reach, 0), posinf=0
                     ),  # unknown where there is one question
                     error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 3},
-                    label=who if place == 0 else None,
+                    label=once(who),
                 )
             chance = next(iter(found.values())).chance
+            if chance is None:
+                continue
             axes.plot(
                 [place - 0.46, place + 0.46],
                 [chance, chance],
                 color=INK,
                 ls="--",
                 lw=1,
-                label="chance" if place == 0 else None,
+                label=once("chance"),
             )
         labels = [f"{task}\n{metric}" for task, metric in groups]
         axes.set_xticks(range(len(groups)), labels, fontsize=9)
