@@ -16,7 +16,7 @@ from prefopt.study.table import as_csv, by_config, cell_of
 
 TITLE = "BCO's shift: when it is unstable, and what cures it"
 SCALE = (
-    "A toy: a transformer of 25,000 parameters with LoRA of rank 8, a made-up language, a few hundred steps. It shows "
+    "A toy: a transformer of 20,000 parameters with LoRA of rank 8, a made-up language, a few hundred steps. It shows "
     "which forms of a loss break and why; how often, and at which learning rate, is another matter in a larger model."
 )
 DEFINITIONS = (
