@@ -23,7 +23,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if triton is None:
         return _MISSING
     if hidden.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(hidden.device)
+        capability = _capability(hidden.device)
         if capability < (8, 0):
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
         return None
@@ -32,6 +32,11 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 wrongly"
     return None
+
+
+@torch.compiler.assume_constant_result  # asked while a graph is traced, not in it
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def forward(

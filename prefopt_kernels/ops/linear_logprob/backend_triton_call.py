@@ -35,7 +35,7 @@ class Call:
         self.target = choices.target_of(hidden.device)
         self.blocks = cdiv(self.T, choices.FILTER_ROWS)
         ignored = targets < 0
-        self.order = torch.sort(ignored, stable=True).indices  # (T,)
+        self.order = torch.sort(ignored.byte(), stable=True).indices  # (T,)
         self.count = (self.T - ignored.sum()).to(torch.int32).reshape(1)
         self.ignored = ignored[self.order]
         self.targets = targets[self.order].clamp(max=self.V).to(torch.int32)  # V: no token id
@@ -244,7 +244,9 @@ class Call:
                 "right": tiled(right, tile.block_k, tile.block_n, described),
                 "out_ptr": out,
                 # the live tiles of a row block first, in their order
-                "list_ptr": torch.sort(~live, dim=1, stable=True).indices.int() if listed else None,
+                "list_ptr": torch.sort((~live).byte(), dim=1, stable=True).indices.int()
+                if listed
+                else None,
                 "live_ptr": live.sum(1).int() if listed else None,
                 "count_ptr": self.count,
                 "M": M,
