@@ -250,5 +250,15 @@ def test_data_check_names_a_model_that_is_not_there(base, capsys):
 
 def test_every_command_has_a_line_of_help():
     text = build_parser().format_help()
-    for command in ("demo", "train", "data", "report"):
+    for command in (
+        "demo",
+        "train",
+        "data",
+        "report",
+        "study",
+        "eval",
+        "export",
+        "chat",
+        "classify",
+    ):
         assert re.search(rf"\n +{command} +[a-z]", text)

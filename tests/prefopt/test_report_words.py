@@ -95,3 +95,11 @@ def test_loss_is_compared_between_quarters():
     assert told == [
         "The loss went from 0.5000 (first quarter of training) to 0.1500 (last quarter)."
     ]
+
+
+def test_rewards_without_a_reference_model_are_not_compared_with_one():
+    logs = [{"step": i, "rewards/chosen": -9.0, "rewards/rejected": -12.0} for i in (1, 2)]
+    remark = "less likely than under the reference model"
+    assert remark in " ".join(tell(Run(Path("run"), logs=logs)).sentences)
+    alone = Run(Path("run"), logs=logs, record={"reference": {"kind": "none"}})
+    assert remark not in " ".join(tell(alone).sentences)

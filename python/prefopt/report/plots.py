@@ -29,7 +29,8 @@ PLOTS = (
         "Loss",
         "loss",
         (("loss", "training", OWN), ("eval_loss", "evaluation", BAD)),
-        "KTO's loss: 0.5 where the model still equals its reference, lower as it agrees with the thumbs.",
+        "The method's loss, as its formula defines it; KTO's is 0.5 where the model still equals its reference, and lower as "
+        "it agrees with the thumbs.",
     ),
     Plot(
         "rewards",
@@ -37,7 +38,7 @@ PLOTS = (
         "reward",
         (("rewards/chosen", "desirable", GOOD), ("rewards/rejected", "undesirable", BAD)),
         "How much likelier an answer is than under the reference model (beta times the log-ratio): desirable answers "
-        "should end above undesirable ones.",
+        "should end above undesirable ones. For a method without a reference model, beta times the log-probability.",
     ),
     Plot(
         "margin",
@@ -53,6 +54,26 @@ PLOTS = (
         (("kl", "estimate", OWN),),
         "KTO's baseline, estimated on mismatched answers and never below 0: how far the model has drifted from its "
         "reference in general.",
+    ),
+    Plot(
+        "shift",
+        "BCO's shift",
+        "reward",
+        (("shift", "estimate", OWN), ("shift_gate", "gate, 0 to 1", GOOD)),
+        "The baseline of the rewards, and how far its gate is open.",
+    ),
+    Plot(
+        "gradient_shares",
+        "Shares of the gradient",
+        "share",
+        (
+            ("grad/base", "KTO at its reference point", OWN),
+            ("grad/shift", "shift", "#7a5fc7"),
+            ("grad/value", "value function", GOOD),
+            ("grad/weighting", "weighting", "#b08a1e"),
+            ("grad/odds", "odds ratio", BAD),
+        ),
+        "Which part of the loss pulls how hard on the log-probabilities: the mean sizes of the parts, in shares of their sum.",
     ),
     Plot(
         "learning_rate",

@@ -164,6 +164,8 @@ def _margin(run: Run) -> list[str]:
 
 
 def _likelihoods(run: Run) -> list[str]:
+    if run.record.get("reference", {}).get("kind") == "none":
+        return []  # the rewards of such a method compare with nothing and are always negative
     chosen = run.last("rewards/chosen")
     if chosen is None or chosen >= -NOTHING:
         return []

@@ -30,7 +30,8 @@ def write_report(run_dir: str | Path) -> Path:
     story = tell(run)
     plots = _plots(run)
     summary = _evaluations(run)
-    if summary:
+    # `prefopt eval` writes a richer file of that name, and eval.json beside it.
+    if summary and not (run.path / "eval.json").is_file():
         _replace(run.path / "eval_summary.csv", summary)
     _replace(run.path / "README.md", card(run, story, [plot for plot, _ in plots]))
     report = run.path / "report.html"
