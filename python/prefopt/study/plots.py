@@ -87,8 +87,20 @@ def _shares_plot(cells: dict[Config, Share], folder: Path) -> Drawing:
             panel.set_title(f"{form}, {precision}")
             panel.set_yticks(range(len(sets)), [label(one) for one in sets])
             _share_axis(panel)
+        # A panel lacks the learning rates that its form was not run at: the legend has those of all panels.
+        marks = {
+            text: mark
+            for panel in axes
+            for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
         axes[-1].legend(
-            loc="center right", frameon=False, fontsize=8, title="learning rate", title_fontsize=8
+            [marks[text] for text in sorted(marks, key=float)],
+            sorted(marks, key=float),
+            loc="center right",
+            frameon=False,
+            fontsize=8,
+            title="learning rate",
+            title_fontsize=8,
         )
 
     return _figure(
