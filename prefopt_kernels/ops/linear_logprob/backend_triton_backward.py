@@ -30,9 +30,10 @@ def gradients(
         return grads
     filters = _Filters(call, upstream, saved, need)
     tiles, rows = call.tiles, call.blocks * call.tiles.block_t
-    column_bytes = rows * call.work_dtype.itemsize * tiles.block_v
-    chunk = max(1, choices.WORKSPACE_BYTES // column_bytes) * tiles.block_v
-    chunk = min(chunk, -(-call.V // tiles.block_v) * tiles.block_v)
+    unit = max(tiles.block_v, choices.FILTER_ROWS)  # of ids, for tiles and for products by ids
+    unit_bytes = rows * call.work_dtype.itemsize * unit
+    chunk = max(1, choices.WORKSPACE_BYTES // unit_bytes) * unit
+    chunk = min(chunk, -(-call.V // unit) * unit)
     workspace = call.empty(rows, chunk, dtype=call.work_dtype)
     coefficients = _coefficients(call, upstream, saved)
     rights = {"hidden": call.weight, "weight": call.hidden}
@@ -162,6 +163,7 @@ def _logit_gradients(
             "COLUMN_SUMS": column_sums is not None,
             "PEAK": filters.write,
             "SKIP": filters.least > 0,
+            "TOGETHER": max(tiles.parts, choices.FILTER_ROWS // FILTER_TILE),
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,

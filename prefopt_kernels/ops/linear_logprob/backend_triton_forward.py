@@ -82,7 +82,7 @@ def fold(
     low += (total - (grown - taken)) + (part - taken)
     if PRODUCT and SOFTCAP:
         p *= slope
-    inside = (targets >= column) & (targets < column + WIDTH)
+    inside = (targets >= column) & (targets < tl.minimum(column + WIDTH, V))
     if tl.max(inside.to(tl.int32), 0) > 0:  # seldom: one tile of a row has its target
         hit = cols[None, :] == targets[:, None]
         target = tl.where(inside, tl.max(tl.where(hit, x, float("-inf")), 1), target)

@@ -60,7 +60,7 @@ def part_gradients(
     else:
         dz = p * weight_of_p[:, None]
     block = row // BLOCK_T
-    inside = (targets >= column) & (targets < column + WIDTH)
+    inside = (targets >= column) & (targets < tl.minimum(column + WIDTH, V))
     has_target = tl.max(inside.to(tl.int32), 0) > 0
     if has_target:
         hit = cols[None, :] == targets[:, None]
@@ -124,6 +124,7 @@ def logit_gradients(
     COLUMN_SUMS: tl.constexpr,
     PEAK: tl.constexpr,
     SKIP: tl.constexpr,
+    TOGETHER: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -143,13 +144,16 @@ def logit_gradients(
         tl.load(coefficients_ptr + 3 * T + rows, mask=mask, other=0.0),
         tl.load(coefficients_ptr + 4 * T + rows, mask=mask, other=0.0),
     )
+    WIDTH: tl.constexpr = BLOCK_V // PARTS
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(last_column - first_column, BLOCK_V))
     for tile in tl.range(first, last):
         column = first_column + tile * BLOCK_V
         live = True
         if SKIP:
-            offs = column // (BLOCK_V // PARTS) + tl.arange(0, PARTS)
+            # together with what a product by ids takes at a time, so that it meets nothing unwritten
+            first_tile = column // (WIDTH * TOGETHER) * TOGETHER
+            offs = first_tile + tl.arange(0, TOGETHER)
             places = tl.cast(block, tl.int64) * tiles + offs
             live = tl.max(tl.load(peak_ptr + places, mask=offs < tiles, other=0.0), 0) >= least
         if live:
@@ -180,7 +184,7 @@ def logit_gradients(
             for part in tl.static_range(PARTS):
                 part_gradients(
                     parts[part],
-                    column + part * (BLOCK_V // PARTS),
+                    column + part * WIDTH,
                     row,
                     coefficients,
                     targets,
@@ -197,7 +201,7 @@ def logit_gradients(
                     outer,
                     factor,
                     BLOCK_T,
-                    BLOCK_V // PARTS,
+                    WIDTH,
                     SOFTCAP,
                     BIAS,
                     THROUGH_ENTROPY,
