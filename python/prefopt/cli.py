@@ -76,7 +76,7 @@ def _demo_command(commands: Any) -> None:
         commands,
         "demo",
         _demo,
-        "train a tiny model with KTO on embedded data, in minutes, without network",
+        "train a tiny model on embedded data, in minutes, without network",
     )
     demo.add_argument(
         "--method",

@@ -5,7 +5,7 @@ import torch
 
 from linear_logprob_testing import exact, problem
 from numerics import assert_as_good_as_torch
-from prefopt_kernels.ops.linear_logprob import backend_triton
+from prefopt_kernels.ops.linear_logprob import backend_triton, backend_triton_choices
 from prefopt_kernels.ops.linear_logprob.operands import FILTER_TILE
 from triton_testing import there, triton_results
 
@@ -107,6 +107,16 @@ def test_a_filter_that_keeps_everything_changes_no_bit():
         filtered = triton_results(made, wanted, grad_filter=1e-30, head_grad_filter=1e-30)
         for name in wanted:
             assert torch.equal(filtered.grads[name], exactly.grads[name]), name
+
+
+def test_a_filter_over_several_chunks_is_that_over_one(monkeypatch):
+    made = peaked()
+    once = triton_results(made, ("hidden",), grad_filter=1e-3).grads["hidden"]
+    monkeypatch.setattr(backend_triton_choices, "WORKSPACE_BYTES", 1)  # 128 rows a chunk
+    chunked = triton_results(made, ("hidden",), grad_filter=1e-3).grads["hidden"]
+    assert_as_good_as_torch(
+        "dhidden", chunked, once, once.double(), terms=exact(made).terms["hidden"]
+    )
 
 
 def test_the_entropy_gradient_is_never_filtered():

@@ -279,15 +279,20 @@ class Call:
         programs = cdiv(rows, tile.block_m) * max(1, cdiv(columns, tile.block_n))
         return choices.splits(self.target, programs, -(-inner // (8 * tile.block_k)))
 
-    def peaks(self, tile_max: Tensor, lse: Tensor) -> Tensor:
-        """(row blocks, tiles): the largest probability of a tile, 1 where a target is in it. ``lse`` in units of log 2."""
-        tiles, rows = tile_max.shape[0], self.blocks * choices.FILTER_ROWS
-        log_p = tile_max - lse.masked_fill(self.ignored, math.inf)
-        log_p = pad(log_p, (0, rows - self.T), value=-math.inf)
-        peak = log_p.view(tiles, self.blocks, choices.FILTER_ROWS).amax(-1).exp2().T.contiguous()
-        row = torch.arange(self.T, device=self.device) // choices.FILTER_ROWS
-        place = row * tiles + self.targets.clamp(0, self.V - 1) // FILTER_TILE
-        peak.view(-1).scatter_reduce_(0, place, (~self.ignored).float(), "amax")
+    def peaks(self, tile_max: Tensor, lse: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(row blocks, tiles) of ``rows``: the largest probability of a tile, 1 where a target is in it.
+
+        ``lse`` in units of log 2; ``rows`` begin at a block.
+        """
+        ignored, targets = self.ignored[rows], self.targets[rows]
+        log_p = tile_max[:, rows] - lse[rows].masked_fill(ignored, math.inf)
+        tiles, count = log_p.shape
+        blocks = cdiv(count, choices.FILTER_ROWS)
+        log_p = pad(log_p, (0, blocks * choices.FILTER_ROWS - count), value=-math.inf)
+        peak = log_p.view(tiles, blocks, choices.FILTER_ROWS).amax(-1).exp2().T.contiguous()
+        block = torch.arange(count, device=self.device) // choices.FILTER_ROWS
+        place = block * tiles + targets.clamp(0, self.V - 1) // FILTER_TILE
+        peak.view(-1).scatter_reduce_(0, place, (~ignored).float(), "amax")
         return peak
 
 

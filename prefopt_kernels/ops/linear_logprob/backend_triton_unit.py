@@ -50,8 +50,8 @@ def fill_unit(call: Call, want: frozenset[str], grad_filter: float, out: dict[st
         )
         live = None
         if tile_max is not None:
-            peak = call.peaks(tile_max, call.rows_of(out["lse"]) * LOG2_E)
-            live = peak[first_row // tiles.block_t :][:blocks] >= grad_filter
+            rows = slice(first_row, first_row + chunk)
+            live = call.peaks(tile_max, call.rows_of(out["lse"]) * LOG2_E, rows) >= grad_filter
         call.product(
             workspace,
             call.weight,

@@ -12,6 +12,7 @@ from typing import Any
 
 from prefopt.evaluate.request import EvalError
 from prefopt.evaluate.scores import CHANGE, RUN, Score
+from prefopt.files import write_whole
 
 FORMAT = 1  # of eval.json
 JSON_NAME, CSV_NAME = "eval.json", "eval_summary.csv"
@@ -75,11 +76,10 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
     for name, one in suites.items():
         for score in one["scores"]:
             writer.writerow({"suite": name} | {key: score[key] for key in COLUMNS[1:]})
-    replace(out / CSV_NAME, table.getvalue())
+    write_whole(out / CSV_NAME, table.getvalue(), "replace")
     content = {"format": FORMAT, "suites": suites}
-    replace(
-        out / JSON_NAME, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(out / JSON_NAME, text, "replace")
     return out / JSON_NAME
 
 
@@ -91,16 +91,6 @@ def check_writable(out: Path) -> None:
     if not os.access(there, os.W_OK):
         raise EvalError(f"{there} cannot be written to; choose a folder for the results with --out")
     _known(out / JSON_NAME)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write to a new file in the same folder, then put it in place in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from prefopt.evaluate.harness import BENCHMARKS, MMLU_MINI, Answers, Asked, ask, prepare, version
 from prefopt.evaluate.request import EvalRequest
-from prefopt.evaluate.results import Results, replace
+from prefopt.evaluate.results import Results
 from prefopt.evaluate.scores import (
     BASE,
     CHANGE,
@@ -23,6 +23,7 @@ from prefopt.evaluate.scores import (
     share_change,
 )
 from prefopt.evaluate.subject import Subject
+from prefopt.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Finished:
         """Keep one benchmark of one model."""
         self.units[unit] = {"questions": answers.questions, "cut": answers.cut}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        replace(self.path, json.dumps({"key": self.key, "units": self.units}))
+        write_whole(self.path, json.dumps({"key": self.key, "units": self.units}))
 
     def get(self, unit: str) -> Answers | None:
         """The answers, if this unit was finished."""

@@ -6,11 +6,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from prefopt.files import write_whole
 from prefopt.report.card import card
 from prefopt.report.page import page
 from prefopt.report.plots import Plot, draw, drawable
 from prefopt.report.read import Run, read_run
 from prefopt.report.words import tell
+
+# a lone surrogate, which JSON allows and UTF-8 does not, must not cost the whole report
+ERRORS = "replace"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -32,10 +36,10 @@ def write_report(run_dir: str | Path) -> Path:
     summary = _evaluations(run)
     # `prefopt eval` writes a richer file of that name, and eval.json beside it.
     if summary and not (run.path / "eval.json").is_file():
-        _replace(run.path / "eval_summary.csv", summary)
-    _replace(run.path / "README.md", card(run, story, [plot for plot, _ in plots]))
+        write_whole(run.path / "eval_summary.csv", summary, ERRORS)
+    write_whole(run.path / "README.md", card(run, story, [plot for plot, _ in plots]), ERRORS)
     report = run.path / "report.html"
-    _replace(report, page(run, story, plots))
+    write_whole(report, page(run, story, plots), ERRORS)
     return report
 
 
@@ -65,14 +69,3 @@ def _evaluations(run: Run) -> str:
     writer.writeheader()
     writer.writerows(logs)
     return table.getvalue() if logs else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write to a new file in the same folder, then put it in place in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # a lone surrogate, which JSON allows and UTF-8 does not, must not cost the whole report
-        scratch.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -1,10 +1,10 @@
 """The study's report.html: answers in words, tables and plots, in the style of a run's report."""
 
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from prefopt.files import write_whole
 from prefopt.report.plots import Plot, _for_page
 from prefopt.report.style import STYLE
 from prefopt.study.findings import find
@@ -42,11 +42,11 @@ def write_report(out: Path) -> Path:
     rows, traces = read_lines(out / RESULTS), read_lines(out / TRACES)
     if not rows:
         raise FileNotFoundError(f"{out / RESULTS} has no rows")
-    _replace(out / "table.csv", as_csv(rows))
-    _replace(out / "answers.md", markdown(rows))
+    write_whole(out / "table.csv", as_csv(rows))
+    write_whole(out / "answers.md", markdown(rows))
     drawings = draw_all(rows, traces, out / "plots")
     report = out / "report.html"
-    _replace(report, page(rows, drawings))
+    write_whole(report, page(rows, drawings))
     return report
 
 
@@ -140,13 +140,3 @@ def _table(table: Table) -> str:
         f'{caption}<div class="scroll"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write to a new file in the same folder, then put it in place in one step."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_bytes(text.encode("utf-8"))
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -226,6 +226,6 @@ def _lines(source: TextIO) -> Iterator[str]:
 def _edit_lines() -> None:
     """Arrow keys and history for ``input``, where Python was built with them."""
     try:
-        import readline  # noqa: F401
+        import readline  # noqa: F401  (its import is what changes ``input``)
     except ImportError:
         return

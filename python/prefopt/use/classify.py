@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.data.read import load_rows
 from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Encode
+from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
-from prefopt.use.files import write_whole
 from prefopt.use.load import (
     Source,
     check_length,

@@ -12,9 +12,9 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
 from prefopt.train.run_folder import versions
-from prefopt.use.files import write_whole
 from prefopt.use.load import check_length, choose_device, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
