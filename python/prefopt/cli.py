@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from prefopt import __version__
+from prefopt.compare.commands import add_compare_command
 from prefopt.evaluate.commands import add_eval_command
 from prefopt.recipe.load import RecipeError, load_recipe
 from prefopt.recipe.schema import SECTIONS, Loss, options_of, required
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _demo_command(commands)
     _train_command(commands)
     add_eval_command(commands, _command, _no_more)
+    add_compare_command(commands, _command, _no_more)
     _data_command(commands)
     _report_command(commands)
     _study_command(commands)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.train import PreferenceConfig, PreferenceTrainer, TrainingWarning
 from prefopt.train.methods import METHODS, OPTIONS, in_force
-from prefopt.train.prepare import refuse_unsupported
+from prefopt.train.spread import refuse_unsupported
 from prefopt_testing import make_dataset, make_rows
 from trainer_testing import make_trainer, make_world, train
 

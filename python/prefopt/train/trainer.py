@@ -30,6 +30,7 @@ from prefopt.train.recorded import RecordedTrainer
 from prefopt.train.reference import AdapterOff, NoReference, choose_reference
 from prefopt.train.run_folder import RunFolder
 from prefopt.train.scoring import PackingCollator, Scores, score, to_device
+from prefopt.train.spread import refuse_unsupported
 from prefopt.train.window import drop_repeats, share_out
 from prefopt_kernels.integrations.transformers import check_lm_head, lm_head_of
 
@@ -98,7 +99,7 @@ class PreferenceTrainer(RecordedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        prepare.refuse_unsupported(self)
+        refuse_unsupported(self)
         self.head = lm_head_of(self.model)
         check_lm_head(self.model, self.head)
         self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
