@@ -31,6 +31,7 @@ TRAIN = [
     "safetensors>=0.6",
 ]
 EXPORT = ["gguf>=0.19,<1"]
+QUANT = ["bitsandbytes>=0.50,<1"]
 # Exactly this one, because its task definitions are part of what a score means. It has no line in constraints.txt: current
 # releases of what it needs (typepy) want an older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
@@ -41,6 +42,7 @@ TEST = [
     "trl==1.16.0",
     "liger-kernel==0.8.5",
     *EXPORT,
+    *QUANT,
 ]
 DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
 
@@ -131,7 +133,7 @@ def main() -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
-        extras_require={"train": TRAIN, "export": EXPORT, "eval": EVAL, "test": TEST, "dev": DEV},
+        extras_require={"train": TRAIN, "export": EXPORT, "quant": QUANT, "eval": EVAL, "test": TEST, "dev": DEV},
         packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
         package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
         package_data={"prefopt_kernels": data, "prefopt": data},
