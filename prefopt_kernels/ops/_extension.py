@@ -5,11 +5,14 @@ library is missing or built from other sources, it is built on the fly, once, in
 extensions.
 """
 
+import contextlib
 import importlib.util
 import os
 import sys
+import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -108,7 +111,11 @@ def why_not_build() -> str | None:
 
 
 def _build(missing: str) -> Path:
-    """Compiles csrc/ into torch's cache, one folder per version of the sources, and loads it."""
+    """Compiles csrc/ into torch's cache, one folder per version of the sources, and loads it.
+
+    Of several processes one compiles and the others wait. It works in a folder of its own and moves the finished library
+    out of it, so that a build that was killed leaves neither half a library nor a lock behind.
+    """
     from torch.utils import cpp_extension
 
     name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
@@ -116,19 +123,34 @@ def _build(missing: str) -> Path:
     folder = Path(cache) / name
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f"{name}.so"
-    if not built.exists():
+    with _only_process(folder / "building"):
+        if built.exists():
+            torch.ops.load_library(built)
+            return built
         print(
             f"prefopt_kernels: building the C++ kernels, once, because {missing}: in {folder}",
             file=sys.stderr,
             flush=True,
         )
-    cpp_extension.load(
-        name,
-        [str(path) for path in _sources.sources()],
-        extra_cflags=list(_sources.CXX_FLAGS),
-        extra_ldflags=_sources.link_flags(),
-        extra_include_paths=[str(_sources.CSRC)],
-        build_directory=str(folder),
-        is_python_module=False,
-    )
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            cpp_extension.load(
+                name,
+                [str(path) for path in _sources.sources()],
+                extra_cflags=list(_sources.CXX_FLAGS),
+                extra_ldflags=_sources.link_flags(),
+                extra_include_paths=[str(_sources.CSRC)],
+                build_directory=work,
+                is_python_module=False,
+            )
+            os.replace(Path(work) / built.name, built)
     return built
+
+
+@contextlib.contextmanager
+def _only_process(path: Path) -> Iterator[None]:
+    """Waits until no other process is inside; the system ends the wait when that process dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -39,20 +40,37 @@ print(one_if_loaded().item())
 
 def run(tree: Path, code: str = ASK, **variables: str) -> subprocess.CompletedProcess:
     """Runs code in a fresh process that sees only this tree, with its own cache of extensions."""
-    environment = {name: value for name, value in os.environ.items() if name != "PREFOPT_BUILD"}
-    environment |= {
-        "PYTHONPATH": str(tree),
-        "TORCH_EXTENSIONS_DIR": str(tree / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=tree,
-        env=environment | variables,
+        env=surroundings(tree) | variables,
         capture_output=True,
         encoding="utf-8",
         check=True,
     )
+
+
+def start(tree: Path) -> subprocess.Popen:
+    """The same, without waiting for its end, and with a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", ASK],
+        cwd=tree,
+        env=surroundings(tree),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        start_new_session=True,
+    )
+
+
+def surroundings(tree: Path) -> dict[str, str]:
+    """The environment of such a process."""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFOPT_BUILD"}
+    return environment | {
+        "PYTHONPATH": str(tree),
+        "TORCH_EXTENSIONS_DIR": str(tree / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def build(tree: Path) -> None:
@@ -88,6 +106,21 @@ def test_built_on_the_fly_once_and_again_after_a_change(tmp_path):
     changed = run(tree)
     assert changed.stdout.split("\n")[2] == "second"
     assert "building the C++ kernels" in changed.stderr
+
+
+@needs_compiler
+def test_processes_that_start_together_build_once_and_a_killed_build_is_no_hindrance(tmp_path):
+    tree = tree_with_stand_in(tmp_path, "shared")
+    started = [start(tree) for _ in range(3)]
+    ended = [process.communicate() for process in started]
+    assert [out.split("\n")[2] for out, _ in ended] == ["shared"] * 3
+    assert sum("building the C++ kernels" in err for _, err in ended) == 1
+    set_answer(tree, "after the kill")
+    killed = start(tree)
+    killed.stderr.readline()  # the announcement: it is compiling
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert run(tree).stdout.split("\n")[2] == "after the kill"
 
 
 @needs_compiler
