@@ -1,6 +1,6 @@
 # Every word sets up what it needs, in .venv, at the versions of constraints.txt; a second run finds it done.
 #   make demo    the main job: trains a small model with KTO and writes a report
-#   make test    the whole test suite; ARGS="tests/ops -k kto" runs a part of it
+#   make test    the whole test suite, two files at a time; ARGS="tests/ops -k kto" runs a part of it, JOBS=0 one at a time
 #   make lint    ruff and clang-format, without changing a file
 #   make bench   the benchmarks, then the table in README.md
 #   make static-report   registers, spills and shared memory of the Triton kernels on GPUs that are not here
@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-warn-script-location -c constraints.txt
@@ -22,7 +23,7 @@ demo: .venv/.train .venv/.built
 	$(BIN)/prefopt demo $(ARGS)
 
 test: .venv/.dev .venv/.built
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: .venv/.dev .venv/.built
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -38,6 +38,7 @@ EVAL = ["lm-eval==0.4.13"]
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
+    "pytest-xdist>=3.8",
     "hypothesis>=6",
     "trl==1.16.0",
     "liger-kernel==0.8.5",

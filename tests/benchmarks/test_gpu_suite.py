@@ -1,6 +1,7 @@
 """The GPU suite as a command: no time after a red test, no more time than asked for, and on past every fault."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -75,7 +76,7 @@ def measures_all(spec, hear):
 
 
 def test_after_a_red_test_nothing_is_timed(command, tmp_path):
-    red = Gate("the tests failed: pytest ended with 1", "E assert 1 == 2")
+    red = Gate("the tests failed: pytest ended with [12]", "E assert 1 == 2")
     status, text, specs = command("--tokens", "256", gate=red)
     assert status == 1 and specs == [] and list(tmp_path.iterdir()) == []
     assert "E assert 1 == 2" in text
@@ -280,23 +281,27 @@ def test_green_tests_are_counted(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("tests", "reason"),
     [
-        ({TRITON: "def test_bad():\n    assert 1 == 2\n"}, "the tests failed: pytest ended with 1"),
-        ({TRITON: "import no_such_package"}, "the tests failed: pytest ended with 2"),
+        (
+            {TRITON: "def test_bad():\n    assert 1 == 2\n"},
+            "the tests failed: pytest ended with [12]",
+        ),
+        ({TRITON: "import no_such_package"}, "the tests failed: pytest ended with [12]"),
         (
             {TRITON: OK, "test_sequence_loss_triton": "def test_bad():\n    assert 1 == 2\n"},
-            "the tests failed: pytest ended with 1",
+            "the tests failed: pytest ended with [12]",
         ),
         ({TRITON: "x = 1\n"}, "the tests failed: pytest ended with 5"),
         (
             {TRITON: "import pytest\npytestmark = pytest.mark.skip(reason='no')\n" + OK},
             "no test ran, 1 were skipped",
         ),
-        ({"test_linear_logprob_values": OK}, f"there are no tests at tests/ops/{TRITON}*.py"),
+        ({"test_linear_logprob_values": OK}, rf"there are no tests at tests/ops/{TRITON}\*\.py"),
     ],
 )
 def test_red_tests_have_a_reason(tmp_path, tests, reason):
     gate = run_tests(60, checkout(tmp_path, **tests))
-    assert gate.reason == reason
+    # with pytest-xdist, stopping at the first failure is an interruption: 2
+    assert re.fullmatch(reason, gate.reason)
     if "failed" in reason and "5" not in reason:
         assert "1 == 2" in gate.text or "no_such_package" in gate.text
 
