@@ -1,10 +1,19 @@
 """Preference data: from rows on disk to the tensors of a micro-batch."""
 
-from prefopt.data.collate import PreferenceCollator, pair_mismatched
-from prefopt.data.read import LoadedRows, load_rows, split_by_group
-from prefopt.data.rows import BadRow, DataError
-from prefopt.data.sampler import LabelBalancedSampler
-from prefopt.data.tokenize import Tokenized, tokenize_rows
+from importlib import import_module
+
+_HOMES = {
+    "PreferenceCollator": "collate",
+    "pair_mismatched": "collate",
+    "LoadedRows": "read",
+    "load_rows": "read",
+    "split_by_group": "read",
+    "BadRow": "rows",
+    "DataError": "rows",
+    "LabelBalancedSampler": "sampler",
+    "Tokenized": "tokenize",
+    "tokenize_rows": "tokenize",
+}
 
 __all__ = [
     "BadRow",
@@ -18,3 +27,12 @@ __all__ = [
     "split_by_group",
     "tokenize_rows",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """A public name from its file, when it is first asked for: torch and datasets take seconds, the help of a command none."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

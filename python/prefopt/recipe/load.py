@@ -10,26 +10,25 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from prefopt.recipe.error import RecipeError
+from prefopt.recipe.named import RECIPES, find_recipe
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
 
 Entry = tuple[Any, str]  # a value and where it was said
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message lists every problem with its file and dotted key."""
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file and put the overrides on top.
 
     Args:
-        path: of a YAML file with the sections model, data, lora, loss and training.
+        path: of a YAML file with the sections model, data, lora, loss and training, or the name of one that comes with the
+            package.
         overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
 
     Raises:
         RecipeError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of bounds or not a valid choice.
     """
-    path = Path(path)
+    path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -40,7 +39,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         content = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return make_recipe(content, overrides, name=str(path))
+    name = path.stem if path.parent == RECIPES else str(path)
+    return make_recipe(content, overrides, name=name)
 
 
 def make_recipe(

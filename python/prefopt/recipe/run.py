@@ -6,25 +6,28 @@ import logging
 import os
 from pathlib import Path
 
-import torch
 import yaml
-from peft import LoraConfig
-from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
-from prefopt.data.pairs import tokenize_pairs
-from prefopt.recipe.load import RecipeError
-from prefopt.recipe.schema import SECTIONS, Lora, Recipe, options_of
+from prefopt.data import DataError, Tokenized
+from prefopt.files import write_whole
+from prefopt.recipe.error import RecipeError
+from prefopt.recipe.memory import measured
+from prefopt.recipe.models import (
+    adapter_config,
+    load_model,
+    load_tokenizer,
+    quantize_for,
+    refuse_without_bitsandbytes,
+)
+from prefopt.recipe.rows import has_eval, load_data, with_plan
+from prefopt.recipe.schema import SECTIONS, Recipe, options_of
 from prefopt.report import write_report
 from prefopt.train import PreferenceConfig, PreferenceTrainer
-from prefopt.train.methods import METHODS, PAIRS, RATED
+from prefopt.train.methods import METHODS
+
+__all__ = ["load_data", "load_model", "preference_config", "run", "write_recipe"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +53,15 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     config = preference_config(recipe)
     folder = Path(recipe.training.output_dir).expanduser()
     checkpoint = _checkpoint(recipe, folder, resume)
-    tokenizer = _tokenizer(recipe)
+    tokenizer = load_tokenizer(recipe)
+    with config.main_process_first(local=False, desc="data"):  # the others read what it has built
+        recipe = with_plan(recipe)
     train, held_out = load_data(recipe, tokenizer)
     trainer = _trainer(recipe, config, tokenizer, train, held_out)
     if trainer.is_world_process_zero():
         write_recipe(recipe, config, folder)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with measured(folder, trainer.args.device, writes=trainer.is_world_process_zero()):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     if held_out is not None:
         metrics = trainer.evaluate()
@@ -76,7 +82,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
     problems = [
         f"training.extra.{key} has a place of its own: {_home(key)}" for key in extra if key in own
     ]
-    if recipe.training.eval_strategy != "no" and not _has_eval(recipe):
+    if recipe.training.eval_strategy != "no" and not has_eval(recipe):
         problems.append(
             "training.eval_strategy needs rows: set data.eval_path or data.eval_fraction"
         )
@@ -94,6 +100,9 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         problems.append("training.extra has keys that are not names")
     if problems:
         raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+    quantize_for(recipe)  # refuses 4 bits that cannot be trained
+    if "bnb" in recipe.training.optim or "8bit" in recipe.training.optim:
+        refuse_without_bitsandbytes(f"{recipe.name}: training.optim is {recipe.training.optim}")
     options = training | dataclasses.asdict(recipe.loss) | extra
     options |= {"max_length": recipe.data.max_length, "on_bad_row": recipe.data.on_bad_row}
     options["activation_checkpointing"] = options.pop(
@@ -103,34 +112,6 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         return PreferenceConfig(**options)
     except (ValueError, ImportError) as error:
         raise RecipeError(f"{recipe.name}: {_dotted(str(error), extra)}") from None
-
-
-def load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokenized, Tokenized | None]:
-    """Training rows and, if the recipe has any, evaluation rows."""
-    data = recipe.data
-    train = load_rows(
-        data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
-    )
-    held_out = None
-    if data.eval_path is not None:
-        held_out = load_rows(
-            data.eval_path,
-            on_bad_row=data.on_bad_row,
-            split=data.eval_split,
-            revision=data.eval_revision,
-        )
-    elif data.eval_fraction:
-        train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
-    encoded = _encode(recipe, train, tokenizer)
-    for label in ("desirable", "undesirable"):
-        if METHODS[recipe.loss.method].data == RATED and not encoded.counts[label]:
-            raise DataError(
-                f"{data.path} has no {label} rows among the {encoded.counts['rows']} to train on; "
-                f"{recipe.loss.method} learns from the contrast and needs both"
-            )
-    return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
 
 
 def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
@@ -143,34 +124,10 @@ def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path
     content["loss"] = {name: getattr(config, name) for name in content["loss"]}
     content["training"]["sampler"] = config.sampler
     path = folder / RECIPE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    head = "".join(f"# {line}\n" for note in recipe.notes for line in note.splitlines())
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    write_whole(path, head + text)
     return path
-
-
-def load_model(path: str, revision: str | None, dtype: str, key: str) -> PreTrainedModel:
-    """A causal language model from a folder or the hub; ``key`` names it in messages."""
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    path = _located(path, key)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RecipeError(
-            f"{key}: cannot load a causal language model from {path}: {_first(error)}"
-        ) from None
-
-
-def _encode(recipe: Recipe, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
-    data = recipe.data
-    tokenize = tokenize_pairs if METHODS[recipe.loss.method].data == PAIRS else tokenize_rows
-    encoded = tokenize(
-        loaded,
-        tokenizer,
-        max_length=data.max_length,
-        on_bad_row=data.on_bad_row,
-        chat_template_kwargs=data.chat_template_kwargs,
-    )
-    return dataclasses.replace(encoded, bad=[*loaded.bad, *encoded.bad])
 
 
 def _trainer(
@@ -181,7 +138,13 @@ def _trainer(
     held_out: Tokenized | None,
 ) -> PreferenceTrainer:
     chosen = recipe.model
-    model = load_model(chosen.path, chosen.revision, chosen.dtype, f"{recipe.name}: model.path")
+    model = load_model(
+        chosen.path,
+        chosen.revision,
+        chosen.dtype,
+        f"{recipe.name}: model.path",
+        quantize_for=quantize_for(recipe),
+    )
     reference = None
     if chosen.ref_path is not None:
         reference = load_model(
@@ -195,42 +158,12 @@ def _trainer(
             held_out,
             processing_class=tokenizer,
             ref_model=reference,
-            peft_config=None if recipe.lora is None else _lora(recipe.lora),
+            peft_config=None if recipe.lora is None else adapter_config(recipe.lora),
         )
     except DataError:
         raise
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
-
-
-def _lora(lora: Lora) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-    )
-
-
-def _tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    key = f"{recipe.name}: model.path"
-    path = _located(recipe.model.path, key)
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key}: cannot load a tokenizer from {path}: {_first(error)}") from None
-
-
-def _located(path: str, key: str) -> str:
-    """The path, if it is a folder or may be a hub id."""
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    path = os.path.expanduser(path)
-    if local and not Path(path).is_dir():
-        raise RecipeError(
-            f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
-        )
-    return path
 
 
 def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
@@ -250,10 +183,6 @@ def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
     if resume and checkpoint is None:
         logger.warning("%s has no checkpoint; training starts at the beginning", folder)
     return checkpoint
-
-
-def _has_eval(recipe: Recipe) -> bool:
-    return recipe.data.eval_path is not None or recipe.data.eval_fraction > 0
 
 
 def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
@@ -282,8 +211,3 @@ def _dotted(message: str, extra: dict) -> str:
         key = f"training.extra.{name}" if name in extra else _home(name)
         lines.append(f"  {key} {rest}" if line.startswith("  ") else line)
     return "\n".join(lines)
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -36,6 +36,10 @@ class Model:
         "of the weights; float32 keeps the small steps of a full fine-tune, auto takes the checkpoint's",
         "float32",
     )
+    quantization: Literal["nf4"] | None = option(
+        "load the frozen weights in 4 bits through bitsandbytes (NF4, doubly quantised scales); needs lora",
+        None,
+    )
     ref_path: str | None = option(
         "folder or hub id of the reference model; null: the model as it is before training", None
     )
@@ -45,11 +49,18 @@ class Model:
 class Data:
     """The rows: rated ones, or pairs."""
 
-    path: str = option("a .jsonl or .parquet file (relative to the current folder), or a hub id")
-    split: str = option("of a hub dataset", "train")
+    path: str = option(
+        "a .jsonl or .parquet file (relative to the current folder), a folder from `prefopt data build`, or a hub id"
+    )
+    plan: str | None = option(
+        "of `prefopt data build`: a name or a .yaml file; it is built into the folder data.path, once, and its "
+        "validation split is evaluated on",
+        None,
+    )
+    split: str = option("of a built folder or a hub dataset", "train")
     revision: str | None = option("of a hub dataset", None)
-    eval_path: str | None = option("rows to evaluate on; file or hub id", None)
-    eval_split: str = option("of a hub dataset in eval_path", "test")
+    eval_path: str | None = option("rows to evaluate on; file, built folder or hub id", None)
+    eval_split: str = option("of a built folder or a hub dataset in eval_path", "test")
     eval_revision: str | None = option("of a hub dataset in eval_path", None)
     eval_fraction: float = option(
         "share of the prompts set aside for evaluation instead of eval_path", 0.0, least=0, below=1
@@ -59,6 +70,10 @@ class Data:
     )
     max_length: int | None = option(
         "tokens of prompt and answer together; null for no limit", 1024, least=2
+    )
+    chat_template: str | None = option(
+        "instead of the tokenizer's own: dialogue (Human and Assistant, for base models without one) or a .jinja file",
+        None,
     )
     chat_template_kwargs: dict = option(
         "passed to the chat template, e.g. {enable_thinking: false}", {}
@@ -189,6 +204,7 @@ class Training:
     max_grad_norm: float = option("gradients are clipped to this norm", 1.0, least=0)
     optim: str = option("optimizer", "adamw_torch_fused")
     bf16: bool = option("autocast to bfloat16", False)
+    fp16: bool = option("autocast to float16 with a gradient scaler; on a GPU", False)
     gradient_checkpointing: bool = option("recompute activations instead of keeping them", False)
     sampler: Literal["label_balanced", "random", "sequential"] | None = option(
         "order of the rows", None, shown="label_balanced; random for pairs and sft"
@@ -212,7 +228,11 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run. ``name`` is what it is reported under: its file, or "recipe"."""
+    """A whole run.
+
+    ``name`` is what it is reported under: its file, or "recipe". ``notes`` are written as comments at the head of the run's
+    recipe.
+    """
 
     model: Model
     data: Data
@@ -220,6 +240,7 @@ class Recipe:
     lora: Lora | None = None
     loss: Loss = field(default_factory=Loss)
     name: str = "recipe"
+    notes: tuple[str, ...] = ()
 
 
 SECTIONS: dict[str, type] = {

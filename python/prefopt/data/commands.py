@@ -1,0 +1,170 @@
+"""`prefopt data build`, `inspect` and `check` on the command line; nothing heavy is imported before one runs."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt.recipe.error import RecipeError
+
+FOUND_BAD_ROWS = 1
+Command = Callable[..., argparse.ArgumentParser]
+NoMore = Callable[[list[str], list[str]], None]
+
+
+def add_data_commands(
+    commands: Any,
+    command: Command,
+    no_more: NoMore,
+) -> None:
+    """Add `data` with its three commands.
+
+    Args:
+        commands: of the parser.
+        command: makes one of them, from (commands, name, what it runs, summary).
+        no_more: refuses arguments that nobody took, from (them, known options).
+    """
+    data = commands.add_parser(
+        "data",
+        help="build data, and look at it before training",
+        description="Build data, and look at it before training.",
+    )
+    actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_build_command, _inspect_command, _check_command):
+        add(actions, command, no_more)
+
+
+def _inspect_command(actions: Any, command: Command, no_more: NoMore) -> None:
+    def run(given: argparse.Namespace, rest: list[str]) -> int:
+        no_more(rest, ["--split", "--revision", "--rows"])
+        from prefopt.data.describe import describe
+
+        print(describe(given.source, split=given.split, revision=given.revision, rows=given.rows))
+        return 0
+
+    inspect = command(actions, "inspect", run, "counts, lengths and a few rows")
+    inspect.add_argument(
+        "source", metavar="DIR|FILE", help="a built folder, a .jsonl or .parquet file, or a hub id"
+    )
+    inspect.add_argument("--split", help="of a folder (default: all) or a hub dataset")
+    inspect.add_argument("--revision", help="of a hub dataset")
+    inspect.add_argument("--rows", type=int, default=2, help="to show of each split (default: 2)")
+
+
+def _check_command(actions: Any, command: Command, no_more: NoMore) -> None:
+    def run(given: argparse.Namespace, rest: list[str]) -> int:
+        no_more(
+            rest,
+            "--split --revision --tokenizer --model --max-length --template --row --questions --ngram".split(),
+        )
+        from prefopt.data.check import check
+
+        checked = check(
+            given.source,
+            split=given.split,
+            revision=given.revision,
+            tokenizer=given.tokenizer,
+            max_length=given.max_length,
+            chat_template_kwargs=_template_arguments(given.template),
+            questions=given.questions,
+            ngram=given.ngram,
+            row=given.row,
+        )
+        print(checked.text)
+        return 0 if checked.clean else FOUND_BAD_ROWS
+
+    check = command(actions, "check", run, "count rows, list every bad one, show what is scored")
+    check.add_argument(
+        "source", metavar="FILE", help="a .jsonl or .parquet file, a built folder, or a hub id"
+    )
+    check.add_argument(
+        "--split", default="train", help="of a folder or hub dataset (default: train)"
+    )
+    check.add_argument("--revision", help="of a hub dataset")
+    check.add_argument(
+        "--tokenizer",
+        "--model",
+        metavar="PATH",
+        help="folder or hub id of a tokenizer or model, to count its tokens and show which are scored",
+    )
+    check.add_argument(
+        "--max-length", type=int, default=1024, help="tokens of prompt and answer (default: 1024)"
+    )
+    check.add_argument(
+        "--template",
+        metavar="YAML",
+        help="arguments of the chat template, as in training: '{enable_thinking: false}'",
+    )
+    check.add_argument("--row", type=int, default=0, help="whose tokens to show (default: 0)")
+    check.add_argument(
+        "--questions", metavar="FILE", help="evaluation questions, .txt or .jsonl, to look for"
+    )
+    check.add_argument(
+        "--ngram",
+        type=int,
+        default=8,
+        help="words that a row must share with a question (default: 8)",
+    )
+
+
+def _build_command(actions: Any, command: Command, no_more: NoMore) -> None:
+    def run(given: argparse.Namespace, rest: list[str]) -> int:
+        arguments = {
+            name: value
+            for name, value in vars(given).items()
+            if name not in ("command", "sources", "out", "traceback")
+        }
+        no_more(rest, ["--out", *(f"--{name.replace('_', '-')}" for name in arguments)])
+        from prefopt.data.build import build
+        from prefopt.data.plan import make_plan
+
+        built = build(make_plan(given.sources, **arguments), given.out)
+        print(f"{built.table}\n\n{built.folder}")
+        return 0
+
+    build = command(
+        actions,
+        "build",
+        run,
+        "convert, combine, deduplicate and split sources of preferences",
+        epilog="SOURCE is a plan (a .yaml file, or one that comes with prefopt), or sources, each "
+        "[NAME=][KIND:]PATH[@REVISION]: a .jsonl or .parquet file or a hub id. KIND is the schema "
+        "(ultrafeedback_binarized, hh-rlhf, shp, oasst1, kto-mix-14k, mmlu-pro, or rows: rated rows "
+        "and pairs) and, alone, the published set. Options given here win over the plan's.",
+    )
+    build.add_argument("sources", nargs="+", metavar="SOURCE", help="a plan, or sources")
+    build.add_argument("--out", type=Path, required=True, help="the new folder (required)")
+    for flag, kind, text in (
+        ("--seed", int, "of everything random (default: 0)"),
+        ("--validation", float, "share of the groups (default: 0.05)"),
+        ("--test", float, "share of the groups (default: 0)"),
+        ("--groups-per-source", int, "take so many groups of each source at most"),
+        ("--max-rows", int, "take so many rows in all at most, a group of each source in turn"),
+        ("--language-share", float, "of Arabic letters in prompt and answer (default: 0.5)"),
+    ):
+        build.add_argument(flag, type=kind, help=text)
+    for flag, choices, text in (
+        ("--until", ("all", "first"), "sources have run out (default: all)"),
+        ("--language", ("ar",), "keep rows in Arabic letters alone"),
+        ("--on-bad-row", ("stop", "skip"), "stop, or skip and list them (default: stop)"),
+        ("--format", ("parquet", "jsonl"), "of the files (default: parquet)"),
+    ):
+        build.add_argument(flag, choices=choices, help=text)
+    for flag, text in (
+        ("--exact-split", "cut the shares exactly, and evenly in each category, not by threshold"),
+        ("--messages", "make chat messages of text"),
+        ("--one-label", "allow rows of one label alone, for supervised training"),
+    ):
+        build.add_argument(flag, action="store_true", default=None, help=text)
+
+
+def _template_arguments(text: str | None) -> dict[str, Any]:
+    try:
+        found = {} if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = text
+    if not isinstance(found, dict):
+        raise RecipeError(f"command line: --template is {text!r}; expected {{NAME: VALUE}}")
+    return found

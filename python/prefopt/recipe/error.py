@@ -1,0 +1,5 @@
+"""The one error of recipes and of the command line, in a file that imports nothing."""
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message lists every problem with its file and dotted key."""

@@ -1,0 +1,181 @@
+"""A recipe's model, tokenizer and adapter, from a folder or the hub."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefopt.export.merge import BLOCK
+from prefopt.recipe.error import RecipeError
+from prefopt.recipe.schema import Lora, Recipe
+
+# Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An answer
+# ends in the EOS token, with nothing behind it.
+DIALOGUE = (
+    "{% for message in messages %}"
+    "{{ '' if loop.first else '\n\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}"
+    "{% elif message['role'] == 'user' %}{{ 'Human: ' + message['content'] }}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+TEMPLATES = {"dialogue": DIALOGUE}
+
+
+def load_model(
+    path: str, revision: str | None, dtype: str, key: str, *, quantize_for: str | None = None
+) -> PreTrainedModel:
+    """A causal language model from a folder or the hub.
+
+    Args:
+        path, revision: where it is.
+        dtype: of the weights, or "auto".
+        key: names the option in messages.
+        quantize_for: the dtype in which matrices of NF4 are multiplied; None leaves the weights as they are. Head and
+            embedding are not quantised.
+
+    Raises:
+        RecipeError: it cannot be loaded, or not in 4 bits.
+    """
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    path = located(path, key)
+    options = {} if quantize_for is None else _four_bits(path, revision, quantize_for, key)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RecipeError(
+            f"{key}: cannot load a causal language model from {path}: {_first(error)}"
+        ) from None
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the recipe's chat template if it names one."""
+    key = f"{recipe.name}: model.path"
+    path = located(recipe.model.path, key)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}: cannot load a tokenizer from {path}: {_first(error)}") from None
+    if recipe.data.chat_template is not None:
+        tokenizer.chat_template = _template(recipe)
+    return tokenizer
+
+
+def quantize_for(recipe: Recipe) -> str | None:
+    """The dtype in which the matrices of a 4-bit model are multiplied: that of autocast, or that of the other weights.
+
+    Raises:
+        RecipeError: 4 bits without an adapter, or without bitsandbytes.
+    """
+    if recipe.model.quantization is None:
+        return None
+    key = f"{recipe.name}: model.quantization is {recipe.model.quantization}"
+    if recipe.lora is None:
+        raise RecipeError(
+            f"{key} and lora is null; weights in 4 bits take no gradient: expected an adapter (lora: {{}}), or "
+            "model.quantization null"
+        )
+    refuse_without_bitsandbytes(key)
+    if recipe.training.bf16 or recipe.training.fp16:
+        return "bfloat16" if recipe.training.bf16 else "float16"
+    return "float32" if recipe.model.dtype == "auto" else recipe.model.dtype
+
+
+def refuse_without_bitsandbytes(key: str) -> None:
+    """Say how to get it, before anything is downloaded."""
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"{key}, which needs the package bitsandbytes: pip install 'prefopt-kernels[train,quant]'"
+        )
+
+
+def adapter_config(lora: Lora) -> LoraConfig:
+    """The adapter in peft's words."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def located(path: str, key: str) -> str:
+    """The path, if it is a folder or may be a hub id."""
+    local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    path = os.path.expanduser(path)
+    if local and not Path(path).is_dir():
+        raise RecipeError(
+            f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
+        )
+    return path
+
+
+def _four_bits(path: str, revision: str | None, compute: str, key: str) -> dict:
+    """Arguments of ``from_pretrained`` for NF4 on the device where it will be trained."""
+    if torch.cuda.is_available():
+        device: int | str = int(os.environ.get("LOCAL_RANK", "0"))
+    else:
+        device = "cpu"
+        _refuse_broken_blocks(path, revision, key)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, compute),
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _refuse_broken_blocks(path: str, revision: str | None, key: str) -> None:
+    """Rows that are no whole number of blocks lose weights on a CPU without a word; seen in the shapes, before loading."""
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"{key}: cannot read the configuration of {path}: {_first(error)}"
+        ) from None
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            if module.in_features % BLOCK:
+                raise RecipeError(
+                    f"{key}: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which bitsandbytes "
+                    "quantises wrongly on a CPU; use a GPU, or model.quantization null"
+                )
+
+
+def _template(recipe: Recipe) -> str:
+    named = recipe.data.chat_template
+    if named in TEMPLATES:
+        return TEMPLATES[named]
+    path = Path(named).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{recipe.name}: data.chat_template is {named!r}; expected {', '.join(TEMPLATES)} or a .jinja file"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"{recipe.name}: data.chat_template {path} is not UTF-8: {error}"
+        ) from None
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

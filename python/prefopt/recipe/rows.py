@@ -1,0 +1,104 @@
+"""A recipe's rows: the data of a plan built once, read, checked, split and tokenised."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
+from prefopt.data.build import build
+from prefopt.data.choose import VALIDATION
+from prefopt.data.pairs import tokenize_pairs
+from prefopt.data.plan import make_plan
+from prefopt.data.sources import MANIFEST, read_manifest
+from prefopt.recipe.schema import Recipe
+from prefopt.train.methods import METHODS, PAIRS, RATED
+
+logger = logging.getLogger(__name__)
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Tokenized, Tokenized | None]:
+    """Training rows and, if the recipe has any, evaluation rows; a plan is built first where it has not been yet."""
+    data = with_plan(recipe).data
+    train = load_rows(
+        data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
+    )
+    held_out = None
+    if data.eval_path is not None:
+        held_out = load_rows(
+            data.eval_path,
+            on_bad_row=data.on_bad_row,
+            split=data.eval_split,
+            revision=data.eval_revision,
+        )
+    elif data.eval_fraction:
+        train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
+    encoded = _encode(recipe, train, tokenizer)
+    for label in ("desirable", "undesirable"):
+        if METHODS[recipe.loss.method].data == RATED and not encoded.counts[label]:
+            raise DataError(
+                f"{data.path} has no {label} rows among the {encoded.counts['rows']} to train on; "
+                f"{recipe.loss.method} learns from the contrast and needs both"
+            )
+    return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
+
+
+def has_eval(recipe: Recipe) -> bool:
+    """Whether there are rows to evaluate on."""
+    data = recipe.data
+    return data.eval_path is not None or data.eval_fraction > 0 or _validates(recipe)
+
+
+def with_plan(recipe: Recipe) -> Recipe:
+    """The recipe with the rows of its plan in place: built into ``data.path``, or found there.
+
+    A folder that is there is used as it is if it was built with the same arguments; its sources are not read again. The
+    plan's validation split becomes ``data.eval_path`` where the recipe names no other rows to evaluate on.
+
+    Raises:
+        DataError: the folder was built with other arguments, or is none that was built; whatever ``build`` raises.
+    """
+    data = recipe.data
+    if data.plan is None:
+        return recipe
+    plan, folder = make_plan([data.plan]), Path(data.path).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        built = read_manifest(folder)["arguments"]
+        # as JSON, for a tuple comes back as a list
+        if built != json.loads(json.dumps(plan.described())):
+            raise DataError(
+                f"{folder} was built with other arguments than data.plan {data.plan} has now (see its {MANIFEST}); remove "
+                "the folder, or choose another data.path"
+            )
+    else:
+        print(f"data: building {data.plan} into {folder}", flush=True)
+        print(build(plan, folder).table, flush=True)
+    if not _validates(recipe):
+        return recipe
+    found = dataclasses.replace(data, eval_path=data.path, eval_split=VALIDATION)
+    return dataclasses.replace(recipe, data=found)
+
+
+def _validates(recipe: Recipe) -> bool:
+    """Whether the evaluation rows are the validation split of the plan."""
+    data = recipe.data
+    if data.plan is None or data.eval_path is not None or data.eval_fraction:
+        return False
+    return make_plan([data.plan]).validation > 0
+
+
+def _encode(recipe: Recipe, loaded: LoadedRows, tokenizer: PreTrainedTokenizerBase) -> Tokenized:
+    data = recipe.data
+    tokenize = tokenize_pairs if METHODS[recipe.loss.method].data == PAIRS else tokenize_rows
+    encoded = tokenize(
+        loaded,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        chat_template_kwargs=data.chat_template_kwargs,
+    )
+    return dataclasses.replace(encoded, bad=[*loaded.bad, *encoded.bad])

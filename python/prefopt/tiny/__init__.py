@@ -1,0 +1,5 @@
+"""`prefopt train RECIPE --tiny`: a recipe on a model of under a million parameters and embedded rows, in under a minute."""
+
+from prefopt.tiny.shrink import tiny_recipe
+
+__all__ = ["tiny_recipe"]

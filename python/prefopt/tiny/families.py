@@ -1,0 +1,149 @@
+"""Tiny models with random weights, in the architecture and with the chat template of the families in the recipes.
+
+The templates do what the real ones are known for, in words of our own. Qwen3's puts an empty thought before the last answer,
+and before the next one if thinking is off. DeepSeek-R1-Distill's opens an answer with a thought that a rendered conversation
+does not have. SmolLM2's base model has no template.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from prefopt.recipe.error import RecipeError
+
+VOCABULARY = 1024
+POSITIONS = 4096
+# All rows of matrices are whole blocks of 64, which bitsandbytes needs on a CPU.
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": POSITIONS,
+}
+
+QWEN3 = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['role'] == 'assistant' and loop.last -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{{ message['content'] + '<|im_end|>\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}"
+    "{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking -%}{{ '<think>\n\n</think>\n\n' }}{%- endif -%}"
+    "{%- endif -%}"
+)
+R1 = (
+    "{{- bos_token -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{ '<|User|>' + message['content'] }}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{ '<|Assistant|>' + message['content'].split('</think>')[-1] + eos_token }}"
+    "{%- else -%}{{ message['content'] }}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|Assistant|><think>\n' }}{%- endif -%}"
+)
+
+
+class Family(NamedTuple):
+    """Which names it has, its architecture, its special tokens (eos first, pad second) and its template."""
+
+    pattern: str
+    architecture: str
+    special: tuple[str, ...]
+    bos: str | None
+    template: str | None
+    tied: bool
+
+
+FAMILIES = (
+    Family(
+        r"(^|/)qwen3-",
+        "qwen3",
+        ("<|im_end|>", "<|endoftext|>", "<|im_start|>"),
+        None,
+        QWEN3,
+        tied=True,
+    ),
+    Family(
+        r"deepseek-r1-distill-qwen",
+        "qwen2",
+        ("<|end_of_sentence|>", "<|pad|>", "<|begin_of_sentence|>", "<|User|>", "<|Assistant|>"),
+        "<|begin_of_sentence|>",
+        R1,
+        tied=False,
+    ),
+    Family(
+        r"smollm2",
+        "llama",
+        ("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"),
+        None,
+        None,
+        tied=True,
+    ),
+)
+
+
+def family_of(name: str) -> Family:
+    """The family of a model, by its name.
+
+    Raises:
+        RecipeError: it is none of those in the recipes.
+
+    Example:
+        >>> family_of("Qwen/Qwen3-1.7B").architecture
+        'qwen3'
+    """
+    found = [family for family in FAMILIES if re.search(family.pattern, name.lower())]
+    if not found:
+        raise RecipeError(
+            f"--tiny has no stand-in for model.path {name}; expected a Qwen3, SmolLM2 or DeepSeek-R1-Distill-Qwen"
+        )
+    return found[0]
+
+
+def save_tiny(family: Family, texts: Iterable[str], folder: Path, seed: int) -> None:
+    """A tokenizer trained on the texts, and a model with random weights drawn from the seed, fp32, as a hub id would give."""
+    tokenizer = _tokenizer(family, texts)
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        family.architecture,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=family.tied,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **SIZES,
+        **({"head_dim": 32} if family.architecture == "qwen3" else {}),
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(family: Family, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(family.special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=family.special[0],
+        pad_token=family.special[1],
+        bos_token=family.bos,
+        model_max_length=POSITIONS,
+        chat_template=family.template,
+    )

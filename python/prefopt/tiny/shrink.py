@@ -1,0 +1,110 @@
+"""A recipe made tiny: what must shrink is overridden, said and written down; all else is the recipe's own."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.recipe.error import RecipeError
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.schema import Recipe
+
+STEPS = 20
+LEARNING_RATE = 2e-3  # an adapter on weights that are random moves little in so few steps
+INPUTS = "-inputs"  # behind the run folder's name: model, sources, plan and built rows
+MARKER = "tiny.json"
+
+
+def tiny_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe on a tiny model and embedded rows, both of which are made here, beside the run folder.
+
+    The model has the architecture and the chat template of the real one's family; the rows have the published schemas of the
+    plan's sources and go through its converters and stages.
+
+    Args:
+        path, overrides: as for ``load_recipe``; an override wins over what would shrink.
+
+    Returns:
+        The recipe, whose ``notes`` list what was changed. RUN-inputs then holds the model, the sources and the plan.
+
+    Raises:
+        RecipeError: as ``load_recipe``; a model whose family is not known here; RUN-inputs is something else.
+    """
+    given = dict(overrides or {})
+    whole = load_recipe(path, given)
+    changes = {
+        key: value
+        for key, value in shrunk(whole, given).items()
+        if key not in given and value != _value(whole, key)
+    }
+    notes = [f"{whole.name} --tiny: a trial of the whole way, not the published run. Changed:"]
+    notes += [
+        f"  {key} {_shown(_value(whole, key))} -> {_shown(value)}" for key, value in changes.items()
+    ]
+    recipe = load_recipe(path, changes | given)
+    if changes.keys() & {"model.path", "data.path", "data.plan"}:
+        _write_inputs(whole, _inputs(recipe.training.output_dir))
+    return dataclasses.replace(recipe, notes=tuple(notes))
+
+
+def shrunk(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every option that --tiny sets, with its value, whether it differs from the recipe's or not."""
+    folder = recipe.training.output_dir
+    if "training.output_dir" not in given:
+        folder += "-tiny"
+    inputs = _inputs(folder)
+    planned = recipe.data.plan is not None
+    values = {
+        "model.path": str(inputs / "model"),
+        "model.revision": None,
+        "model.dtype": "float32",
+        "data.plan": str(inputs / "plan.yaml") if planned else None,
+        "data.path": str(inputs / ("data" if planned else "rows.jsonl")),
+        "training.output_dir": folder,
+        "training.learning_rate": LEARNING_RATE,
+        "training.max_steps": STEPS,
+        "training.bf16": False,
+        "training.fp16": False,
+        "training.use_cpu": True,
+        "training.logging_steps": 1,
+    }
+    if "bnb" in recipe.training.optim:
+        values["training.optim"] = "adamw_torch"  # whose 8-bit states are made for a GPU
+    return values
+
+
+def _inputs(folder: str) -> Path:
+    path = Path(folder).expanduser()
+    return path.with_name(path.name + INPUTS)
+
+
+def _write_inputs(whole: Recipe, folder: Path) -> None:
+    """Model, sources and plan; found again by a second start, so that a run can be resumed."""
+    said = {"model": whole.model.path, "plan": whole.data.plan, "seed": whole.training.seed}
+    if folder.exists():
+        if _read(folder / MARKER) != said:
+            raise RecipeError(
+                f"{folder} is there and not what --tiny makes for {whole.name}; remove it, or choose another "
+                "training.output_dir"
+            )
+        return
+    from prefopt.tiny.inputs import write_inputs  # torch and transformers take seconds to import
+
+    write_inputs(whole, folder, {MARKER: json.dumps(said, indent=2) + "\n"})
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(recipe, section), name)
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
