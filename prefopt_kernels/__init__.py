@@ -28,6 +28,7 @@ from prefopt_kernels.reference_point import (
     WindowKL,
     WindowShift,
 )
+from prefopt_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 __version__ = "0.1.0"
 
@@ -61,4 +62,5 @@ __all__ = [
     "sequence_loss",
     "sft_loss",
     "simpo_loss",
+    "vocab_parallel_linear_logprob",
 ]

@@ -10,15 +10,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"prefopt_kernels": ROOT, "prefopt": ROOT / "python"}
 
 # What each part of prefopt_kernels may import of ours, by the first name below the package.
+BELOW_MODULES = {"ops", "losses", "reference_point"}
 KERNELS_MAY = {
     "ops": {"ops", "losses"},  # for the reference backends, so that a loss is written once
     "losses": {"losses"},
     "reference_point": {"reference_point"},
+    "vocab_parallel": {"ops"},
+    "sharded_head": {"vocab_parallel", "ops"},
     "_chunked_head": {"ops"},  # a part of modules, in a file of its own
-    "modules": {"_chunked_head", "ops", "losses", "reference_point"},
-    "integrations": {"modules", "ops", "losses", "reference_point", "integrations"},
+    "modules": {"_chunked_head", "sharded_head"} | BELOW_MODULES,
+    "integrations": {"modules", "sharded_head", "integrations"} | BELOW_MODULES,
     "info": {"", "ops"},  # a program, imported by nobody
-    "": {"ops", "losses", "reference_point", "modules"},  # __init__.py: the public names
+    "": {"modules", "vocab_parallel"} | BELOW_MODULES,  # __init__.py: the public names
 }
 
 

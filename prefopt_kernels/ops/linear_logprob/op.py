@@ -105,6 +105,43 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([3, -100])).logp.exp()
         tensor([0.2500, 1.0000])
     """
+    return score(
+        hidden,
+        weight,
+        targets,
+        bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        outputs=outputs,
+        lora=lora,
+        grad_filter=grad_filter,
+        head_grad_filter=head_grad_filter,
+        backend=backend,
+        keep_unit=True,
+    )
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    outputs: Sequence[str],
+    lora: tuple[Tensor, Tensor, float] | None,
+    grad_filter: float,
+    head_grad_filter: float,
+    backend: str,
+    keep_unit: bool,
+) -> TokenLogprobs:
+    """``linear_logprob``; without ``keep_unit`` a frozen head's forward leaves out the unit gradient.
+
+    That gradient serves a backward through ``logp`` alone; who goes on from ``lse`` would pay for it in vain.
+    """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -128,7 +165,7 @@ def linear_logprob(
         None if softcap is None else float(softcap),
         float(temperature),
         *(name in outputs for name in OUTPUTS),
-        torch.is_grad_enabled() and frozen_head and hidden.requires_grad,
+        keep_unit and torch.is_grad_enabled() and frozen_head and hidden.requires_grad,
         torch.is_grad_enabled() and not frozen_head and filters_head(backend, head_grad_filter),
         float(grad_filter),
         float(head_grad_filter),
