@@ -1,1 +1,22 @@
-"""`prefopt compare`: methods side by side on the same model, prompts, tokens and steps."""
+"""`prefopt compare`: methods side by side on the same model, prompts, tokens and steps.
+
+Start here. ``plan`` makes each method's recipe of the one that was given, ``rows`` each method's form of the same rows;
+``measure`` trains, times and judges one of them in a process of its own; ``run`` goes through all of them and can go on
+where it stopped; ``summary`` makes medians of the runs, and ``report`` tables, charts and the page of those.
+"""
+
+from pathlib import Path
+
+from prefopt.compare.request import CompareRequest
+from prefopt.recipe.schema import Recipe
+
+__all__ = ["CompareRequest", "compare"]
+
+
+def compare(recipe: Recipe, request: CompareRequest) -> Path:
+    """Run what is missing and report; see ``prefopt.compare.run.run``."""
+    from prefopt.compare.run import (
+        run,  # the training stack takes seconds to import, a wrong request should not
+    )
+
+    return run(recipe, request)

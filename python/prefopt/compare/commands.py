@@ -1,8 +1,17 @@
-"""The command `prefopt compare`."""
+"""`prefopt compare` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from prefopt.compare import CompareRequest, compare
+from prefopt.compare.request import KNOWN
+from prefopt.recipe.commands import OVERRIDE, _help, _metavar, _overrides
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.schema import SECTIONS, options_of
+
+FLAGS = ["--methods", "--runs", "--out", "--lora"]
 
 
 def add_compare_command(
@@ -10,4 +19,61 @@ def add_compare_command(
     command: Callable[..., argparse.ArgumentParser],
     no_more: Callable[[list[str], list[str]], None],
 ) -> None:
-    """Add the command."""
+    """Add the command.
+
+    Args:
+        commands: of the parser.
+        command: makes one of them, from (commands, name, what it runs, summary).
+        no_more: refuses arguments that nobody took, from (them, known options).
+    """
+
+    def run(given: argparse.Namespace, rest: list[str]) -> int:
+        overrides = _overrides(given, rest, lambda words, _: no_more(words, FLAGS))
+        methods = tuple(one.strip() for one in given.methods.split(",") if one.strip())
+        request = CompareRequest(methods=methods, runs=given.runs, out=given.out)
+        print(f"\n{compare(load_recipe(given.recipe, overrides), request)}")
+        return 0
+
+    parser = command(
+        commands,
+        "compare",
+        run,
+        "train methods side by side on the same model, prompts, tokens and steps",
+        usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--SECTION.OPTION VALUE ...]",
+        epilog="Writes compare.json, compare.csv, compare.md, plots and report.html. A second start with the same "
+        "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
+        "loss.method and training.output_dir are not used.",
+    )
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="a .yaml file, or the name of a recipe that comes with prefopt",
+    )
+    parser.add_argument(
+        "--methods",
+        required=True,
+        metavar="METHOD,METHOD[,...]",
+        help=f"two or more of {', '.join(KNOWN)} (required)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=3,
+        metavar="K",
+        help="of each method, with a seed each (default: 3)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison"), help="folder (default: comparison)"
+    )
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section, kind.__doc__)
+        if section == "lora":
+            group.add_argument("--lora", dest=f"{OVERRIDE}lora", metavar="null", help="no adapter")
+        hints = get_type_hints(kind)
+        for name, one in options_of(section).items():
+            group.add_argument(
+                f"--{section}.{name}",
+                dest=f"{OVERRIDE}{section}.{name}",
+                metavar=_metavar(hints[name]),
+                help=_help(one),
+            )

@@ -1,0 +1,163 @@
+"""compare.csv, compare.md, the chart and report.html of a comparison, and its tables for the terminal."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from prefopt.compare.plots import draw
+from prefopt.compare.summary import (
+    COST,
+    LEARNING,
+    MEASURES,
+    Line,
+    Measure,
+    learned_cell,
+    lines_of,
+    notes_of,
+)
+from prefopt.files import write_whole
+from prefopt.report.figures import Picture, placed
+from prefopt.report.html import bullets, fold, gallery, grid, mapping, section, text
+from prefopt.report.score import BASE
+from prefopt.report.style import STYLE
+
+CSV_NAME, MARKDOWN_NAME, PAGE_NAME = "compare.csv", "compare.md", "report.html"
+OUTPUTS = (CSV_NAME, MARKDOWN_NAME, PAGE_NAME)
+# in the tables; compare.csv has all
+TABLES = {
+    "Cost": [one for one in COST if one.key != "sequences_per_second"],
+    "Learning": list(LEARNING),
+}
+
+
+def write_report(out: Path, content: dict) -> Path:
+    """Write everything that is made of compare.json, report.html last, and print the tables.
+
+    Returns:
+        Path of report.html.
+    """
+    lines = lines_of(content)
+    notes = notes_of(content, lines)
+    with placed(out / "plots") as folder:
+        pictures = draw(lines, folder)
+    write_whole(out / CSV_NAME, as_csv(lines), "replace")
+    write_whole(out / MARKDOWN_NAME, markdown(content, lines, notes), "replace")
+    write_whole(out / PAGE_NAME, page(content, lines, notes, pictures), "replace")
+    print(terminal(lines, notes))
+    return out / PAGE_NAME
+
+
+def as_csv(lines: Sequence[Line]) -> str:
+    """A line for each method and one for the base model; three columns for each measure, in words where there is no figure."""
+    heads = [f"{one.key}{end}" for one in MEASURES for end in ("", "_low", "_high")]
+    table = io.StringIO()
+    writer = csv.DictWriter(
+        table, ["method", "runs", "learned", "sequences_per_step", *heads], lineterminator="\n"
+    )
+    writer.writeheader()
+    for line in lines:
+        row = {"method": line.method, "runs": line.runs, "learned": line.learned}
+        row["sequences_per_step"] = line.sequences_per_step
+        if line.method == BASE:
+            row |= {"runs": "", "learned": "", "sequences_per_step": ""}
+        for one in MEASURES:
+            found = line.values.get(one.key)
+            three = (line.absent.get(one.key, ""),) * 3 if found is None else found
+            row |= dict(zip((one.key, f"{one.key}_low", f"{one.key}_high"), three, strict=True))
+        writer.writerow(row)
+    return table.getvalue()
+
+
+def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
+    """The tables in columns, and the notes."""
+    parts = []
+    for name, measures in TABLES.items():
+        rows = _cells(lines, name, measures)
+        widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+        told = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        parts.append("\n".join([told[0], "-" * max(map(len, told)), *told[1:]]))
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def markdown(content: dict, lines: Sequence[Line], notes: Sequence[str]) -> str:
+    """Both tables and the notes, ready for a README."""
+    parts = [f"## {title_of(content)}"]
+    for name, measures in TABLES.items():
+        head, *body = _cells(lines, name, measures)
+        grid_lines = [head, ["---"] * len(head), *body]
+        parts.append(
+            "\n".join(
+                f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in grid_lines
+            )
+        )
+    parts.append("\n".join(f"- {note}" for note in notes))
+    return "\n\n".join(parts) + "\n"
+
+
+def page(
+    content: dict, lines: Sequence[Line], notes: Sequence[str], pictures: Sequence[Picture]
+) -> str:
+    """The whole page, which needs no other file."""
+    title = title_of(content)
+    tables = [(name, _cells(lines, name, measures)) for name, measures in TABLES.items()]
+    sections = [section(name, grid(head, body)) for name, (head, *body) in tables]
+    sections += [
+        section("Charts", gallery(pictures)),
+        section("How it was measured", bullets(notes)),
+        section("Runs", _runs(content)),
+        section("Settings", _settings(content)),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{text(title, 'title')}\n<style>{STYLE}.plots {{ grid-template-columns: 1fr; }}</style>\n</head>\n<body>\n"
+        f"<main>\n<header>\n{text(title, 'h1')}\n{text(content['model'], 'p', 'soft')}\n</header>\n"
+        + "".join(sections)
+        + "</main>\n</body>\n</html>\n"
+    )
+
+
+def title_of(content: dict) -> str:
+    """The recipe's name, without folder and ending."""
+    return f"{Path(content['recipe']).stem}: methods compared"
+
+
+def _cells(lines: Sequence[Line], name: str, measures: Sequence[Measure]) -> list[list[str]]:
+    """Head and body of a table; what a base model cannot have, it has no line for."""
+    cost = name == "Cost"
+    extra = "sequences in a step" if cost else "learned"
+    rows = [["method", extra, *(one.head for one in measures)]]
+    for line in lines:
+        if cost and line.method == BASE:
+            continue
+        first = str(line.sequences_per_step) if cost else learned_cell(line)
+        rows.append([line.title, first, *(line.cell(one) for one in measures)])
+    return rows
+
+
+def _runs(content: dict) -> str:
+    """Every run by itself."""
+    body = [
+        [
+            f"{run['method']}, seed {run['seed']}",
+            run.get("stopped", "ended"),
+            run["device"],
+            run["threads"],
+            *[f"{loss:.4f}" for loss in run.get("losses", ["", ""]) if loss != ""],
+        ]
+        for run in content["runs"]
+    ]
+    head = ["run", "training", "device", "threads", "first loss", "last loss"]
+    versions = content["runs"][0]["versions"] if content["runs"] else {}
+    return grid(head, body) + fold("Versions", mapping(versions))
+
+
+def _settings(content: dict) -> str:
+    said = yaml.safe_dump(content["settings"], allow_unicode=True, sort_keys=False)
+    return fold("Settings of all runs", f'<pre dir="ltr">{text(said)}</pre>')

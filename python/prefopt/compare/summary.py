@@ -1,0 +1,339 @@
+"""From runs to the lines of the tables: medians with the lowest and highest of the runs, and what they say in words."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from prefopt.compare.plan import FEWEST_TIMED, WARMUP
+from prefopt.report.score import BASE, CHANGE, RUN
+from prefopt.report.words import NOTHING, number
+from prefopt.train.methods import ANSWERS, METHODS
+
+TOO_FEW = f"fewer than {FEWEST_TIMED} steps"
+NO_RUN = "no run ended"
+MARGIN, LIKELIHOOD = ("rewards", "margin"), ("likelihood", "desirable, per token")
+ACCURACIES = (("rewards", "accuracy, pairs"), ("rewards", "accuracy, all"))
+
+
+class Spread(NamedTuple):
+    """Median, lowest and highest value of the runs."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of time."""
+
+    key: str
+    head: str
+    write: Callable[[float], str]
+    timed: bool = False
+    better: str = ""  # "more" or "less", where that can be said
+
+
+def _plain(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:,.{digits}f}"
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, or all of those before the point."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 2
+    return f"{value:,.{max(0, digits)}f}"
+
+
+COST = (
+    Measure("tokens_per_step", "tokens in a step", _significant),
+    Measure("step_ms", "time per step, ms", _significant, timed=True, better="less"),
+    Measure("tokens_per_second", "tokens per second", _significant, timed=True, better="more"),
+    Measure(
+        "sequences_per_second", "sequences per second", _significant, timed=True, better="more"
+    ),
+    Measure("efficiency", "efficiency", _plain(2), timed=True, better="more"),
+    Measure("train_s", "training, s", _significant, timed=True, better="less"),
+    Measure("peak_mib", "peak memory, MiB", _plain(0), better="less"),
+)
+LEARNING = (
+    Measure("margin", "margin", _plain(3), better="more"),
+    Measure("accuracy", "accuracy", _plain(3), better="more"),
+    Measure("likelihood", "log-likelihood, nats per token", _plain(3), better="more"),
+    Measure("first_loss", "first loss", _plain(4)),
+    Measure("last_loss", "last loss", _plain(4)),
+)
+MEASURES = COST + LEARNING
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method, or the base model, in the tables.
+
+    ``values`` has a ``Spread`` for each measure that there is; ``absent`` says instead, in words, why there is none.
+    ``learned`` counts the runs whose held-out margin (for sft: the change of the likelihood) has an interval above 0.
+    """
+
+    method: str
+    title: str
+    runs: int
+    values: dict[str, Spread]
+    absent: dict[str, str]
+    learned: int = 0
+    sequences_per_step: int | None = None
+    stopped: tuple[str, ...] = ()
+
+    def cell(self, measure: Measure) -> str:
+        """The value in words: the median and, of several runs, the lowest and the highest in brackets."""
+        if measure.key not in self.values:
+            return self.absent.get(measure.key, "")
+        median, low, high = map(measure.write, self.values[measure.key])
+        return median if low == high else f"{median} ({low} to {high})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median, lowest and highest.
+
+    Example:
+        >>> spread([3.0, 1.0, 10.0])
+        Spread(median=3.0, low=1.0, high=10.0)
+    """
+    return Spread(statistics.median(values), min(values), max(values))
+
+
+def efficiencies(runs: Sequence[dict], yardstick: str) -> dict[tuple[str, int], float]:
+    r"""Each run's tokens per second divided by those of the yardstick's run in the same round.
+
+    .. math:: e_{m,s} = \frac{n_{m,s} / t_{m,s}}{n_{y,s} / t_{y,s}}
+
+    with n the tokens trained on in the timed steps, t their seconds, s the seed of the round and y the yardstick: what slows
+    the machine for a while slows both. Rounds in which the yardstick has no figure are left out.
+
+    Returns:
+        {(method, seed): efficiency}, without unit.
+
+    Example:
+        >>> runs = [{"method": m, "seed": 1, "step_ms": [1000.0 * t], "tokens": 100} for m, t in (("kto", 2), ("dpo", 1))]
+        >>> efficiencies(runs, "kto")
+        {('kto', 1): 1.0, ('dpo', 1): 2.0}
+    """
+    rates = {
+        (run["method"], run["seed"]): _rate(run, "tokens") for run in runs if run.get("step_ms")
+    }
+    return {
+        (method, seed): rate / rates[yardstick, seed]
+        for (method, seed), rate in rates.items()
+        if (yardstick, seed) in rates
+    }
+
+
+def yardstick_of(methods: Sequence[str]) -> str:
+    """Whose speed is 1: kto's, or else the first method's."""
+    return "kto" if "kto" in methods else methods[0]
+
+
+def lines_of(content: dict) -> list[Line]:
+    """The base model's line, where there is a run that judged it, then one for each method.
+
+    Args:
+        content: of compare.json.
+    """
+    methods = list(content["methods"])
+    relative = efficiencies(content["runs"], yardstick_of(methods))
+    lines = []
+    for method in methods:
+        own = [run for run in content["runs"] if run["method"] == method]
+        ended = [run for run in own if "stopped" not in run]
+        found: dict[str, list[float]] = {}
+        for run in ended:
+            for key, value in _values(run, relative, content["timed_steps"]).items():
+                found.setdefault(key, []).append(value)
+        absent = {one.key: NO_RUN for one in MEASURES} if not ended else {}
+        if content["timed_steps"] < FEWEST_TIMED:
+            absent |= {one.key: TOO_FEW for one in MEASURES if one.timed}
+        lines.append(
+            Line(
+                method,
+                METHODS[method].title,
+                len(ended),
+                {key: spread(values) for key, values in found.items()},
+                absent,
+                sum(_learned(run) for run in ended),
+                content["methods"][method]["sequences_per_step"],
+                tuple(f"seed {run['seed']}: {run['stopped']}" for run in own if "stopped" in run),
+            )
+        )
+    return _base(content) + lines
+
+
+def learned_cell(line: Line) -> str:
+    """How many of the runs learned what their method is for."""
+    if line.method == BASE:
+        return ""
+    return f"{line.learned} of {line.runs} runs" if line.runs else NO_RUN
+
+
+def nothing_learned(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each method that learned next to nothing, as the report of a run would say it."""
+    said = []
+    for line in lines:
+        if line.method == BASE or not line.runs or METHODS[line.method].data == ANSWERS:
+            continue
+        margin = line.values["margin"].median if "margin" in line.values else math.inf
+        if abs(margin) < NOTHING:
+            said.append(
+                f"{line.title} learned next to nothing: the reward margin ended at {number(margin)}."
+            )
+    return said
+
+
+def _values(run: dict, relative: dict[tuple[str, int], float], timed: int) -> dict[str, float]:
+    """A run's value of each measure that it has."""
+    found = {
+        "tokens_per_step": run["tokens_in_all"] / run["steps"],
+        "peak_mib": run["peak_bytes"] / 2**20,
+        "first_loss": run["losses"][0],
+        "last_loss": run["losses"][1],
+    }
+    if timed >= FEWEST_TIMED:
+        found |= {
+            "step_ms": statistics.median(run["step_ms"]),
+            "tokens_per_second": _rate(run, "tokens"),
+            "sequences_per_second": _rate(run, "sequences"),
+            "train_s": run["train_s"],
+        }
+        key = run["method"], run["seed"]
+        if key in relative:
+            found["efficiency"] = relative[key]
+    scores = {
+        "margin": _score(run, *MARGIN, RUN),
+        "accuracy": accuracy_of(run),
+        "likelihood": _score(run, *LIKELIHOOD, RUN),
+    }
+    return found | {key: score["value"] for key, score in scores.items() if score is not None}
+
+
+def accuracy_of(run: dict) -> dict | None:
+    """The score of pairs or, where the held-out rows are none, of all answers."""
+    found = (_score(run, *one, RUN) for one in ACCURACIES)
+    return next((score for score in found if score is not None), None)
+
+
+def _rate(run: dict, what: str) -> float:
+    """A second's share of tokens or sequences, over all timed steps."""
+    return run[what] / (sum(run["step_ms"]) / 1000)
+
+
+def _score(run: dict, task: str, metric: str, model: str) -> dict | None:
+    wanted = (task, metric, model)
+    found = (
+        score
+        for score in run["scores"]
+        if (score["task"], score["metric"], score["model"]) == wanted
+    )
+    return next(found, None)
+
+
+def _learned(run: dict) -> bool:
+    answers = METHODS[run["method"]].data == ANSWERS
+    score = _score(run, *LIKELIHOOD, CHANGE) if answers else _score(run, *MARGIN, RUN)
+    return score is not None and score["low"] is not None and score["low"] > 0
+
+
+def _base(content: dict) -> list[Line]:
+    """Rewards are relative to the base, so its own margin is 0 and its accuracy a toss, by definition."""
+    run = next((one for one in content["runs"] if "scores" in one), None)
+    if run is None:
+        return []
+    values = {"margin": Spread(0.0, 0.0, 0.0), "accuracy": Spread(0.5, 0.5, 0.5)}
+    likelihood = _score(run, *LIKELIHOOD, BASE)
+    if likelihood is not None:
+        values["likelihood"] = Spread(*[likelihood["value"]] * 3)
+    return [Line(BASE, "base model", 0, values, {})]
+
+
+def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
+    """What must be known to read the tables, beginning with what went wrong."""
+    methods, runs = list(content["methods"]), content["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    notes = [
+        f"{line.title}, {reason}" for line in lines for reason in line.stopped
+    ] + nothing_learned(lines)
+    rows, steps = content["rows"], content["settings"]["steps"]
+    if content["timed_steps"] < FEWEST_TIMED:
+        notes.append(
+            f"{steps} steps, less {WARMUP} of warm-up, are {TOO_FEW}: too few for a figure of time, so there is none."
+        )
+    if rows["shared_prompts"]:
+        notes.append(
+            f"{rows['shared_prompts']} prompts of the held-out rows were trained on: this is no held-out evaluation."
+        )
+    if rows["without_pair"]:
+        notes.append(
+            f"{rows['without_pair']} rows have no partner of the other label and were left out for every method."
+        )
+    for key, what in (
+        ("device", "devices"),
+        ("threads", "numbers of threads"),
+        ("versions", "versions"),
+    ):
+        different = {str(run[key]) for run in runs}
+        if len(different) > 1:
+            notes.append(
+                f"The runs had different {what}, so their times cannot be compared: {'; '.join(sorted(different))}."
+            )
+    return notes + _how(content, methods, seeds, steps)
+
+
+def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> list[str]:
+    """How it was measured."""
+    rows, settings = content["rows"], content["settings"]
+    repeated = "run" if len(seeds) == 1 else "runs"
+    middle = "" if len(seeds) == 1 else ": the median and, in brackets, the lowest and the highest"
+    beta = settings["loss.beta"] or 0.1
+    accuracy = next((accuracy_of(run) for run in content["runs"] if "scores" in run), None)
+    of = "pairs whose desirable answer has the higher reward"
+    if accuracy is not None and accuracy["metric"] == ACCURACIES[1][1]:
+        of = "desirable and undesirable answers of which the desirable one has the higher reward"
+    notes = [
+        f"{len(seeds)} {repeated} of each method (seed {', '.join(map(str, seeds))}), a method after the other in each "
+        f"round and every run in a process of its own{middle}.",
+        f"Every method starts from the same model and makes {steps:,} steps with the same learning rate, on the same "
+        f"{rows['train']:,} {rows['kind']} in the same order.",
+    ]
+    if any(METHODS[method].data == ANSWERS for method in methods):
+        notes.append(
+            "SFT learns from the desirable answers alone: it goes through the same prompts and sees half of the sequences."
+        )
+    if content["timed_steps"] >= FEWEST_TIMED:
+        notes.append(
+            f"Times are of the {content['timed_steps']:,} steps after {WARMUP} of warm-up, making the batches included and "
+            "logging excluded, with the device synchronised at the end of each; training, s is of all steps. Tokens are "
+            "those trained on: what a method scores again, under the reference model or for its reference point, costs "
+            f"time and is not counted. Efficiency is tokens per second relative to {METHODS[yardstick_of(methods)].title} in "
+            "the same round."
+        )
+    if settings["loss.precompute_ref_logps"]:
+        notes.append(
+            "The reference's scores were computed before the first step, outside all times."
+        )
+    peaks = sorted({run["peak"] for run in content["runs"] if "peak" in run})
+    notes += [
+        f"Peak memory: {'; '.join(peaks)}.",
+        f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the log-ratio "
+        f"to the base model in nats, whatever the method; accuracy is the share of {of}. Learned: the 95 % interval of the "
+        "margin, for SFT of the change in the desirable answers' likelihood, is above 0.",
+        "The loss is another function for each method, so losses compare with nothing in another line; first and last are "
+        "means of a tenth of the steps.",
+    ]
+    left = [
+        f"{METHODS[method].title} without {', '.join(one['left_out'])}"
+        for method, one in content["methods"].items()
+        if one["left_out"]
+    ]
+    if left:
+        notes.append(
+            f"Options of the recipe that mean nothing, or something else, to a method: {'; '.join(left)}."
+        )
+    return notes

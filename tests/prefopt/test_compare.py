@@ -1,0 +1,214 @@
+"""`prefopt compare` as a user meets it: real runs in processes of their own, going on, and what is refused."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prefopt.cli import main
+from prefopt.compare.apart import LOG, _end, run_apart
+from prefopt.compare.measure import Job
+from prefopt.compare.plan import Plan
+from prefopt.compare.summary import TOO_FEW
+from prefopt.recipe import RecipeError, load_recipe
+from prefopt_testing import make_model, make_rows, make_tokenizer
+from trainer_testing import make_pairs
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, pairs, rated rows and a recipe of DPO."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = make_tokenizer(folder / "base")
+    make_model("qwen3", len(tokenizer), folder / "base")
+    write_lines(folder / "pairs.jsonl", make_pairs(20))
+    write_lines(folder / "rated.jsonl", make_rows(True))
+    recipe = {
+        "model": {"path": str(folder / "base")},
+        "data": {"path": str(folder / "pairs.jsonl"), "eval_fraction": 0.3, "max_length": 96},
+        "lora": {"r": 4},
+        "loss": {"method": "dpo", "beta": 0.3, "label_smoothing": 0.1},
+        "training": {
+            "output_dir": str(folder / "unused"),
+            "learning_rate": 1e-3,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "use_cpu": True,
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def start(world: Path, out: Path, *words: str, methods: str = "kto,dpo") -> int:
+    recipe = str(world / "recipe.yaml")
+    return main(["compare", recipe, "--methods", methods, "--out", str(out), *words])
+
+
+@pytest.fixture(scope="module")
+def compared(world, tmp_path_factory):
+    """Two methods, a run each, for real."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    assert start(world, out, "--runs", "1") == 0
+    return out
+
+
+def content_of(out: Path) -> dict:
+    return json.loads((out / "compare.json").read_text(encoding="utf-8"))
+
+
+def test_two_methods_see_the_same_tokens_from_the_same_start(compared):
+    content = content_of(compared)
+    kto, dpo = content["runs"]
+    assert (kto["method"], dpo["method"], content["status"]) == ("kto", "dpo", "finished")
+    assert kto["tokens_in_all"] == dpo["tokens_in_all"] > 0
+    assert kto["sequences_in_all"] == dpo["sequences_in_all"] > 0
+    # policy and reference are one model in the first step
+    assert kto["losses"][0] == pytest.approx(0.5, abs=1e-4)
+    assert dpo["losses"][0] == pytest.approx(math.log(2), abs=1e-4)
+    assert dpo["losses"][1] < dpo["losses"][0]
+    base = [
+        next(
+            score["value"]
+            for score in run["scores"]
+            if (score["metric"], score["model"]) == ("desirable, per token", "base")
+        )
+        for run in (kto, dpo)
+    ]
+    assert base[0] == base[1] < 0  # the same held-out rows under the same model
+    assert min(kto["peak_bytes"], dpo["peak_bytes"]) > 2**27  # torch alone is more
+    assert content["methods"]["kto"]["left_out"] == ["loss.label_smoothing 0.1"]
+
+
+def test_everything_is_written_and_no_time_is_told(compared):
+    rows = list(csv.DictReader((compared / "compare.csv").open(encoding="utf-8", newline="")))
+    assert [row["method"] for row in rows] == ["base", "kto", "dpo"]
+    assert (
+        {row["step_ms"] for row in rows[1:]} == {TOO_FEW} == {row["efficiency"] for row in rows[1:]}
+    )
+    assert all(float(row["accuracy"]) in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in rows[1:])
+    for name in ("compare.md", "report.html"):
+        text = (compared / name).read_text(encoding="utf-8")
+        assert "KTO without loss.label_smoothing 0.1" in text and TOO_FEW in text
+    assert sorted(one.name for one in (compared / "plots").glob("*.png")) == [
+        "compare_cost.png",
+        "compare_learning.png",
+    ]
+    assert (compared / "runs" / "kto-42" / "metrics.jsonl").stat().st_size > 0
+
+
+def test_a_second_start_runs_only_what_is_missing(world, compared, monkeypatch, capsys):
+    before = content_of(compared)
+    asked = []
+    real = before["runs"]
+
+    def instead(job, on_step):
+        """As if it had run: the first round's numbers again; interrupted at the second method."""
+        asked.append((job.method, job.seed))
+        assert content_of(compared)["status"] == "unfinished"
+        assert not (compared / "report.html").exists()  # of fewer runs than are asked for now
+        if job.method == "dpo" and len(asked) == 2:
+            raise KeyboardInterrupt
+        return next(run for run in real if run["method"] == job.method) | {"seed": job.seed}
+
+    monkeypatch.setattr("prefopt.compare.run.run_apart", instead)
+    assert start(world, compared, "--runs", "2") == 130
+    assert [(run["method"], run["seed"]) for run in content_of(compared)["runs"]] == [
+        ("kto", 42), ("dpo", 42), ("kto", 43),
+    ]  # fmt: skip
+    assert start(world, compared, "--runs", "2") == 0
+    assert asked == [("kto", 43), ("dpo", 43), ("dpo", 43)]
+    assert content_of(compared)["runs"][:2] == before["runs"]
+    assert start(world, compared, "--runs", "2") == 0 and len(asked) == 3
+    assert "2 runs of each method (seed 42, 43)" in capsys.readouterr().out
+    assert (compared / "report.html").exists()
+    # another recipe, or other methods, cannot go on here
+    assert start(world, compared, "--runs", "2", "--loss.beta", "0.2") == 2
+    assert "other settings (loss.beta)" in capsys.readouterr().err
+    assert start(world, compared, "--runs", "2", methods="dpo,kto") == 2
+    assert "other settings (methods)" in capsys.readouterr().err
+    assert len(asked) == 3
+
+
+def test_a_run_that_fails_names_its_log(world, tmp_path):
+    recipe = load_recipe(world / "recipe.yaml", {"model.path": str(tmp_path / "gone")})
+    job = Job(Plan(recipe, ("kto", "dpo"), 4, STEPS), "kto", 42, tmp_path / "kto-42")
+    with pytest.raises(
+        RecipeError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"
+    ):
+        run_apart(job, lambda: None)
+    assert "Traceback" in (tmp_path / "kto-42" / LOG).read_text(encoding="utf-8")
+
+
+def test_how_a_process_ended():
+    assert _end(-9) == "its process was killed, most likely for lack of memory"
+    assert _end(1) == "its process ended with code 1"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "kto,dop"], "--methods has 'dop'; expected some of kto, "),
+        (["--methods", "kto,dop"], "did you mean dpo?"),
+        (["--methods", "kto"], "--methods is kto; expected two or more to compare"),
+        (["--methods", "kto,dpo,kto"], "--methods has kto twice; --runs repeats every method"),
+        (["--methods", "kto,dpo", "--runs", "0"], "--runs is 0; expected a number from 1"),
+        (["--methods", "kto,dpo", "--out", "FILE"], "FILE is a file; expected a folder"),
+        (["--methods", "kto,dpo", "--out", "OTHER"], "has files in it that are not a comparison's"),
+        (["--methods", "kto,dpo", "--run", "2"], "--run is unknown; did you mean --runs?"),
+        (["--methods", "kto,dpo", "--loss.betta", "2"], "did you mean loss.beta?"),
+        (["--methods", "kto,sft", "--loss.method", "kto", "--loss.label_smoothing", "null",
+          "--training.per_device_train_batch_size", "3"], "expected an even number of rows"),
+        (["--methods", "kto,dpo", "--data.eval_fraction", "0"], "add --data.eval_fraction 0.1"),
+        (["--methods", "kto,dpo", "--data.path", "no.jsonl"], "no.jsonl"),
+        (["--methods", "kto,dpo,ipo", "--data.path", "RATED"], "for dpo, ipo: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_message_and_exit_code_2(
+    world, words, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("", encoding="utf-8")
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER" / "thesis.txt").write_text("", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    words = [str(world / "rated.jsonl") if word == "RATED" else word for word in words]
+    assert main(["compare", str(world / "recipe.yaml"), *words]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "Traceback" not in captured.err
+    assert captured.out == "" and sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_and_refusals_need_no_heavy_import(tmp_path):
+    code = (
+        "import sys\n"
+        "from prefopt.cli import main\n"
+        "try:\n"
+        "    main(['compare', '--help'])\n"
+        "except SystemExit as end:\n"
+        "    assert end.code == 0\n"
+        "assert main(['compare', 'nowhere.yaml', '--methods', 'kto,dop']) == 2\n"
+        "assert main(['compare', 'nowhere.yaml', '--methods', 'kto,dpo']) == 2\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    path = os.environ | {"PYTHONPATH": ":".join(one for one in sys.path if one)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "there is no recipe nowhere.yaml" in done.stderr
