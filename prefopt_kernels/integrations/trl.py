@@ -210,7 +210,7 @@ def why_not() -> str | None:
     except importlib.metadata.PackageNotFoundError:
         return "TRL is not installed"
     first, last = (".".join(map(str, bound)) for bound in TESTED)
-    if not TESTED[0] <= _major_minor(version) < TESTED[1]:
+    if not TESTED[0] <= major_minor(version) < TESTED[1]:
         return f"TRL is {version}; tested from {first}, below {last}"
     # Unsloth writes TRL's trainers anew from their source, with log-probabilities of its own.
     unsloth = next((name for name in ("unsloth", "unsloth_zoo") if name in sys.modules), None)
@@ -239,10 +239,10 @@ def why_not() -> str | None:
     return None
 
 
-def _major_minor(version: str) -> tuple[int, int]:
+def major_minor(version: str) -> tuple[int, int]:
     """The first two numbers of a version.
 
-    >>> _major_minor("1.16rc1")
+    >>> major_minor("1.16rc1")
     (1, 16)
     """
     major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
