@@ -16,11 +16,7 @@ from prefopt.evaluate.results import (
     write_results,
 )
 from prefopt.evaluate.scores import (
-    BASE,
-    CHANGE,
     RESAMPLES,
-    RUN,
-    Score,
     auc_of,
     bootstrap,
     difference_of_means,
@@ -28,6 +24,7 @@ from prefopt.evaluate.scores import (
     share,
     share_change,
 )
+from prefopt.report.score import BASE, CHANGE, RUN, Score
 
 LABELS = {"task": "t", "metric": "m"}
 

@@ -1,12 +1,13 @@
 """The page as a browser meets it: one file, whole or not there, with every text from data escaped and set its own way."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import pytest
 
-from prefopt.report import write, write_report
+from prefopt.report import write_report
 
 ARABIC = "كيف أزرع <b>الطماطم</b>؟"
 ATTACK = '"><script>alert(1)</script>'
@@ -178,7 +179,7 @@ def test_a_failure_leaves_the_old_report_and_nothing_else(run_dir, monkeypatch):
     def fail(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr(write.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_report(run_dir)
     assert report.read_bytes() == before

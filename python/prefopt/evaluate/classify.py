@@ -22,9 +22,10 @@ from prefopt.evaluate.generate import generate
 from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.preference import end_tokens
 from prefopt.evaluate.request import EvalRequest
-from prefopt.evaluate.results import Results
-from prefopt.evaluate.scores import BASE, RUN, Score, share, share_change
+from prefopt.evaluate.results import Results, asked_on
+from prefopt.evaluate.scores import share, share_change
 from prefopt.evaluate.subject import Subject
+from prefopt.report.score import BASE, RUN, Score
 from prefopt.train.prepare import pad_token_id
 
 NAMES = CATEGORIES
@@ -48,6 +49,7 @@ class Questions:
     chat: bool
     lead: str
     name: str
+    split: str | None = None
 
 
 def read_questions(request: EvalRequest) -> Questions:
@@ -56,11 +58,13 @@ def read_questions(request: EvalRequest) -> Questions:
     Raises:
         DataError: neither, or rows that cannot be used.
     """
-    source = request.data
-    loaded = load_rows(_converted(source, request)) if _is_published(source) else load_rows(
-        source, split=request.split or (SPLIT if Path(source).is_dir() else None)
-    )  # fmt: skip
-    questions = _questions(loaded, source)
+    source, split = request.data, request.split
+    if _is_published(source):
+        loaded = load_rows(_converted(source, request))
+    else:
+        split = split or (SPLIT if Path(source).is_dir() else None)
+        loaded = load_rows(source, split=split)
+    questions = replace(_questions(loaded, source), split=split)
     if request.limit is not None:
         questions = replace(
             questions,
@@ -73,7 +77,8 @@ def read_questions(request: EvalRequest) -> Questions:
 def evaluate(subject: Subject, questions: Questions, request: EvalRequest) -> Results:
     """Both ways of asking, for base and run; accuracies, a table by field and confusion matrices in ``details``."""
     found = {who: _ask(subject, who, questions, request) for who in subject.models}
-    return judged(questions.right, found)
+    data = {TASK: asked_on(questions.name, questions.split)}
+    return replace(judged(questions.right, found), data=data)
 
 
 def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:

@@ -3,26 +3,19 @@
 Rewards are ``beta * (log p_run - log p_base)`` of a completion, as in training.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from prefopt.data.collate import pair_mismatched
-from prefopt.data.read import LoadedRows, load_rows, split_by_group
-from prefopt.data.tokenize import Encode, Tokenized, tokenize_rows
+from prefopt.data.tokenize import Encode
 from prefopt.evaluate.generate import generate
+from prefopt.evaluate.held_out import HeldOut, trained_on
 from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.request import EvalError, EvalRequest
-from prefopt.evaluate.results import Results
+from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.rules import make_rule
 from prefopt.evaluate.scores import (
-    BASE,
-    CHANGE,
-    RUN,
-    Score,
     auc_of,
     bootstrap,
     difference_of_means,
@@ -31,42 +24,11 @@ from prefopt.evaluate.scores import (
     share_change,
 )
 from prefopt.evaluate.subject import Subject
+from prefopt.report.score import BASE, CHANGE, RUN, Score
 from prefopt.train.prepare import pad_token_id
 
-BETA, MAX_LENGTH, MAX_NEW_TOKENS = 0.1, 1024, 128  # where neither run nor request say another
+BETA, MAX_NEW_TOKENS = 0.1, 128  # where neither run nor request say another
 REWARDS, LIKELIHOOD, ANSWERS = "rewards", "likelihood", "sampled answers"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Rows to be judged on, in text and in tokens."""
-
-    loaded: LoadedRows
-    tokens: Tokenized
-
-    @property
-    def rows(self) -> Dataset:
-        """Token ids, label and group of each."""
-        return self.tokens.dataset
-
-
-def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
-    """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
-
-    Raises:
-        EvalError: neither names rows.
-        DataError: they cannot be used.
-    """
-    loaded = _loaded(subject, request)
-    if request.limit is not None and request.limit < len(loaded.rows):
-        loaded = _first(loaded, request.limit)
-    tokens = tokenize_rows(
-        loaded,
-        subject.tokenizer,
-        max_length=subject.option("data", "max_length", MAX_LENGTH),
-        chat_template_kwargs=subject.option("data", "chat_template_kwargs"),
-    )
-    return HeldOut(loaded, tokens)
 
 
 def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Results:
@@ -99,7 +61,9 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
             "base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, which "
             "estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
         )
-    return Results(scores, how, judge.warnings, details)
+    on = asked_on(held_out.loaded.name, held_out.split, held_out.revision)
+    data = dict.fromkeys((REWARDS, LIKELIHOOD, ANSWERS), on)
+    return Results(scores, how, judge.warnings, details, data)
 
 
 class _Judge:
@@ -334,55 +298,8 @@ class _Judge:
         return encode.ids(texts)[::-1], questions[::-1]
 
 
-def trained_on(subject: Subject) -> set[int]:
-    """Groups of the rows that the run's recipe trained on, as far as they are files here; empty where not."""
-    data = subject.recipe.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
-    if not path or not Path(path).expanduser().exists():
-        return set()
-    loaded = load_rows(path, split=data.get("split"), on_bad_row=data.get("on_bad_row", "stop"))
-    if data.get("eval_fraction"):
-        seed = subject.option("training", "seed", 0)
-        loaded = split_by_group(loaded, data["eval_fraction"], seed)[0]
-    return set(loaded.rows["group"])
-
-
 def end_tokens(subject: Subject) -> list[int]:
     """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
     own = getattr(subject.model.generation_config, "eos_token_id", None)
     found = [subject.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(one for one in found if one is not None))
-
-
-def _loaded(subject: Subject, request: EvalRequest) -> LoadedRows:
-    if request.data is not None:
-        return load_rows(request.data, split=request.split)
-    data = subject.recipe.get("data")
-    data = data if isinstance(data, dict) else {}
-    if data.get("eval_path"):
-        return load_rows(
-            data["eval_path"],
-            split=request.split or data.get("eval_split"),
-            revision=data.get("eval_revision"),
-        )
-    if data.get("eval_fraction"):
-        seed = subject.option("training", "seed", 0)
-        loaded = load_rows(data["path"], split=data.get("split"), revision=data.get("revision"))
-        return split_by_group(loaded, data["eval_fraction"], seed)[1]
-    raise EvalError(
-        f"{subject.folder} set no rows aside; name a file of rows that were not trained on with --data"
-    )
-
-
-def _first(loaded: LoadedRows, limit: int) -> LoadedRows:
-    """The first rows, of which the last pair stays whole."""
-    lines = loaded.rows["line"][: limit + 1]
-    limit += len(lines) > limit and lines[limit] == lines[limit - 1]
-    return LoadedRows(
-        loaded.rows.select(range(limit)),
-        loaded.bad,
-        loaded.counts,
-        loaded.ignored,
-        f"{loaded.fingerprint}, first {limit}",
-        loaded.name,
-    )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.evaluate.request import EvalError
-from prefopt.evaluate.scores import CHANGE, RUN, Score
 from prefopt.files import write_whole
+from prefopt.report.facts import hub_id
+from prefopt.report.score import CHANGE, RUN, Score, number
 
 FORMAT = 1  # of eval.json
 JSON_NAME, CSV_NAME = "eval.json", "eval_summary.csv"
@@ -29,6 +30,8 @@ class Results:
     how: list[str] = field(default_factory=list)  # what was measured, in words
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    # of each task of the scores, what it was asked on: name, and hub, split and revision where they are known
+    data: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 def chance_sentences(scores: Sequence[Score]) -> list[str]:
@@ -52,6 +55,23 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
                 f"(95 % interval {number(score.low)} to {number(score.high)})."
             )
     return said
+
+
+def asked_on(source: str, split: str | None, revision: str | None = None) -> dict[str, str | None]:
+    """What rows are called on a page: the hub's id, or the last part of a path, which is all that means something elsewhere.
+
+    Example:
+        >>> asked_on("/home/me/rows.jsonl", None)["name"], asked_on("TIGER-Lab/MMLU-Pro", "test")["hub"]
+        ('rows.jsonl', 'TIGER-Lab/MMLU-Pro')
+    """
+    hub = hub_id(source)
+    name = hub or Path(source).name
+    return {"name": name, "hub": hub, "split": split, "revision": revision if hub else None}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether it is the folder of a training run, which has a report."""
+    return (folder / "run.json").is_file()
 
 
 def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
@@ -126,18 +146,6 @@ def text_table(scores: Sequence[Score]) -> str:
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def number(value: float) -> str:
-    """Three places after the point, four significant digits above 1,000; "unknown" for what is not finite.
-
-    Example:
-        >>> number(0.26449), number(-1234.567), number(float("inf"))
-        ('0.264', '-1,235', 'unknown')
-    """
-    if not math.isfinite(value):
-        return "unknown"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def _known(path: Path) -> dict[str, dict]:

@@ -4,24 +4,28 @@ import time
 from pathlib import Path
 
 from prefopt.evaluate import classify, preference, thesis
-from prefopt.evaluate.plots import draw_bars, draw_confusion
+from prefopt.evaluate.held_out import read_rows
 from prefopt.evaluate.request import EvalError, EvalRequest
 from prefopt.evaluate.results import (
     Results,
     chance_sentences,
     check_writable,
+    is_run,
     plain,
     text_table,
     write_results,
 )
 from prefopt.evaluate.rules import make_rule
-from prefopt.evaluate.scores import RUN
 from prefopt.evaluate.subject import Subject, kind_of, load_subject
+from prefopt.report import write_report
+from prefopt.report.charts import draw_suite
+from prefopt.report.figures import placed
+from prefopt.report.score import Suite
 from prefopt.train.run_folder import versions
 
 
 def run(request: EvalRequest) -> Path:
-    """Evaluate, print the table, and write eval.json, eval_summary.csv and pictures.
+    """Evaluate, print the table, and write eval.json, eval_summary.csv and pictures; in a run folder the report again.
 
     Returns:
         Path of eval.json.
@@ -38,7 +42,6 @@ def run(request: EvalRequest) -> Path:
     warnings = subject.warnings + results.warnings + chance_sentences(results.scores)
     if request.limit is not None and request.suite != "thesis":
         warnings.insert(0, f"Only the first {request.limit} rows were used.")
-    pictures = _draw(request, results)
     entry = {
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": subject.about(),
@@ -47,7 +50,8 @@ def run(request: EvalRequest) -> Path:
         "how": results.how,
         "warnings": warnings,
         "scores": [score.as_dict() for score in results.scores],
-        "pictures": pictures,
+        "data": results.data,
+        "pictures": _draw(request, results),
         "details": results.details,
     }
     path = write_results(request.out, request.suite, plain(entry))
@@ -56,6 +60,8 @@ def run(request: EvalRequest) -> Path:
         print("\n" + _category_table(results))
     for sentence in [*results.how, *warnings]:
         print(f"\n{sentence}" if sentence is results.how[0] else sentence)
+    if is_run(request.out):
+        print(f"\n{write_report(request.out)}")
     return path
 
 
@@ -67,7 +73,7 @@ def _thesis(request: EvalRequest) -> tuple[Subject, Results]:
 
 def _preference(request: EvalRequest) -> tuple[Subject, Results]:
     subject = load_subject(request.run, request.base)
-    return subject, preference.evaluate(subject, preference.read_rows(subject, request), request)
+    return subject, preference.evaluate(subject, read_rows(subject, request), request)
 
 
 def _classify(request: EvalRequest) -> tuple[Subject, Results]:
@@ -84,13 +90,11 @@ _SUITES = {"thesis": _thesis, "preference": _preference, "classify": _classify}
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:
-    folder = request.out / "plots"
-    titles = {"thesis": "Benchmarks", "preference": "Held-out preferences", "classify": "Accuracy"}
-    names = draw_bars(results.scores, folder, f"eval_{request.suite}", titles[request.suite])
-    if request.suite == "classify":
-        matrices = results.details["confusion"][RUN]
-        names += draw_confusion(matrices, results.details["names"], folder, "eval_confusion")
-    return [f"plots/{name}" for name in names]
+    """Draw into plots/; the files' names."""
+    suite = Suite(request.suite, results.scores, details=results.details)
+    with placed(request.out / "plots") as folder:
+        drawn = draw_suite(suite, folder)
+    return [f"plots/{one.name}.{end}" for one in drawn for end in ("png", "svg")]
 
 
 def _category_table(results: Results) -> str:

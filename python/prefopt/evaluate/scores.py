@@ -2,45 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from prefopt.report.score import CHANGE, Score
 from prefopt.report.statistics import paired_difference, wilson
 
-BASE, RUN, CHANGE = "base", "run", "change"  # who a score is of; CHANGE is run - base, paired
 RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of one model.
-
-    ``low`` and ``high`` end its 95 % interval. ``chance`` is what knowing nothing scores: a guess, the base model's own
-    value where that is known beforehand (a margin of 0), or no change; None where there is no such line. ``n`` counts
-    questions, rows, pairs or answers.
-    """
-
-    task: str
-    metric: str
-    model: str
-    value: float
-    stderr: float | None
-    low: float
-    high: float
-    n: int
-    chance: float | None = None
-    n_shot: int | None = None
-    unit: str = "share"
-
-    @property
-    def at_chance(self) -> bool:
-        """Whether the interval holds the chance line, so that the score tells nothing from it."""
-        return self.chance is not None and self.low <= self.chance <= self.high
-
-    def as_dict(self) -> dict:
-        """For JSON and CSV."""
-        return asdict(self) | {"at_chance": self.at_chance}
 
 
 def share(outcomes: Sequence[float], **labels) -> Score:
@@ -49,7 +17,7 @@ def share(outcomes: Sequence[float], **labels) -> Score:
     The standard error is ``sqrt(p (1 - p) / (n - 1))``, as lm-evaluation-harness has it; None for a single outcome.
 
     Example:
-        >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model=RUN, chance=0.25)
+        >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model="run", chance=0.25)
         >>> score.value, score.stderr, score.at_chance
         (0.2, 0.2, True)
     """
@@ -85,7 +53,7 @@ def bootstrap(
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 4.0])
-        >>> score = bootstrap(mean_of(values), range(4), seed=0, task="t", metric="m", model=RUN, unit="nats")
+        >>> score = bootstrap(mean_of(values), range(4), seed=0, task="t", metric="m", model="run", unit="nats")
         >>> score.value, 0.4 < score.stderr < 0.7, score.low < 2.5 < score.high
         (2.5, True, True)
     """

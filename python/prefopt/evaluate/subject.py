@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from prefopt.evaluate.request import EvalError
-from prefopt.evaluate.scores import BASE, RUN
+from prefopt.report.score import BASE, RUN
 
 CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")

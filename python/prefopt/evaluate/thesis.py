@@ -9,21 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.evaluate.harness import BENCHMARKS, MMLU_MINI, Answers, Asked, ask, prepare, version
+from prefopt.evaluate.harness import (
+    BENCHMARKS,
+    MMLU_MINI,
+    Answers,
+    Asked,
+    Benchmark,
+    ask,
+    prepare,
+    version,
+)
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results
-from prefopt.evaluate.scores import (
-    BASE,
-    CHANGE,
-    RUN,
-    Score,
-    bootstrap,
-    mean_of,
-    share,
-    share_change,
-)
+from prefopt.evaluate.scores import bootstrap, mean_of, share, share_change
 from prefopt.evaluate.subject import Subject
 from prefopt.files import write_whole
+from prefopt.report.score import BASE, CHANGE, RUN, Score
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,10 @@ def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest)
             answers[name][who] = done
     results = judged(answers, request.limit, request.seed)
     results.details["lm_eval"] = version()
+    results.data = {
+        details["title"]: _asked_on(BENCHMARKS[name], request.tasks_dir)
+        for name, details in results.details["benchmarks"].items()
+    }
     finished.remove()
     return results
 
@@ -129,7 +134,8 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
             warnings.append(
                 f"{title}: {cut} prompts with their answers are longer than the model's context and lost their beginning."
             )
-        details["benchmarks"][name] = _details(by_model, benchmark.metrics)
+        found = _details(by_model, benchmark.metrics)
+        details["benchmarks"][name] = {"title": title} | found
     if limit is not None:
         warnings.append(
             f"Only the first {limit} questions of each task were asked, so these are not the numbers that others publish."
@@ -138,6 +144,13 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
     if missing:
         warnings.append(f"No questions were given for {', '.join(missing)}.")
     return Results(scores, [HOW], warnings, details)
+
+
+def _asked_on(benchmark: Benchmark, tasks_dir: Path | None) -> dict[str, str | None]:
+    """The hub's set, or files in its schema, which may be anything."""
+    name = benchmark.title if tasks_dir is None else f"{benchmark.title}, from local files"
+    hub = benchmark.hub if tasks_dir is None else None
+    return {"name": name, "hub": hub, "split": benchmark.splits[-1], "revision": None}
 
 
 def _scores(values: dict[str, list[float]], labels: dict, chance: float, seed: int) -> list[Score]:

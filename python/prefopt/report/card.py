@@ -2,84 +2,108 @@
 
 import html
 import re
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import yaml
-
-from prefopt.report.plots import Plot
+from prefopt.report import components, evaluation, facts
+from prefopt.report.facts import hub_id
+from prefopt.report.figures import Picture
+from prefopt.report.metadata import base_model, metadata, title
 from prefopt.report.read import Run
 from prefopt.report.words import Story
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+__all__ = ["card", "hub_id"]
+
 CARD_SAMPLES = 4
 
 
-def hub_id(name: object) -> str | None:
-    """``name`` if it is a hub id, "owner/model"; None for a folder or anything else.
+def card(
+    run: Run, story: Story, plots: Sequence[Picture], evaluated: Sequence[Picture] = ()
+) -> str:
+    """The whole card.
 
-    Example:
-        >>> hub_id("Qwen/Qwen3-0.6B"), hub_id("/models/qwen"), hub_id("./qwen")
-        ('Qwen/Qwen3-0.6B', None, None)
+    Args:
+        run: as read.
+        story: of the run.
+        plots: of training.
+        evaluated: pictures of the evaluations.
     """
-    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or Path(name).is_dir():
-        return None
-    return name
-
-
-def metadata(run: Run) -> dict:
-    """The card's YAML block: only what is known, and never a local path. No license is guessed."""
-    recipe = _recipe(run)
-    base = hub_id(run.adapter.get("base_model_name_or_path")) or hub_id(
-        _get(recipe, "model", "path")
-    )
-    dataset = hub_id(_get(recipe, "data", "path"))
-    if dataset is not None and dataset.endswith((".jsonl", ".parquet")):
-        dataset = None
-    method = run.record.get("method")
-    found: dict = {}
-    if base:
-        found["base_model"] = base
-        found["base_model_relation"] = "adapter" if run.adapter else "finetune"
-    if dataset:
-        found["datasets"] = [dataset]
-    found["library_name"] = "peft" if run.adapter else "transformers"
-    found["pipeline_tag"] = "text-generation"
-    tags = ["preference-optimization", "prefopt"]
-    if isinstance(method, str):
-        tags.insert(0, method.replace("_", "-"))
-    if run.adapter:
-        tags.append("lora")
-    return found | {"tags": tags}
-
-
-def card(run: Run, story: Story, plots: list[Plot]) -> str:
-    """The whole card."""
-    title = run.summary.get("title")
-    title = title if isinstance(title, str) else run.path.resolve().name
-    block = yaml.safe_dump(metadata(run), sort_keys=False, allow_unicode=True)
-    parts = [f"---\n{block}---", f"# {_plain(title)}", f"**{_plain(story.verdict)}**"]
+    parts = [f"---\n{metadata(run).to_yaml()}\n---", f"# {_plain(title(run))}"]
+    parts.append(f"**{_plain(story.verdict)}**")
     parts.append("\n".join(f"- {_plain(sentence)}" for sentence in story.sentences))
     parts += [
         _plain(run.summary[key]) for key in ("how", "note") if isinstance(run.summary.get(key), str)
     ]
+    parts += _evaluations(run, evaluated)
     if run.samples:
         parts.append("## Sample answers")
         parts += [_sample(sample) for sample in run.samples[:CARD_SAMPLES]]
     if plots:
-        parts.append("## Training")
-        parts.append("\n".join(f"![{plot.title}](plots/{plot.name}.png)" for plot in plots))
+        parts += ["## Training", _pictures(plots)]
+    head, body = components.table(run)
+    if body:
+        parts += ["## Components", _table(head, body)]
+        parts += [_plain(sentence) for sentence in components.notes(run)]
+    parts += _settings(run)
     parts.append("## Use\n\n" + _use(run))
-    versions = run.record.get("versions")
-    if isinstance(versions, dict):
-        listed = "\n".join(
-            f"- {_plain(str(key))} {_plain(str(value))}" for key, value in versions.items()
-        )
-        parts.append(f"## Versions\n\n{listed}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _evaluations(run: Run, pictures: Sequence[Picture]) -> list[str]:
+    parts = ["## Evaluation"] if run.suites else []
+    for suite in run.suites:
+        parts.append(f"### {_plain(evaluation.title(suite))}")
+        parts.append(_table(evaluation.HEAD, evaluation.table(suite)))
+        parts.append("Values with their standard errors.")
+        parts.append("\n".join(f"- {_plain(sentence)}" for sentence in suite.warnings))
+        head, body = evaluation.by_category(suite)
+        if body:
+            parts.append(_table(head, body))
+        parts += [_plain(sentence) for sentence in suite.how]
+    return parts + ([_pictures(pictures)] if pictures else [])
+
+
+def _settings(run: Run) -> list[str]:
+    """What is needed to repeat the run."""
+    parts = ["## Settings"]
+    sets = facts.data_sets(run)
+    if sets:
+        names = list(dict.fromkeys(name for counts in sets.values() for name in counts))
+        counts = [
+            [facts.COUNT_NAMES.get(name, name.replace("_", " "))]
+            + [facts.shown(one.get(name, "")) for one in sets.values()]
+            for name in names
+            if name != "fingerprint"
+        ]
+        parts.append(_table(["data", *sets], counts))
+    sources = facts.built_from(run)
+    if sources:
+        rows = [
+            ["" if one is None else facts.shown(one) for one in row.values()] for row in sources
+        ]
+        parts.append(_table(["source", "schema", "revision", "rows"], rows))
+    settings = facts.main_settings(run) | facts.model_settings(run)
+    if settings:
+        parts.append(
+            _table(["setting", "value"], [[k, facts.shown(v)] for k, v in settings.items()])
+        )
+    memory = facts.memory(run)
+    if memory:
+        parts.append(_table(["memory", ""], list(memory.items())))
+    versions = run.record.get("versions")
+    if isinstance(versions, dict):
+        parts.append(_table(["version", ""], [[str(k), str(v)] for k, v in versions.items()]))
+    if len(parts) == 1:
+        return []
+    commands = facts.commands(run)
+    if commands:
+        parts.append("To do it again, with this folder as RUN (recipe.yaml has every option):")
+        parts.append("```sh\n" + "\n".join(commands) + "\n```")
+    return parts
+
+
 def _use(run: Run) -> str:
-    base = hub_id(run.adapter.get("base_model_name_or_path")) or "PATH_OF_THE_BASE_MODEL"
+    base = base_model(run) or "PATH_OF_THE_BASE_MODEL"
     if run.adapter:
         lines = (
             "from peft import PeftModel",
@@ -87,7 +111,7 @@ def _use(run: Run) -> str:
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{base}")',
             'model = PeftModel.from_pretrained(model, "PATH_OF_THIS_FOLDER")',
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         )
     else:
         lines = (
@@ -99,6 +123,10 @@ def _use(run: Run) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
+def _pictures(pictures: Iterable[Picture]) -> str:
+    return "\n".join(f"![{_plain(one.title)}](plots/{one.name}.png)" for one in pictures)
+
+
 def _sample(sample: dict) -> str:
     """HTML, because Markdown knows no direction of writing; on one line, because an empty one would end it."""
     rows = "".join(
@@ -108,19 +136,12 @@ def _sample(sample: dict) -> str:
     return f"<div>\n{rows}</div>"
 
 
+def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    plain = [line if line[0] == "---" else [_plain(str(one)) for one in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in plain)
+
+
 def _plain(text: str) -> str:
     """A text on one line in which Markdown and HTML find nothing to interpret."""
     return re.sub(r"([\\`*_\[\]#|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def _recipe(run: Run) -> dict:
-    try:
-        recipe = yaml.safe_load(run.recipe)
-    except yaml.YAMLError:
-        return {}
-    return recipe if isinstance(recipe, dict) else {}
-
-
-def _get(content: dict, section: str, key: str) -> object:
-    options = content.get(section)
-    return options.get(key) if isinstance(options, dict) else None

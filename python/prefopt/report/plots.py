@@ -1,15 +1,11 @@
-"""The plots of a run: PNG and SVG files, and the same SVG ready to stand in a page of any colour."""
+"""The plots of a run's training: what was logged, over the optimizer's steps."""
 
-import io
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.report.figures import BAD, GOOD, INK, OWN, Picture, figure, save
 from prefopt.report.read import Run
-
-INK = "#1b1f24"  # text and axes; in a page it gives way to the page's own colour
-GOOD, BAD, OWN = "#2f8f5b", "#d0653a", "#3f7fd0"  # to be told apart on white and on near-black
 
 
 @dataclass(frozen=True)
@@ -97,45 +93,16 @@ def drawable(run: Run) -> list[Plot]:
     return [plot for plot in PLOTS if any(run.finite(key) for key, _, _ in plot.lines)]
 
 
-def draw(run: Run, plot: Plot, folder: Path) -> str:
-    """Write ``<name>.png`` and ``<name>.svg`` into ``folder``; the SVG without background, for a page, is returned."""
-    import matplotlib
-
-    # Figure and its canvas, not pyplot: no global state, no window, and the caller's backend stays as it is.
-    from matplotlib.figure import Figure
-
-    style = {
-        "axes.edgecolor": INK,
-        "axes.labelcolor": INK,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlesize": 11,
-        "axes.titlelocation": "left",
-        "font.size": 10,
-        "svg.fonttype": "none",  # text stays text: small, and set by the browser
-        "svg.hashsalt": plot.name,  # the same ids every time, different ones in each plot of a page
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.subplots()
+def draw(run: Run, plot: Plot, folder: Path) -> Picture:
+    """Write ``<name>.png`` and ``<name>.svg`` into ``folder``."""
+    with figure(5, 3) as (made, axes):
         for key, legend, colour in plot.lines:
             points = run.series(key)
             if points:
                 steps, values = zip(*points, strict=True)
                 values = [value if math.isfinite(value) else math.nan for value in values]
-                few = len(points) < 12
-                axes.plot(
-                    steps,
-                    values,
-                    color=colour,
-                    label=legend,
-                    marker="o" if few else "",
-                    ms=4,
-                    lw=1.6,
-                )
+                marker = "o" if len(points) < 12 else ""
+                axes.plot(steps, values, color=colour, label=legend, marker=marker, ms=4, lw=1.6)
         axes.set_title(plot.title)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(plot.unit)
@@ -144,22 +111,5 @@ def draw(run: Run, plot: Plot, folder: Path) -> str:
             axes.axhline(0, color=INK, alpha=0.5, lw=0.8)
         if len(axes.get_legend_handles_labels()[0]) > 1:
             axes.legend(frameon=False, fontsize=9)
-        figure.savefig(folder / f"{plot.name}.png", dpi=150)
-        figure.savefig(folder / f"{plot.name}.svg", metadata={"Date": None})
-        inline = io.StringIO()
-        figure.savefig(inline, format="svg", transparent=True, metadata={"Date": None})
-    return _for_page(inline.getvalue(), plot)
-
-
-def _for_page(svg: str, plot: Plot) -> str:
-    """Only the element, as wide as its column, in the page's colour and font, with a name for screen readers."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(?<=font: )([^;\"']*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
-    # matplotlib also names every group, the same names in each figure; in one page an id must be unique
-    svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    head = re.match(r"<svg[^>]*>", svg).group()
-    box = re.search(r'viewBox="[^"]*"', head).group()
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{plot.title}">'
-    return start + svg[len(head) :]
+        svg = save(made, folder, plot.name, plot.title)
+    return Picture(plot.name, plot.title, plot.explanation, svg)

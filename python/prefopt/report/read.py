@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from prefopt.report.score import Suite, suite_of
+
 MOST_BAD_ROWS = 20
 
 
@@ -21,7 +25,17 @@ class Run:
     adapter: dict = field(default_factory=dict)  # adapter_config.json
     bad_rows: list[dict] = field(default_factory=list)  # the first of bad_rows.jsonl
     recipe: str = ""  # recipe.yaml, as text
+    options: dict = field(default_factory=dict)  # recipe.yaml, as sections
+    suites: list[Suite] = field(default_factory=list)  # eval.json
+    memory: dict = field(default_factory=dict)  # memory.json
+    manifest: dict = field(default_factory=dict)  # of the built folder that the data came from
+    counts: str = ""  # counts.txt of that folder
     notes: list[str] = field(default_factory=list)
+
+    def option(self, section: str, name: str) -> Any:
+        """An option of the recipe; None where it is not there."""
+        options = self.options.get(section)
+        return options.get(name) if isinstance(options, dict) else None
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of every log with this key, in order of the file; a value may be NaN or infinite."""
@@ -67,6 +81,10 @@ def read_run(run_dir: str | Path) -> Run:
     run.samples = _samples(run)
     run.bad_rows = _lines(run, "bad_rows.jsonl")[:MOST_BAD_ROWS]
     run.recipe = _text(run, "recipe.yaml") or ""
+    run.options = sections(run.recipe)
+    run.suites = _suites(run)
+    run.memory = _object(run, "memory.json")
+    _read_built(run)
     broken = sum(
         not math.isfinite(value) for log in run.logs for value in log.values() if is_number(value)
     )
@@ -135,6 +153,41 @@ def _lines(run: Run, name: str, expected: bool = False) -> list[dict]:
             f"(first: {broken[0]}) cannot be read and {'were' if len(broken) > 1 else 'was'} left out."
         )
     return objects
+
+
+def sections(recipe: str) -> dict:
+    """The sections of a recipe; empty where it cannot be read."""
+    try:
+        content = yaml.safe_load(recipe)
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _suites(run: Run) -> list[Suite]:
+    entries = _object(run, "eval.json").get("suites")
+    found = []
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        suite = suite_of(name, entry)
+        if suite is None:
+            run.notes.append(f"The suite {name} of eval.json cannot be read and was left out.")
+        else:
+            found.append(suite)
+    return found
+
+
+def _read_built(run: Run) -> None:
+    """What `prefopt data build` says of its folder, if the data came from one that is still there."""
+    path = run.option("data", "path")
+    folder = Path(path).expanduser() if isinstance(path, str) else None
+    if folder is None or not (folder / "manifest.json").is_file():
+        return
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        run.manifest = manifest if isinstance(manifest, dict) else {}
+        run.counts = (folder / "counts.txt").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        run.notes.append("The manifest or the counts of the built data cannot be read.")
 
 
 def _samples(run: Run) -> list[dict]:

@@ -2,14 +2,14 @@
 
 import csv
 import io
-import os
-import tempfile
 from pathlib import Path
 
 from prefopt.files import write_whole
 from prefopt.report.card import card
+from prefopt.report.charts import draw_suite
+from prefopt.report.figures import placed
 from prefopt.report.page import page
-from prefopt.report.plots import Plot, draw, drawable
+from prefopt.report.plots import draw, drawable
 from prefopt.report.read import Run, read_run
 from prefopt.report.words import tell
 
@@ -20,8 +20,9 @@ ERRORS = "replace"
 def write_report(run_dir: str | Path) -> Path:
     """Write plots, eval_summary.csv, README.md and, last, report.html into a run folder.
 
-    Reads run.json and metrics.jsonl and, if there, samples.json, summary.json, adapter_config.json, bad_rows.jsonl and
-    recipe.yaml. What is missing or broken is said in the report. Each file is written beside its place and renamed.
+    Reads run.json and metrics.jsonl and, if there, eval.json, samples.json, summary.json, memory.json, adapter_config.json,
+    bad_rows.jsonl and recipe.yaml. What is missing or broken is said in the report. Each file is written beside its place
+    and renamed.
 
     Returns:
         Path of report.html.
@@ -32,30 +33,21 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(run_dir)
     story = tell(run)
-    plots = _plots(run)
+    plots, evaluated = [], {}
+    chosen = drawable(run)
+    if chosen or run.suites:
+        with placed(run.path / "plots") as folder:
+            plots = [draw(run, plot, folder) for plot in chosen]
+            evaluated = {suite.name: draw_suite(suite, folder) for suite in run.suites}
     summary = _evaluations(run)
     # `prefopt eval` writes a richer file of that name, and eval.json beside it.
     if summary and not (run.path / "eval.json").is_file():
         write_whole(run.path / "eval_summary.csv", summary, ERRORS)
-    write_whole(run.path / "README.md", card(run, story, [plot for plot, _ in plots]), ERRORS)
+    pictures = [one for some in evaluated.values() for one in some]
+    write_whole(run.path / "README.md", card(run, story, plots, pictures), ERRORS)
     report = run.path / "report.html"
-    write_whole(report, page(run, story, plots), ERRORS)
+    write_whole(report, page(run, story, plots, evaluated), ERRORS)
     return report
-
-
-def _plots(run: Run) -> list[tuple[Plot, str]]:
-    chosen = drawable(run)
-    if not chosen:
-        return []
-    folder = run.path / "plots"
-    folder.mkdir(exist_ok=True)
-    drawn = []
-    with tempfile.TemporaryDirectory(dir=run.path, prefix=".plots-") as scratch:
-        for plot in chosen:
-            drawn.append((plot, draw(run, plot, Path(scratch))))
-        for file in Path(scratch).iterdir():
-            os.replace(file, folder / file.name)
-    return drawn
 
 
 def _evaluations(run: Run) -> str:

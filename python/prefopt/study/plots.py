@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 # Figure and its canvas, not pyplot: no global state, no window, and the caller's backend stays as it is.
 from matplotlib.figure import Figure
 
-from prefopt.report.plots import BAD, GOOD, INK, OWN
+from prefopt.report.figures import BAD, GOOD, INK, OWN
 from prefopt.study.grid import COMPONENTS, Config, remedies_of
 from prefopt.study.runs import share_name
 from prefopt.study.table import Share, by_config, cell_of

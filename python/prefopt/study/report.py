@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from prefopt.files import write_whole
-from prefopt.report.plots import Plot, _for_page
+from prefopt.report.figures import for_page
 from prefopt.report.style import STYLE
 from prefopt.study.findings import find
 from prefopt.study.grid import Config
@@ -98,7 +98,7 @@ def _list(sentences: Iterable[str]) -> str:
 def _plots(drawings: list[Drawing]) -> str:
     figures = []
     for one in drawings:
-        svg = _for_page(one.svg, Plot(one.name, one.title, "", (), one.explanation))
+        svg = for_page(one.svg, one.title)
         figures.append(f"<figure>{svg}<figcaption>{escape(one.explanation)}</figcaption></figure>")
     return f'<div class="plots">{"".join(figures)}</div>'
 

@@ -1,0 +1,97 @@
+"""The rows that a run is judged on: those that it is given, or else those that its recipe set aside."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+
+from prefopt.data.read import LoadedRows, load_rows, split_by_group
+from prefopt.data.tokenize import Tokenized, tokenize_rows
+from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.subject import Subject
+
+MAX_LENGTH = 1024  # where the run does not say another
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows to be judged on, in text and in tokens."""
+
+    loaded: LoadedRows
+    tokens: Tokenized
+    split: str | None = None
+    revision: str | None = None
+
+    @property
+    def rows(self) -> Dataset:
+        """Token ids, label and group of each."""
+        return self.tokens.dataset
+
+
+def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
+    """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
+
+    Raises:
+        EvalError: neither names rows.
+        DataError: they cannot be used.
+    """
+    path, split, revision, fraction = _named(subject, request)
+    loaded = load_rows(path, split=split, revision=revision)
+    if fraction:
+        loaded = split_by_group(loaded, fraction, subject.option("training", "seed", 0))[1]
+    if request.limit is not None and request.limit < len(loaded.rows):
+        loaded = _first(loaded, request.limit)
+    tokens = tokenize_rows(
+        loaded,
+        subject.tokenizer,
+        max_length=subject.option("data", "max_length", MAX_LENGTH),
+        chat_template_kwargs=subject.option("data", "chat_template_kwargs"),
+    )
+    return HeldOut(loaded, tokens, split, revision)
+
+
+def trained_on(subject: Subject) -> set[int]:
+    """Groups of the rows that the run's recipe trained on, as far as they are files here; empty where not."""
+    data = subject.recipe.get("data")
+    path = data.get("path") if isinstance(data, dict) else None
+    if not path or not Path(path).expanduser().exists():
+        return set()
+    loaded = load_rows(path, split=data.get("split"), on_bad_row=data.get("on_bad_row", "stop"))
+    if data.get("eval_fraction"):
+        seed = subject.option("training", "seed", 0)
+        loaded = split_by_group(loaded, data["eval_fraction"], seed)[0]
+    return set(loaded.rows["group"])
+
+
+def _named(
+    subject: Subject, request: EvalRequest
+) -> tuple[str, str | None, str | None, float | None]:
+    """Path, split and revision of the rows, and the share of the prompts that is theirs, where they are not all."""
+    if request.data is not None:
+        return request.data, request.split, None, None
+    data = subject.recipe.get("data")
+    data = data if isinstance(data, dict) else {}
+    if data.get("eval_path"):
+        split = request.split or data.get("eval_split")
+        return data["eval_path"], split, data.get("eval_revision"), None
+    if data.get("plan"):
+        return data["path"], request.split or "validation", None, None
+    if data.get("eval_fraction"):
+        return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
+    raise EvalError(
+        f"{subject.folder} set no rows aside; name a file of rows that were not trained on with --data"
+    )
+
+
+def _first(loaded: LoadedRows, limit: int) -> LoadedRows:
+    """The first rows, of which the last pair stays whole."""
+    lines = loaded.rows["line"][: limit + 1]
+    limit += len(lines) > limit and lines[limit] == lines[limit - 1]
+    return LoadedRows(
+        loaded.rows.select(range(limit)),
+        loaded.bad,
+        loaded.counts,
+        loaded.ignored,
+        f"{loaded.fingerprint}, first {limit}",
+        loaded.name,
+    )

@@ -1,0 +1,71 @@
+"""The evaluations of a run in the words and tables of page and card."""
+
+from typing import Any
+
+from prefopt.report.score import Line, Suite, number, with_error
+
+TITLES = {
+    "thesis": "Benchmarks",
+    "preference": "Held-out preferences",
+    "classify": "Classification",
+}
+HEAD = ["", "before training", "trained", "change", "chance", "n", "in words"]
+
+
+def title(suite: Suite) -> str:
+    """The suite's name for a reader."""
+    return TITLES.get(suite.name, suite.name)
+
+
+def table(suite: Suite) -> list[list[str]]:
+    """A line for each metric, as ``HEAD`` has it: values with their standard errors, the chance line and the verdict."""
+    return [
+        [
+            _label(line),
+            with_error(line.base),
+            with_error(line.run),
+            with_error(line.change, sign=True),
+            "" if line.chance is None else number(line.chance),
+            f"{line.any.n:,}",
+            line.words,
+        ]
+        for line in suite.lines()
+    ]
+
+
+def by_category(suite: Suite) -> tuple[list[str], list[list[Any]]]:
+    """Head and body of the table by category; no body where the suite has none."""
+    rows = suite.details.get("categories")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if not rows:
+        return [], []
+    names = {"base": "before training", "run": "trained"}
+    head = [", ".join(names.get(part, part) for part in key.split(", ")) for key in rows[0]]
+    return head, [
+        [number(value) if isinstance(value, float) else value for value in row.values()]
+        for row in rows
+    ]
+
+
+def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Samples of generated answers: what was asked or is right, and (who, answer) of each model."""
+    rows = suite.details.get("samples")
+    found = []
+    for row in rows if isinstance(rows, list) else ():
+        if not isinstance(row, dict):
+            continue
+        if "right" in row:
+            answers = [("before training", row.get("base")), ("trained", row.get("run"))]
+            question = f"right: {row['right']}"
+        else:
+            answers = [("before training", row.get("before")), ("trained", row.get("after"))]
+            question = str(row.get("prompt", ""))
+        found.append((question, [(who, text) for who, text in answers if isinstance(text, str)]))
+    return found
+
+
+def _label(line: Line) -> str:
+    """HellaSwag, 10-shot: acc_norm; the unit where it is no share."""
+    shots = "" if line.any.n_shot is None else f", {line.any.n_shot}-shot"
+    unit = "" if line.any.unit == "share" else f" ({line.any.unit})"
+    return f"{line.task}{shots}: {line.metric}{unit}"

@@ -1,0 +1,163 @@
+"""What a reader needs to repeat a run: its settings, its data, its memory and its commands, for page and card alike."""
+
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+from prefopt.recipe.schema import options_of
+from prefopt.report.read import Run, is_number
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+FILES = (".jsonl", ".parquet", ".json", ".yaml")
+# Beside the options of the method; each is shown where it is set.
+TRAINING = (
+    "sampler max_length learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps "
+    "per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
+    "max_grad_norm bf16 fp16 activation_checkpointing disable_dropout backend seed data_seed"
+).split()
+LORA = {
+    "LoRA rank": "r",
+    "LoRA alpha": "lora_alpha",
+    "LoRA dropout": "lora_dropout",
+    "LoRA layers": "target_modules",
+    "LoRA, also trained whole": "modules_to_save",
+    "rank-stabilised LoRA": "use_rslora",
+    "DoRA": "use_dora",
+}
+COUNT_NAMES = {
+    "rows": "rows used",
+    "bad": "bad rows skipped",
+    "truncated": "answers cut at max_length",
+    "groups": "different prompts",
+}
+MEMORY = {
+    "before_bytes": "before training",
+    "peak_bytes": "at the peak",
+    "after_bytes": "after training",
+}
+
+
+def hub_id(name: object) -> str | None:
+    """``name`` if it is a hub id, "owner/model"; None for a file, a folder or anything else.
+
+    Example:
+        >>> hub_id("Qwen/Qwen3-0.6B"), hub_id("/models/qwen"), hub_id("data/rows.jsonl")
+        ('Qwen/Qwen3-0.6B', None, None)
+    """
+    if not isinstance(name, str) or not HUB_ID.fullmatch(name) or name.endswith(FILES):
+        return None
+    return None if Path(name).exists() else name
+
+
+def main_settings(run: Run) -> dict[str, Any]:
+    """The method with every option it has, and what decides the optimisation; what is None or unused is left out."""
+    config = _dict(run.record.get("config"))
+    names = [*options_of("loss"), *TRAINING]
+    found = {name: config[name] for name in names if _is_set(name, config.get(name))}
+    sizes = [config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps")]
+    sizes.append(run.record.get("world_size", 1))
+    if all(isinstance(size, int) for size in sizes):
+        found["processes"] = sizes[-1]
+        found["rows or pairs in an optimizer step"] = math.prod(sizes)
+    return found
+
+
+def other_settings(run: Run) -> dict[str, Any]:
+    """The rest of the trainer's configuration."""
+    main = main_settings(run)
+    config = _dict(run.record.get("config"))
+    return {key: value for key, value in config.items() if key not in main and value is not None}
+
+
+def model_settings(run: Run) -> dict[str, Any]:
+    """The model and its adapter; no local path."""
+    found = {
+        f"model: {key.replace('_', ' ')}": value
+        for key, value in _dict(run.record.get("model")).items()
+        if value is not None
+    }
+    for key in ("revision", "dtype", "quantization"):
+        if run.option("model", key) is not None:
+            found[f"model: {key}"] = run.option("model", key)
+    kind = _dict(run.record.get("reference")).get("kind")
+    if kind is not None:
+        found["reference model"] = kind
+    lora = {label: run.adapter.get(key) for label, key in LORA.items()}
+    return found | {label: value for label, value in lora.items() if value not in (None, False)}
+
+
+def data_sets(run: Run) -> dict[str, dict]:
+    """{train or evaluation set: {count: value}} of the rows as they were trained on."""
+    data = _dict(run.record.get("data"))
+    return {key: value for key, value in data.items() if isinstance(value, dict)}
+
+
+def built_from(run: Run) -> list[dict[str, Any]]:
+    """The sources of the built folder that the data came from: name, kind, rows, and revision where it has one."""
+    sources = run.manifest.get("sources")
+    keys = ("name", "kind", "revision", "rows")
+    return [
+        {key: source.get(key) for key in keys}
+        for source in (sources if isinstance(sources, list) else [])
+        if isinstance(source, dict)
+    ]
+
+
+def memory(run: Run) -> dict[str, str]:
+    """Memory before, during and after training, in MiB, and of which device."""
+    found = {
+        label: f"{run.memory[key] / 2**20:,.0f} MiB"
+        for key, label in MEMORY.items()
+        if is_number(run.memory.get(key))
+    }
+    device = run.memory.get("device")
+    return found | ({"device": device} if found and isinstance(device, str) else {})
+
+
+def commands(run: Run) -> list[str]:
+    """How to train and evaluate again. The run is called RUN; its recipe has every option spelled out."""
+    found = []
+    if run.recipe:
+        found.append("prefopt train RUN/recipe.yaml --training.output_dir NEW_RUN")
+    for suite in run.suites:
+        words = ["prefopt", "eval", "NEW_RUN", "--suite", suite.name]
+        for name, value in suite.settings.items():
+            if (name, value) not in (("batch_size", 8), ("seed", 0)):  # the defaults
+                words += [f"--{name.replace('_', '-')}", _here(name, value)]
+        found.append(shlex.join(words))
+    return found
+
+
+def shown(value: Any) -> str:
+    """A setting as a reader expects it: large numbers with commas, lists in one line, yes and no.
+
+    Example:
+        >>> shown(968768), shown(0.5), shown(True), shown(["v_proj", "q_proj"])
+        ('968,768', '0.5', 'yes', 'q_proj, v_proj')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}" if math.isfinite(value) else "not a finite number"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, list):
+        numbers = all(is_number(one) for one in value)  # in their order: low and high
+        return ", ".join(shown(one) for one in (value if numbers else sorted(value, key=str)))
+    return str(value)
+
+
+def _is_set(name: str, value: Any) -> bool:
+    return value is not None and value != {} and not (name == "max_steps" and value == -1)
+
+
+def _here(name: str, value: Any) -> str:
+    """A path by its last part, which is all that means something elsewhere."""
+    local = name in ("data", "base", "tasks_dir") and hub_id(value) is None
+    return Path(str(value)).name if local else str(value)
+
+
+def _dict(value: Any) -> dict:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,165 @@
+"""Evaluations on page and card: base and run never mixed up, chance in words, pictures, and metadata that loads again."""
+
+import json
+import math
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from prefopt.report import write_report
+from prefopt.report.facts import commands
+from prefopt.report.read import read_run
+from prefopt.report.score import Score, suite_of
+
+TASK = {"task": "HellaSwag", "metric": "acc_norm", "n_shot": 10, "unit": "share"}
+
+
+def score(model, value, chance, spread=0.04, **labels):
+    one = Score(
+        model=model, value=value, stderr=spread / 2, low=value - spread, high=value + spread,
+        n=600, chance=chance, **(TASK | labels),
+    )  # fmt: skip
+    return one.as_dict()
+
+
+THESIS = {
+    "scores": [
+        score("base", 0.251, 0.25),
+        score("run", 0.264, 0.25),
+        score("change", 0.013, 0.0),
+        score("base", 0.39, 0.41, task="TruthfulQA MC2", metric="mc2", n_shot=0),
+        score("run", 0.486, 0.41, task="TruthfulQA MC2", metric="mc2", n_shot=0),
+        score("change", 0.096, 0.0, task="TruthfulQA MC2", metric="mc2", n_shot=0),
+    ],
+    "how": ["Through <lm-evaluation-harness>."],
+    "warnings": ["HellaSwag, acc_norm: 0.264 is indistinguishable from chance (0.250)."],
+    "data": {
+        "HellaSwag": {"name": "HellaSwag", "hub": "Rowan/hellaswag", "split": "validation"},
+        "TruthfulQA MC2": {"name": "TruthfulQA, from local files", "hub": None, "split": None},
+    },
+    "settings": {"batch_size": 8, "seed": 0},
+    "details": {"lm_eval": "0.4.13"},
+}
+CLASSIFY = {
+    "scores": [
+        score("base", 0.5, 0.5, task="classification", metric="accuracy, likelihood", n_shot=None),
+        score("run", 0.9, 0.5, task="classification", metric="accuracy, likelihood", n_shot=None),
+    ],
+    "how": [],
+    "warnings": [],
+    "data": {"classification": {"name": "rows.jsonl", "hub": None}},
+    "settings": {"data": "/home/someone/rows.jsonl", "limit": 4, "seed": 0},
+    "details": {
+        "names": ["law", "math", "no name"],
+        "confusion": {"run": {"likelihood": [[2, 0, 0], [0, 1, 1]]}},
+        "categories": [{"category": "law", "n": 2, "base, likelihood": 0.5, "run, likelihood": 1.0}],
+        "samples": [{"right": "law", "base": "<math>", "run": "القانون"}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    files = {
+        "run.json": {"status": "finished", "method": "kto", "config": {"beta": 0.1}},
+        "eval.json": {"format": 1, "suites": {"thesis": THESIS, "classify": CLASSIFY}},
+        "adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 16},
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text("data: {path: /home/someone/x.jsonl}\n", encoding="utf-8")
+    return tmp_path
+
+
+def rows_of(page: str) -> list[list[str]]:
+    """The cells of every line of every table."""
+    lines = re.findall(r"<tr>(.*?)</tr>", page)
+    return [
+        [re.sub("<[^>]*>", "", one) for one in re.findall(r"<t[hd].*?</t[hd]>", line)]
+        for line in lines
+    ]
+
+
+def test_base_and_run_stand_in_their_columns_with_error_chance_and_words(run_dir):
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    rows = rows_of(page)
+    head = ["", "before training", "trained", "change", "chance", "n", "in words"]
+    expected = [
+        ["HellaSwag, 10-shot: acc_norm", "0.251 ± 0.020", "0.264 ± 0.020", "+0.013 ± 0.020"]
+        + ["0.250", "600", "indistinguishable from chance; no clear change"],
+        ["TruthfulQA MC2, 0-shot: mc2", "0.390 ± 0.020", "0.486 ± 0.020", "+0.096 ± 0.020"]
+        + ["0.410", "600", "above chance; a clear change"],
+        ["classification: accuracy, likelihood", "0.500 ± 0.020", "0.900 ± 0.020", ""]
+        + ["0.500", "600", "above chance"],
+    ]
+    for line in [head, *expected]:
+        assert line in rows
+    assert ["law", "2", "0.500", "1.000"] in rows
+    assert "0.264 is indistinguishable from chance (0.250)" in page
+    assert "Through &lt;lm-evaluation-harness&gt;." in page and "&lt;math&gt;" in page
+    card = (run_dir / "README.md").read_text(encoding="utf-8")
+    for line in expected:
+        plain = [cell.replace("_", "\\_") for cell in line]
+        assert f"| {' | '.join(plain)} |" in card
+
+
+def test_pictures_of_every_suite_as_files_and_in_the_page(run_dir):
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    names = ["eval_thesis", "eval_classify", "eval_confusion_likelihood"]
+    card = (run_dir / "README.md").read_text(encoding="utf-8")
+    for name in names:
+        assert (run_dir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](plots/{name}.png)" in card
+    assert page.count("<svg") == 1 + len(names)  # and the loss
+    svg = (run_dir / "plots" / "eval_thesis.svg").read_text(encoding="utf-8")
+    assert all(f">{word}<" in svg for word in ("before training", "trained", "chance"))
+    matrix = (run_dir / "plots" / "eval_confusion_likelihood.svg").read_text(encoding="utf-8")
+    assert "75.0 % right" in matrix and ">no name<" in matrix
+
+
+def test_the_hub_library_reads_the_runs_scores_alone(run_dir):
+    write_report(run_dir)
+    found = ModelCard.load(run_dir / "README.md").data.eval_results
+    by_dataset = {one.dataset_type: one for one in found}
+    assert {name: one.metric_value for name, one in by_dataset.items()} == {
+        "Rowan/hellaswag": 0.264,
+        "TruthfulQA, from local files": 0.486,
+        "rows.jsonl": 0.9,
+    }
+    hellaswag = by_dataset["Rowan/hellaswag"]
+    assert (hellaswag.task_type, hellaswag.metric_type) == ("text-generation", "acc_norm")
+    assert hellaswag.dataset_args == {"num_few_shot": 10, "lm_eval": "0.4.13"}
+    assert hellaswag.dataset_split == "validation"
+    assert hellaswag.metric_name.endswith("standard error 0.0200, chance 0.2500, n 600")
+    local = by_dataset["rows.jsonl"]
+    assert local.task_type == "text-classification"
+    assert local.dataset_name == "rows.jsonl, the first 4 of each task"
+
+
+def test_no_path_of_this_machine_in_the_card(run_dir):
+    write_report(run_dir)
+    card = (run_dir / "README.md").read_text(encoding="utf-8")
+    assert "/home/someone" not in card and str(run_dir) not in card
+    assert commands(read_run(run_dir)) == [
+        "prefopt train RUN/recipe.yaml --training.output_dir NEW_RUN",
+        "prefopt eval NEW_RUN --suite thesis",
+        "prefopt eval NEW_RUN --suite classify --data rows.jsonl --limit 4",
+    ]
+
+
+def test_a_suite_that_is_broken_is_said_and_left_out(run_dir):
+    broken = {"thesis": {"scores": [{"task": "x"}]}, "classify": CLASSIFY, "preference": 3}
+    text = json.dumps({"format": 1, "suites": broken})
+    (run_dir / "eval.json").write_text(text, encoding="utf-8")
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    for name in ("thesis", "preference"):
+        assert f"The suite {name} of eval.json cannot be read and was left out." in page
+    assert [suite.name for suite in read_run(run_dir).suites] == ["classify"]
+
+
+def test_the_ends_that_json_has_no_number_for_are_unknown():
+    entry = {"scores": [score("run", 1.0, 0.5) | {"stderr": None, "low": None, "high": None}]}
+    (one,) = suite_of("x", entry).scores
+    assert (one.low, one.high, one.at_chance) == (-math.inf, math.inf, True)
