@@ -85,7 +85,8 @@ def model_settings(run: Run) -> dict[str, Any]:
     if kind is not None:
         found["reference model"] = kind
     lora = {label: run.adapter.get(key) for label, key in LORA.items()}
-    return found | {label: value for label, value in lora.items() if value not in (None, False)}
+    used = {label: value for label, value in lora.items() if value is not None}
+    return found | {label: value for label, value in used.items() if value is not False}
 
 
 def data_sets(run: Run) -> dict[str, dict]:

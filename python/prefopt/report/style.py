@@ -41,7 +41,7 @@ th, td { text-align: start; padding: .3rem .9rem .3rem 0; border-bottom: 1px sol
 th { white-space: nowrap; overflow-wrap: normal !important; } td { min-width: 4rem; } td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .scores td.text { min-width: 0; white-space: nowrap; } .scores td.text:last-child { white-space: normal; min-width: 9rem; }
 .scores tbody th { white-space: normal; min-width: 9rem; }
-.components td.text { min-width: 0; } .components td.text:last-child { min-width: 16rem; }
+.components td.text { min-width: 0; overflow-wrap: break-word; } .components td.text:last-child { min-width: 16rem; }
 .wide { max-width: 38rem; }
 td.text { min-width: 9rem; max-width: 36rem; } thead th { color: var(--soft); font-weight: 600; }
 summary { cursor: pointer; color: var(--own); margin: .5rem 0; }
