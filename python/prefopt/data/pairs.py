@@ -1,13 +1,16 @@
 """Rows for the methods that want no thumbs: pairs with both their answers in one row, or desirable answers alone.
 
 ``load_rows`` makes two rated rows of a pair, because most of what a row can have wrong concerns one answer. Here the two
-come together again. Only they do: a good and a bad answer that were rated one by one are no pair, since nobody said that
-they were compared.
+come together again. What is left, rows that were rated one by one, or that `prefopt data build` has made of pairs, is paired
+by its prompt: a desirable answer with an undesirable one to the very same prompt. Nobody may have compared those two; that
+they have different labels is all such a pair says, and the counts tell how many there are.
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -29,7 +32,10 @@ def tokenize_pairs(
     on_bad_row: str = "stop",
     chat_template_kwargs: Mapping | None = None,
 ) -> Tokenized:
-    """``tokenize_rows``, and the two answers of each pair put beside each other.
+    """``tokenize_rows``, and the two answers of each pair put beside each other, then those of rows with the same prompt.
+
+    Rows of a prompt are paired in the order of a hash of their answers, each at most once; so the pairs do not depend on the
+    order of the rows. An answer with both labels is in no pair.
 
     Args:
         loaded, tokenizer, max_length, on_bad_row, chat_template_kwargs: as for ``tokenize_rows``.
@@ -37,8 +43,8 @@ def tokenize_pairs(
     Returns:
         ``Tokenized`` with a row for each pair: ``chosen_prompt_ids``, ``chosen_completion_ids``, ``rejected_prompt_ids``,
         ``rejected_completion_ids``, ``group`` and ``row``, the number of the pair. ``counts`` are of the rows in pairs,
-        but for ``rows`` and ``pairs``, the number of pairs, and ``without_pair``, rows that were left out: rated
-        ones, and answers whose other half is bad.
+        but for ``rows`` and ``pairs``, the number of pairs, ``paired_by_prompt``, how many of them were made of rows
+        that are no pair in the data, and ``without_pair``, rows that were left out.
 
     Raises:
         DataError: as ``tokenize_rows``; and no pairs.
@@ -58,21 +64,57 @@ def tokenize_pairs(
     place[np.asarray(tokenized.dataset["row"][:])] = np.arange(len(tokenized.dataset))
     chosen, rejected = place[first], place[first + 1]
     whole = (chosen >= 0) & (rejected >= 0)
-    chosen, rejected = chosen[whole], rejected[whole]
+    chosen, rejected = chosen[whole].tolist(), rejected[whole].tolist()
+    numbers = np.flatnonzero(whole).tolist()
+    single = np.setdiff1d(np.arange(len(tokenized.dataset)), [*chosen, *rejected])
+    matched = _by_prompt(loaded, tokenized, single.tolist())
+    chosen += [good for good, _ in matched]
+    rejected += [bad for _, bad in matched]
+    numbers += range(len(first), len(first) + len(matched))
     left_out = len(tokenized.dataset) - 2 * len(chosen)
-    if not len(chosen):
+    if not chosen:
         raise DataError(
-            f"{loaded.name} has no pairs to train on; expected rows {{prompt, chosen, rejected}}, found "
-            f"{len(tokenized.dataset)} rated ones"
+            f"{loaded.name} has no pairs to train on; expected rows {{prompt, chosen, rejected}}, or rated rows with a "
+            f"desirable and an undesirable answer to the same prompt; found {len(tokenized.dataset)} rated ones"
+        )
+    if matched:
+        logger.warning(
+            "%s: %d pairs were made of answers to the same prompt that were rated one by one",
+            loaded.name,
+            len(matched),
         )
     if left_out:
         logger.warning("%s: %d rows are not half of a pair and are left out", loaded.name, left_out)
-    dataset = _beside(tokenized.dataset, chosen.tolist(), rejected.tolist())
-    dataset = dataset.add_column("row", np.flatnonzero(whole).tolist())
+    dataset = _beside(tokenized.dataset, chosen, rejected)
+    dataset = dataset.add_column("row", numbers)
     counts = tokenized.counts | _counts(dataset, max_length)
-    counts |= {"pairs": len(dataset), "without_pair": left_out}
-    key = hashlib.sha256(f"pairs|{tokenized.fingerprint}".encode()).hexdigest()
+    counts |= {
+        "pairs": len(dataset),
+        "paired_by_prompt": len(matched),
+        "without_pair": left_out,
+    }
+    key = hashlib.sha256(f"pairs, also by prompt|{tokenized.fingerprint}".encode()).hexdigest()
     return Tokenized(dataset, tokenized.bad, counts, key, max_length)
+
+
+def _by_prompt(
+    loaded: LoadedRows, tokenized: Tokenized, single: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(desirable, undesirable) of the rows at these places that have the same prompt, in the order of the desirable ones."""
+    rows = loaded.rows.select(np.asarray(tokenized.dataset["row"][:])[list(single)])
+    prompts: dict[str, dict[str, dict[bool, int]]] = defaultdict(lambda: defaultdict(dict))
+    for place, row in zip(single, rows, strict=True):
+        answer = hashlib.sha256(json.dumps(row["completion"]).encode()).hexdigest()
+        prompts[json.dumps(row["prompt"])][answer].setdefault(row["label"], place)
+    pairs = []
+    for answers in prompts.values():
+        sides: dict[bool, list[int]] = {True: [], False: []}
+        for _, places in sorted(answers.items()):
+            if len(places) == 1:  # with both labels it says nothing
+                ((label, place),) = places.items()
+                sides[label].append(place)
+        pairs += zip(sides[True], sides[False], strict=False)
+    return sorted(pairs)
 
 
 def are_pairs(tokenized: Tokenized) -> bool:

@@ -12,9 +12,8 @@ import yaml
 
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.named import RECIPES, find_recipe
+from prefopt.recipe.old_keys import Entry, translate
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
-
-Entry = tuple[Any, str]  # a value and where it was said
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -63,7 +62,8 @@ def make_recipe(
             f"{name}: is {_show(content)}; expected the sections {', '.join(SECTIONS)}"
         )
     problems: list[str] = []
-    values = _overridden(_flatten(content, name, problems), overrides or {}, problems)
+    values = translate(_flatten(content, name, problems), problems)
+    values = _overridden(values, overrides or {}, problems)
     for key, (_, where) in values.items():
         section, dot, option = key.partition(".")
         if section not in SECTIONS:
@@ -105,17 +105,18 @@ def _section(section: str, values: Mapping[str, Entry], name: str, problems: lis
 def _overridden(
     values: dict[str, Entry], overrides: Mapping[str, Any], problems: list[str]
 ) -> dict[str, Entry]:
-    for key, value in overrides.items():
+    given = {key: (value, "command line") for key, value in overrides.items()}
+    for key, (value, where) in translate(given, problems).items():
         if key == "lora" and value is None:
             values = {
                 known: entry for known, entry in values.items() if known.partition(".")[0] != "lora"
             }
         elif key in SECTIONS and (key, value) != ("lora", {}):
             problems.append(
-                f"command line: {key} is {_show(value)}; expected null or {{}}, and only for lora"
+                f"{where}: {key} is {_show(value)}; expected null or {{}}, and only for lora"
             )
         else:
-            values[key] = (value, "command line")
+            values[key] = (value, where)
     return values
 
 

@@ -75,7 +75,13 @@ FAMILIES = (
     Family(
         r"deepseek-r1-distill-qwen",
         "qwen2",
-        ("<|end_of_sentence|>", "<|pad|>", "<|begin_of_sentence|>", "<|User|>", "<|Assistant|>"),
+        (
+            "<|end_of_sentence|>",
+            "<|endoftext|>",
+            "<|begin_of_sentence|>",
+            "<|User|>",
+            "<|Assistant|>",
+        ),
         "<|begin_of_sentence|>",
         R1,
         tied=False,

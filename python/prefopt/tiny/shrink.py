@@ -55,7 +55,7 @@ def shrunk(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
         folder += "-tiny"
     inputs = _inputs(folder)
     planned = recipe.data.plan is not None
-    values = {
+    return {
         "model.path": str(inputs / "model"),
         "model.revision": None,
         "model.dtype": "float32",
@@ -69,13 +69,12 @@ def shrunk(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
         "training.use_cpu": True,
         "training.logging_steps": 1,
     }
-    if "bnb" in recipe.training.optim:
-        values["training.optim"] = "adamw_torch"  # whose 8-bit states are made for a GPU
-    return values
 
 
 def _inputs(folder: str) -> Path:
-    path = Path(folder).expanduser()
+    path = (
+        Path(folder).expanduser().resolve()
+    )  # so that recipe and adapter can be used from any folder
     return path.with_name(path.name + INPUTS)
 
 

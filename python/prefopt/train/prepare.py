@@ -1,4 +1,13 @@
-"""What happens to a model before it is trained: checks, its adapter, its dropout."""
+"""What happens to a model before it is trained: checks, its adapter, its dropout, its 4-bit weights.
+
+Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits, this much is done here:
+
+- its weights are frozen: ``get_peft_model`` does that for every model;
+- inputs take a gradient under activation checkpointing: for every model with an adapter;
+- norms, embedding and head are *not* made fp32. Frozen norms gain nothing, as the architectures square and sum in fp32
+  anyway; an fp32 head and embedding cost 4 bytes for each of vocabulary x hidden (0.9 GB each for DeepSeek-R1-Distill-Qwen-1.5B),
+  and hidden states that came out in fp32 would take the fused log-probabilities off the matrix units. The adapter is fp32.
+"""
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -30,6 +39,7 @@ def ready(
     model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object
 ) -> nn.Module:
     """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
+    keep_gradients_of_four_bits(model)
     if peft_config is not None:
         model = with_adapter(model, peft_config, args.seed)
     if args.disable_dropout:
@@ -59,6 +69,26 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
         )
     set_seed(seed)
     return get_peft_model(model, peft_config)
+
+
+def keep_gradients_of_four_bits(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, for the packed form has no gradient.
+
+    On CPUs with AVX512-BF16 the first forward pass in evaluation mode packs a layer's weights for good; every later step
+    would train without the gradient that passes through that layer, and without a word.
+
+    Raises:
+        ValueError: a layer was packed before it came here.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ValueError(
+                f"model was evaluated before, which packed the 4-bit weights of {name} for inference; load it again, and "
+                "train it before it is evaluated"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def disable_dropout(model: nn.Module) -> None:
