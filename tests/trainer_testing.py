@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import datasets
 import torch
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -85,20 +86,25 @@ def data_for(method: str, count: int) -> list[dict]:
     return make_pairs(count) if METHODS[method].data == PAIRS else make_rows(True)[:count]
 
 
-def make_trainer(world: World, folder: Path, *, data=None, ref: bool = True, **options):
-    """Our trainer on a copy of the world's model; ``eval_dataset`` and ``peft_config`` go where they belong."""
+def make_trainer(world: World, folder: Path, *, data=None, ref: bool | nn.Module = True, **options):
+    """Our trainer on a copy of the world's model; ``eval_dataset`` and ``peft_config`` go where they belong.
+
+    ``ref``: True for a copy of the world's, False for none, or a model; ``model`` is taken as it is, too.
+    """
     settings = {
         "eval_dataset": options.pop("eval_dataset", None),
         "peft_config": options.pop("peft_config", None),
         "callbacks": options.pop("callbacks", None),
     }
     model = options.pop("model", None)
+    if ref is True:
+        ref = copy.deepcopy(world.ref) if _has_reference(options) else None
     trainer = PreferenceTrainer(
         copy.deepcopy(world.model) if model is None else model,
         PreferenceConfig(output_dir=str(folder), **(COMMON | options)),
         make_dataset(conversational=True) if data is None else data,
         processing_class=world.tokenizer,
-        ref_model=copy.deepcopy(world.ref) if ref and _has_reference(options) else None,
+        ref_model=ref or None,
         **settings,
     )
     trainer.remove_callback(PrinterCallback)

@@ -36,6 +36,8 @@ class MismatchedRows:
         log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
         device: where an estimate from no rows lies.
         decay: of "ema".
+        keep_up: called in place of ``log_ratios`` for a piece without sequences; where a pass of the model needs all
+            processes, it has to take part.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class MismatchedRows:
         log_ratios: Callable[[dict], Tensor],
         device: torch.device,
         decay: float | None = None,
+        keep_up: Callable[[], object] = lambda: None,
     ):
         self.pair = PAIRINGS[kl_estimator]
         self.estimator = ESTIMATORS[kl_estimator](**({} if decay is None else {"decay": decay}))
@@ -52,6 +55,7 @@ class MismatchedRows:
         self.collator = collator
         self.log_ratios = log_ratios
         self.device = device
+        self.keep_up = keep_up
 
     def reset(self) -> None:
         """Forget all estimates."""
@@ -76,7 +80,9 @@ class MismatchedRows:
                 masked = [p if row in here else -1 for row, p in enumerate(partners)]
                 batch = self.collator.mismatched(rows, masked)
             start += len(piece)
-            if batch is not None:
+            if batch is None:
+                self.keep_up()
+            else:
                 ratios.append(self.log_ratios(batch))
         log_ratios = torch.cat(ratios)  # (n,)
         value = self.estimator.estimate(log_ratios, update=update)

@@ -58,6 +58,7 @@ def with_reference(
     cache_dir: str | Path | None,
     batch_size: int,
     accelerator: Accelerator,
+    in_lockstep: bool = False,
 ) -> Dataset:
     """The dataset with the reference's scores as columns.
 
@@ -73,6 +74,7 @@ def with_reference(
         cache_dir: folder of the cache; None is a folder beside the cache of ``datasets``.
         batch_size: sequences per pass.
         accelerator: shares the passes between processes.
+        in_lockstep: a pass needs all processes, so each takes as many.
     """
     key = "|".join([str(CACHE_VERSION), tokenized.fingerprint, repr(partners), *identity])
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "prefopt-reference")
@@ -92,6 +94,8 @@ def with_reference(
         for name, positions in bar:
             batch = collator([sequences[name].feature(position) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
+        if in_lockstep and len(mine) * accelerator.num_processes < len(passes):
+            score(collator.of_nobody())
         columns = {name: torch.zeros(len(rows)) for name in sequences}
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values

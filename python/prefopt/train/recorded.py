@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -81,6 +82,8 @@ class RecordedTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None):
         """Trainer's; on the CPU, where looking is free, the step is checked before the optimizer takes it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):
+            grad_norm = grad_norm.full_tensor()
         # A gradient scaler (fp16) meets infinite gradients on purpose and skips those steps itself.
         if self.accelerator.scaler is None:
             self._watch.add_gradient(self.state.global_step + 1, grad_norm)
@@ -129,6 +132,14 @@ class RecordedTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; whole also where FSDP's checkpoints are in shards, of which Trainer would save nothing."""
+        super().save_model(output_dir, _internal_call)
+        if self.is_fsdp_enabled and not _internal_call:
+            plugin = self.accelerator.state.fsdp_plugin
+            if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+                self._save(output_dir, self.accelerator.get_state_dict(self.model))
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from prefopt.train.spread import adapter_off
 
 
 class AdapterOff:
@@ -24,7 +27,7 @@ class AdapterOff:
     @contextmanager
     def running(self, training: bool) -> Iterator[nn.Module]:
         """The reference, in the mode of the policy: the same modules are."""
-        with self.model.disable_adapter():
+        with adapter_off(self.model):
             yield self.model
 
     def fingerprint(self) -> str:
@@ -84,7 +87,12 @@ class NoReference:
 
 
 def choose_reference(
-    model: nn.Module, ref_model: nn.Module | None, *, fresh_adapter: bool, precompute: bool
+    model: nn.Module,
+    ref_model: nn.Module | None,
+    *,
+    fresh_adapter: bool,
+    precompute: bool,
+    may_copy: bool = True,
 ) -> AdapterOff | FrozenModel | TheModelItself:
     """What plays the reference.
 
@@ -93,9 +101,11 @@ def choose_reference(
         ref_model: the one asked for, or None.
         fresh_adapter: the trainer made the adapter itself, so the model without it is the starting point.
         precompute: scores are computed before training; no copy is needed for that.
+        may_copy: False where the model's weights are in shards already.
 
     Raises:
-        ValueError: ``ref_model`` is the policy; or a PEFT model whose adapter already changes it comes without one.
+        ValueError: ``ref_model`` is the policy; or there is none, and the model is a PEFT model whose adapter already
+            changes it, or would have to be copied and cannot be.
     """
     if ref_model is model:
         raise ValueError(
@@ -112,6 +122,11 @@ def choose_reference(
         return AdapterOff(model)
     if precompute:
         return TheModelItself(model)
+    if not may_copy:
+        raise ValueError(
+            "model was sharded while loading and cannot be copied for a reference; pass ref_model, loaded in the same "
+            "way, or train an adapter (peft_config), or set precompute_ref_logps"
+        )
     return FrozenModel(copy.deepcopy(model), "copy of the starting model")
 
 
@@ -132,7 +147,7 @@ def weights_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str
     """sha256 of names, shapes, dtypes and bytes of all parameters and saved buffers.
 
     Args:
-        module: on any device.
+        module: on any device; where its weights are DTensors, every process has to ask.
         without: leave out names in which one of these parts ends the name or is followed by a dot.
 
     Example:
@@ -151,6 +166,8 @@ def weights_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str
         if not isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor!r}".encode())
             continue
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.collate import PreferenceCollator
-from prefopt_kernels.integrations.transformers import (
-    LMHead,
-    Packing,
-    completion_logprobs,
-    pack_completions,
-)
+from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
+from prefopt_kernels.integrations.transformers_head import own_positions
 from prefopt_kernels.modules import sequence_logps
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 
 
 class Scores(NamedTuple):
@@ -46,6 +43,11 @@ class PackingCollator:
         batch = {name.removeprefix("kl_"): value for name, value in batch.items()}
         return self._packed(batch) if len(batch["index"]) else None
 
+    def of_nobody(self) -> dict:
+        """A batch of one token after another, of no row: for a pass whose result nobody reads."""
+        token = {"prompt_ids": [0], "completion_ids": [0], "label": True, "group": 0, "row": 0}
+        return self([token])
+
     @staticmethod
     def _packed(batch: dict) -> dict:
         packing = pack_completions(batch["input_ids"], batch.pop("completion_mask"))
@@ -57,15 +59,7 @@ def score(
 ) -> Scores:
     """Run ``model`` over a batch of ``PackingCollator`` and sum over each completion; differentiable."""
     packing = Packing(*(batch[name] for name in Packing._fields))
-    tokens = completion_logprobs(
-        model,
-        batch["input_ids"],
-        batch["attention_mask"],
-        packing,
-        head=head,
-        outputs=tuple(outputs),
-        backend=backend,
-    )
+    tokens = _scored_in_forward(model, head, batch, packing, tuple(outputs), backend)
 
     def per_sequence(values: Tensor | None) -> Tensor | None:
         return None if values is None else sequence_logps(values.detach(), packing.cu_seqlens)
@@ -75,6 +69,47 @@ def score(
         per_sequence(tokens.entropy),
         per_sequence(tokens.mean_logit),
     )
+
+
+def _scored_in_forward(
+    model: nn.Module, head: LMHead, batch: dict, packing: Packing, outputs: tuple, backend: str
+) -> TokenLogprobs:
+    """Score the rows that predict a completion token as they arrive at the head, where its weight is whole.
+
+    What shards a model (FSDP2, ZeRO-3) gathers a layer's weights before the layer runs and again when the gradient of
+    the layer's output arrives. So the scores must hang on that output: the head gives back an empty piece of them, the
+    model returns it as its logits, and its sum, which is 0, is added to them.
+    """
+    input_ids, found = batch["input_ids"], []
+
+    def score_rows(_module: nn.Module, args: tuple) -> tuple:
+        hidden, *rest = args
+        rows = own_positions(model, head, hidden, input_ids).flatten(0, 1)
+        rows = rows.index_select(0, packing.positions)
+        found.append(head.score(rows, packing.targets, outputs=outputs, backend=backend))
+        return (hidden[:, :0], *rest)
+
+    def piece_of_scores(_module: nn.Module, _args: tuple, logits: Tensor) -> Tensor:
+        return found[-1].logp[:0].reshape(logits.shape)  # (B, 0, V)
+
+    hooks = [
+        head.module.register_forward_pre_hook(score_rows),
+        # first, so that the hook of a head that is sharded by itself gets this output
+        head.module.register_forward_hook(piece_of_scores, prepend=True),
+    ]
+    try:
+        returned = model(
+            input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(found) != 1:
+        raise RuntimeError(
+            f"{type(model).__name__} called its lm_head {len(found)} times in one forward pass; expected once"
+        )
+    (tokens,) = found
+    return tokens._replace(logp=tokens.logp + returned[0].sum())
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

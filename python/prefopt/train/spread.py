@@ -1,6 +1,108 @@
-"""A model spread over processes: which ways the trainer knows."""
+"""A model spread over processes: the ways that the trainer knows, and what each of them asks of it."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
+
+from prefopt_kernels.integrations.transformers import LMHead, check_lm_head
+from prefopt_kernels.integrations.transformers_adapters import HeadOperands
+
+WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
+    "whole on each process",
+    "FSDP2",
+    "FSDP2 while loading",
+    "ZeRO-1 or ZeRO-2",
+    "ZeRO-3",
+)
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration
+
+
+class Spread:
+    """How ``trainer``'s model lies on its processes.
+
+    Args:
+        trainer: built; its model is not wrapped yet.
+
+    Raises:
+        ValueError: a way that nobody has tried with this trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        refuse_unsupported(trainer)
+        self.accelerator = trainer.accelerator
+        if trainer.is_fsdp_enabled:
+            self.kind = FSDP2
+        elif trainer.is_distributed_loading_by_transformers:
+            self.kind = LOADED_IN_SHARDS
+        elif trainer.is_deepspeed_enabled:
+            stage = self._deepspeed_config().get("zero_optimization", {}).get("stage")
+            self.kind = ZERO_3 if stage == 3 else ZERO
+        else:
+            self.kind = WHOLE
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether a forward pass needs all processes, because each of them has a part of every weight."""
+        return self.kind in (FSDP2, LOADED_IN_SHARDS, ZERO_3)
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether the model must be called through DeepSpeed's engine."""
+        return self.kind in (ZERO, ZERO_3)
+
+    @property
+    def may_copy(self) -> bool:
+        """Whether the model, as it came, can be copied."""
+        return self.kind != LOADED_IN_SHARDS
+
+    @property
+    def prepared_later(self) -> bool:
+        """Whether Trainer places the model's weights only when it starts to train."""
+        return self.kind in (FSDP2, ZERO, ZERO_3)
+
+    def frozen(self, model: nn.Module) -> nn.Module:
+        """A model that is never trained, spread like the policy, or on this process's device."""
+        if self.kind == FSDP2:
+            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+            return fsdp2_prepare_model(self.accelerator, model)
+        if self.kind == ZERO_3:
+            import deepspeed
+
+            config = _without_training(self._deepspeed_config())
+            engine, *_ = deepspeed.initialize(model=model, config=config)
+            return engine
+        if self.kind == LOADED_IN_SHARDS:
+            return model
+        model = model.to(self.accelerator.device)
+        if self.kind == ZERO:  # the engine casts the policy's weights, so equal models stay equal
+            config = self._deepspeed_config()
+            dtypes = [HALF[name] for name in HALF if config.get(name, {}).get("enabled") is True]
+            model = model.to(dtypes[0]) if dtypes else model
+        return model
+
+    def check_head(self, model: nn.Module, head: LMHead) -> None:
+        """``check_lm_head``, which looks at the head's weight after the pass: by then shards may be shards again."""
+        check_lm_head(model, _Kept(**vars(head)) if self.kind == LOADED_IN_SHARDS else head)
+
+    def _deepspeed_config(self) -> dict:
+        return self.accelerator.state.deepspeed_plugin.deepspeed_config
+
+
+class _Kept(LMHead):
+    """A head whose operands are copies, made when they are asked for."""
+
+    @property
+    def operands(self) -> HeadOperands:
+        weight, bias, lora = super().operands
+        kept = None if lora is None else (lora[0].clone(), lora[1].clone(), lora[2])
+        return HeadOperands(weight.clone(), None if bias is None else bias.clone(), kept)
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
@@ -10,11 +112,89 @@ def refuse_unsupported(trainer: Trainer) -> None:
             "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
             "torchrun or accelerate launch, or make one GPU visible"
         )
-    for name, used in (
-        ("DeepSpeed", trainer.is_deepspeed_enabled),
-        ("FSDP", trainer.is_fsdp_enabled),
-        ("a parallelism_config", trainer.accelerator.parallelism_config is not None),
-        ("a model sharded while loading", trainer.is_distributed_loading_by_transformers),
+    reason = _why_not(trainer)
+    if reason is not None:
+        raise ValueError(
+            f"{reason}; expected one process, DDP, FSDP2, or DeepSpeed's ZeRO, as in docs/distributed.md"
+        )
+
+
+def _why_not(trainer: Trainer) -> str | None:
+    parallel, model = trainer.accelerator.parallelism_config, trainer.model
+    loaded = trainer.is_distributed_loading_by_transformers
+    layout = getattr(model.config, "distributed_config", None) if loaded else None
+    for sizes, name, what in (
+        (parallel, "cp_size", "context parallelism (a sequence cut over processes)"),
+        (parallel, "sp_size", "sequence parallelism"),
+        (parallel, "tp_size", "tensor parallelism"),
+        (layout, "tp_size", "tensor parallelism"),
+        (layout, "pp_size", "pipeline parallelism"),
+        (layout, "ep_size", "expert parallelism"),
     ):
-        if used:
-            raise ValueError(f"{name} is not supported yet; expected one process or plain DDP")
+        size = getattr(sizes, name, None) or 1
+        if size > 1:
+            return f"{name} is {size}: {what} is not supported"
+    if parallel is not None:
+        return "a parallelism_config is given, which is not supported"
+    if trainer.is_fsdp_enabled:
+        return _why_not_fsdp(trainer.accelerator.state.fsdp_plugin)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return (
+            "the model's weights were partitioned by DeepSpeed while it was loaded, and the trainer looks at them "
+            "whole first; set zero3_init_flag: false"
+        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if sharded and not loaded:
+        return (
+            "the model's weights are DTensors already; pass it whole, and let accelerate shard it"
+        )
+    return None
+
+
+def _why_not_fsdp(plugin) -> str | None:
+    if plugin.fsdp_version != 2:
+        return f"fsdp_version is {plugin.fsdp_version}, which is not supported; set fsdp_version: 2"
+    if plugin.cpu_ram_efficient_loading:
+        return (
+            "fsdp_cpu_ram_efficient_loading is on, which gives the weights to the first process only, and the trainer "
+            "looks at them on each; set it to false"
+        )
+    return None
+
+
+def _without_training(config: dict) -> dict:
+    """DeepSpeed's configuration for a model without an optimizer; what is still "auto" is left to its defaults."""
+    config = copy.deepcopy(config)
+    for section in ("optimizer", "scheduler"):
+        config.pop(section, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    config = _settled(config)
+    config.pop("train_batch_size", None)
+    config.pop("gradient_accumulation_steps", None)
+    return config | {"train_micro_batch_size_per_gpu": 1}  # it must have one; no batch is counted
+
+
+def _settled(config: dict) -> dict:
+    return {
+        name: _settled(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if value != "auto"
+    }
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """PEFT's ``disable_adapter``, also for a model sharded by FSDP2.
+
+    PEFT switches the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, a whole
+    one and its shard. Both switches have to meet the same one, or the shard stays without a gradient.
+    """
+    sharded = [
+        module
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters())
+    ]
+    with model.disable_adapter():
+        yield
+        for module in sharded:
+            module.reshard()

@@ -6,6 +6,7 @@ mean loss; the first ``compute_loss`` of the window estimates what its rows are 
 metrics. Nothing in between waits for the device. What is written down, and when, stands in recorded.py.
 """
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -30,9 +31,9 @@ from prefopt.train.recorded import RecordedTrainer
 from prefopt.train.reference import AdapterOff, NoReference, choose_reference
 from prefopt.train.run_folder import RunFolder
 from prefopt.train.scoring import PackingCollator, Scores, score, to_device
-from prefopt.train.spread import refuse_unsupported
+from prefopt.train.spread import Spread
 from prefopt.train.window import drop_repeats, share_out
-from prefopt_kernels.integrations.transformers import check_lm_head, lm_head_of
+from prefopt_kernels.integrations.transformers import lm_head_of
 
 POLICY_OUTPUTS = ("entropy", "mean_logit")
 
@@ -99,9 +100,9 @@ class PreferenceTrainer(RecordedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        refuse_unsupported(self)
+        self.spread = Spread(self)
         self.head = lm_head_of(self.model)
-        check_lm_head(self.model, self.head)
+        self.spread.check_head(self.model, self.head)
         self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
         self.train_dataset = self._scored(train, args.per_device_train_batch_size)
         scored = {
@@ -109,16 +110,20 @@ class PreferenceTrainer(RecordedTrainer):
             for name, rows in evals.items()
         }
         self.eval_dataset = scored if isinstance(eval_dataset, dict) else scored.get("")
-        if args.precompute_ref_logps and not isinstance(self.reference, AdapterOff):
-            self.reference = self._reference_head = (
-                None  # their scores are columns now; frees memory
-            )
+        if args.precompute_ref_logps:  # their scores are columns now; frees memory
+            kept = AdapterOff(self.model) if isinstance(self.reference, AdapterOff) else None
+            self.reference, self._reference_head = kept, kept and self.head
         self.objective = Objective(args)
         self.baselines = BaselineEstimators(args)
         self.mismatched = None
         if args.needs_kl:
             self.mismatched = MismatchedRows(
-                args.kl_estimator, collator, self._log_ratios, args.device, decay=args.kl_decay
+                args.kl_estimator,
+                collator,
+                self._log_ratios,
+                args.device,
+                decay=args.kl_decay,
+                keep_up=self._keep_up if self.spread.in_lockstep else lambda: None,
             )
         self._window: list[dict] = []
         self._z0: Tensor | None = None  # of the window
@@ -133,25 +138,30 @@ class PreferenceTrainer(RecordedTrainer):
 
     def _set_up_reference(self, ref_model: nn.Module | None, fresh_adapter: bool) -> None:
         args = self.args
-        if ref_model is not None and self.place_model_on_device:
-            ref_model = ref_model.to(args.device)
         if args.spec.needs_reference:
             self.reference = choose_reference(
                 self.model,
                 ref_model,
                 fresh_adapter=fresh_adapter,
                 precompute=args.precompute_ref_logps,
+                may_copy=self.spread.may_copy,
             )
         else:
             self.reference = NoReference()
+        if args.precompute_ref_logps and self.spread.prepared_later:
+            # The model's own weights are placed when training starts, so a copy of them gives the scores.
+            if self.reference.model is self.model:
+                self.reference.model = copy.deepcopy(self.model)
         self._reference_kind = self.reference.kind
         self._reference_head = self.head
         if self.reference.model not in (None, self.model):
             self._reference_head = lm_head_of(self.reference.model)
-            check_lm_head(self.reference.model, self._reference_head)
+            self.spread.check_head(self.reference.model, self._reference_head)
         # With an adapter the reference cannot be mistaken for a checkpoint, so its weights need not be read.
         wanted = args.precompute_ref_logps or not isinstance(self.reference, AdapterOff)
         self._reference_fingerprint = self.reference.fingerprint() if wanted else None
+        if self.reference.model not in (None, self.model):
+            self.reference.model = self.spread.frozen(self.reference.model)
 
     def _scored(self, prepared: Prepared, batch_size: int) -> Dataset:
         """The rows, with the reference's scores as columns if they are to be computed beforehand."""
@@ -176,6 +186,7 @@ class PreferenceTrainer(RecordedTrainer):
             cache_dir=args.reference_cache_dir,
             batch_size=args.precompute_batch_size or args.per_device_eval_batch_size,
             accelerator=self.accelerator,
+            in_lockstep=self.spread.in_lockstep,
         )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -255,7 +266,7 @@ class PreferenceTrainer(RecordedTrainer):
             batch = to_device(batch, self.args.device)
             references.append(self._known_ref_logps(batch))
             with self.accelerator.autocast():
-                logps = score(self.model, self.head, batch, backend=self.args.backend).logps
+                logps = score(self._policy, self.head, batch, backend=self.args.backend).logps
             parts.append(_sequences(batch, logps, references[-1]).first(len(batch["features"])))
         return references, self._estimate(Sequences.joined(parts), "train")
 
@@ -270,8 +281,19 @@ class PreferenceTrainer(RecordedTrainer):
         """Policy less reference of mismatched sequences, (n,) nats."""
         batch = to_device(batch, self.args.device)
         with self.accelerator.autocast():
-            logps = score(self.model, self.head, batch, backend=self.args.backend).logps
+            logps = score(self._policy, self.head, batch, backend=self.args.backend).logps
         return logps - self._known_ref_logps(batch)
+
+    def _keep_up(self) -> None:
+        """The passes of ``_log_ratios`` for no row."""
+        batch = self._row_collator.of_nobody()
+        known = {"ref_logps": torch.zeros(1)} if self.args.precompute_ref_logps else {}
+        self._log_ratios(batch | known)
+
+    @property
+    def _policy(self) -> nn.Module:
+        """What passes without a gradient call. Not DDP's wrapper, which would make them need all processes."""
+        return self.model_wrapped if self.spread.by_engine else self.model
 
     def _known_ref_logps(self, batch: dict) -> Tensor | None:
         """(B,) nats, computed beforehand or now; None for a method without a reference."""
@@ -284,6 +306,7 @@ class PreferenceTrainer(RecordedTrainer):
         """(B,) nats, in the policy's mode (training or evaluation, autocast): equal weights give equal bits."""
         batch = to_device(batch, self.args.device)
         with self.reference.running(self.model.training) as model, self.accelerator.autocast():
+            model = self._policy if model is self.model else model
             return score(model, self._reference_head, batch, backend=self.args.backend).logps
 
     def _record(
