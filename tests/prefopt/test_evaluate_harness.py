@@ -188,8 +188,9 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, tasks, monke
     monkeypatch.setattr(module, "load_subject", lambda *_: pytest.fail("a model was loaded"))
     folder = tmp_path / "run"
     folder.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (folder / name).write_text("{}", encoding="utf-8")
+    adapter = {"base_model_name_or_path": "owner/model"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
 
     def said(**options) -> str:
         with pytest.raises((EvalError, DataError)) as error:

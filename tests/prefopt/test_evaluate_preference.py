@@ -222,20 +222,20 @@ def test_a_folder_without_what_is_needed(run, tmp_path):
         load_subject(tmp_path)
     copy = spoiled(run, tmp_path)
     (copy / "adapter_model.safetensors").unlink()
-    with pytest.raises(EvalError, match="its weights are missing"):
+    with pytest.raises(EvalError, match="an adapter_config.json but no adapter_model.safetensors"):
         load_subject(copy)
 
 
 def test_a_base_that_is_gone_and_one_that_does_not_fit(run, tmp_path):
     copy = spoiled(run, tmp_path)
-    recipe = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["model"]["path"] = str(tmp_path / "moved")
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    with pytest.raises(EvalError, match="moved, cannot be loaded; give its folder or hub id with"):
+    adapter = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
+    adapter["base_model_name_or_path"] = str(tmp_path / "moved")
+    (copy / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+    with pytest.raises(EvalError, match="moved of .* is not there; say by --base in which folder"):
         load_subject(copy)
     assert load_subject(copy, str(run.parent / "base")).kind == "adapter"
     (copy / "adapter_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(EvalError, match="cannot be put on"):
+    with pytest.raises(EvalError, match="does not fit the base model"):
         load_subject(copy, str(run.parent / "base"))
 
 

@@ -66,18 +66,28 @@ def test_model_and_adapter_without_a_local_path():
 
 
 def test_memory_in_mebibytes_on_page_and_card(tmp_path):
-    figures = {"before_bytes": 3 * 2**20, "peak_bytes": 2**31, "after_bytes": None, "device": "cpu"}
+    figures = {
+        "before_bytes": 3 * 2**20,
+        "peak_bytes": 2**31,
+        "reserved_peak_bytes": 3 * 2**30,
+        "after_bytes": None,
+        "what": "allocated by torch",
+        "device": "a GPU",
+    }
     (tmp_path / "memory.json").write_text(json.dumps(figures), encoding="utf-8")
     (tmp_path / "metrics.jsonl").write_text("", encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
     run = read_run(tmp_path)
     assert memory(run) == {
         "before training": "3 MiB",
-        "at the peak": "2,048 MiB",
-        "device": "cpu",
+        "at the peak": "2,048 MiB (3,072 MiB reserved)",
+        "of": "allocated by torch",
+        "device": "a GPU",
     }
-    assert ">2,048 MiB</td>" in page
-    assert "| at the peak | 2,048 MiB |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ">2,048 MiB (3,072 MiB reserved)</td>" in page
+    assert "| at the peak | 2,048 MiB (3,072 MiB reserved) |" in (tmp_path / "README.md").read_text(
+        encoding="utf-8"
+    )
     (tmp_path / "memory.json").write_text('{"device": "cpu"}', encoding="utf-8")
     assert memory(read_run(tmp_path)) == {}
 

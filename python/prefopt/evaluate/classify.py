@@ -20,7 +20,6 @@ from prefopt.data.tokenize import Encode
 from prefopt.evaluate.answers import name_in
 from prefopt.evaluate.generate import generate
 from prefopt.evaluate.logprobs import answer_logps
-from prefopt.evaluate.preference import end_tokens
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.scores import share, share_change
@@ -169,7 +168,7 @@ def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest)
             model,
             prompts,
             pad_token_id=pad,
-            eos_token_ids=end_tokens(subject),
+            eos_token_ids=subject.stop_ids(),
             max_new_tokens=request.max_new_tokens or longest + ROOM,
             batch_size=request.batch_size,
             temperature=None,

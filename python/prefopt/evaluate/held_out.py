@@ -74,8 +74,6 @@ def _named(
     if data.get("eval_path"):
         split = request.split or data.get("eval_split")
         return data["eval_path"], split, data.get("eval_revision"), None
-    if data.get("plan"):
-        return data["path"], request.split or "validation", None, None
     if data.get("eval_fraction"):
         return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
     raise EvalError(

@@ -229,7 +229,7 @@ class _Judge:
                     model,
                     prompts,
                     pad_token_id=self.pad,
-                    eos_token_ids=end_tokens(self.subject),
+                    eos_token_ids=self.subject.stop_ids(),
                     max_new_tokens=self.max_new_tokens,
                     batch_size=self.request.batch_size,
                     temperature=self.temperature,
@@ -296,10 +296,3 @@ class _Judge:
             asked = row["prompt"]
             questions.append(asked if isinstance(asked, str) else asked[-1]["content"])
         return encode.ids(texts)[::-1], questions[::-1]
-
-
-def end_tokens(subject: Subject) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and those of the model's generation settings."""
-    own = getattr(subject.model.generation_config, "eos_token_id", None)
-    found = [subject.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return list(dict.fromkeys(one for one in found if one is not None))

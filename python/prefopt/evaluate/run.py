@@ -16,7 +16,7 @@ from prefopt.evaluate.results import (
     write_results,
 )
 from prefopt.evaluate.rules import make_rule
-from prefopt.evaluate.subject import Subject, kind_of, load_subject
+from prefopt.evaluate.subject import Subject, find_subject, load_subject
 from prefopt.report import write_report
 from prefopt.report.charts import draw_suite
 from prefopt.report.figures import placed
@@ -34,7 +34,7 @@ def run(request: EvalRequest) -> Path:
         EvalError: the run folder, the request or the questions are not as needed.
         DataError: rows that cannot be used.
     """
-    kind_of(request.run)
+    find_subject(request.run, request.base)
     check_writable(request.out)
     if request.rule is not None:
         make_rule(request.rule)

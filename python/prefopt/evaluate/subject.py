@@ -1,6 +1,5 @@
 """The run to be judged and the model it started from, loaded from files as a user would load them."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,22 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedTokenizerBase
 
 from prefopt.evaluate.request import EvalError
+from prefopt.recipe.load import RecipeError
 from prefopt.report.score import BASE, RUN
-
-CANNOT_LOAD = (OSError, ValueError, RuntimeError, SafetensorError)
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+from prefopt.use.load import (
+    ADAPTER_CONFIG,
+    Source,
+    choose_device,
+    find_run,
+    load_model,
+    load_tokenizer,
+    load_weights,
+    read_object,
+    stop_ids,
+)
 
 
 @dataclass
@@ -63,6 +63,12 @@ class Subject:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    def stop_ids(self) -> list[int]:
+        """Every token that ends an answer."""
+        return stop_ids(
+            self.model, self.tokenizer, self.option("data", "chat_template_kwargs") or {}
+        )
+
     def option(self, section: str, name: str, default: Any = None) -> Any:
         """An option of the run's recipe, or else of the trainer's configuration in run.json.
 
@@ -77,6 +83,18 @@ class Subject:
         return {"kind": self.kind, "base": self.base_name, "method": self.record.get("method")}
 
 
+def find_subject(folder: Path, base: str | None = None) -> Source:
+    """What the folder says about its model, without loading anything.
+
+    Raises:
+        EvalError: there is no model in the folder, or its base is not where it is said to be.
+    """
+    try:
+        return find_run(folder, base if (folder / ADAPTER_CONFIG).is_file() else None)
+    except RecipeError as error:
+        raise EvalError(str(error)) from None
+
+
 def load_subject(folder: Path, base: str | None = None) -> Subject:
     """Load run and base.
 
@@ -87,102 +105,43 @@ def load_subject(folder: Path, base: str | None = None) -> Subject:
     Raises:
         EvalError: there is no model in the folder, or one of the two cannot be loaded.
     """
-    kind = kind_of(folder)
-    recipe, record = _read(folder / "recipe.yaml"), _read(folder / "run.json")
-    options = recipe.get("model")
-    options = options if isinstance(options, dict) else {}
-    adapter = _read(folder / "adapter_config.json")
-    name = base or options.get("path") or adapter.get("base_model_name_or_path")
-    revision = None if base else options.get("revision")
-    kind_of_weights = options.get("dtype") or "auto"
-    tokenizer = _tokenizer(folder, name, revision)
+    source = find_subject(folder, base)
+    training = source.recipe.get("training")
+    stay = isinstance(training, dict) and training.get("use_cpu")
+    device = choose_device("cpu" if stay else "auto")
+    try:
+        record = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
+        tokenizer = load_tokenizer(source)
+        model = load_model(source, device=device)
+    except RecipeError as error:
+        raise EvalError(str(error)) from None
+    kind = "weights" if source.base is None else "adapter"
+    name = base or source.started
     started = None
-    if name is not None:
-        hint = "" if base else "; give its folder or hub id with --base"
-        started = _causal(name, revision, kind_of_weights, f"the base model of {folder}", hint)
-    if kind == "weights":
-        model = _causal(str(folder), None, kind_of_weights, "the run's model", "")
-    elif started is None:
-        raise EvalError(f"{folder} is an adapter that names no base model; give it with --base")
-    else:
+    if kind == "weights" and name is not None:
+        revision = None if base else source.started_revision
         try:
-            model, started = PeftModel.from_pretrained(started, str(folder)), None
-        except CANNOT_LOAD as error:
-            raise EvalError(
-                f"the adapter in {folder} cannot be put on {name}: {_first(error)}"
-            ) from None
-    device = _device(recipe)
-    model.to(device)
-    if started is not None:
+            started = load_weights(str(Path(name).expanduser()), revision, source.dtype)
+        except RecipeError as error:
+            raise EvalError(f"the model before training: {error}; name it with --base") from None
         started.to(device)
-    subject = Subject(folder, kind, model, tokenizer, name, started, recipe, record)
-    if record.get("status") in ("running", "prepared", "stopped"):
-        subject.warnings.append(
-            f"run.json says that training is {record['status']}, so this may be an unfinished model."
-        )
-    if subject.models == [RUN]:
-        subject.warnings.append(
-            "No starting model is known, so the run stands alone; --base names one."
-        )
+    subject = Subject(folder, kind, model, tokenizer, name, started, source.recipe, record)
+    subject.warnings += _warnings(subject)
     return subject
 
 
-def kind_of(folder: Path) -> str:
-    """ "adapter" or "weights"; an ``EvalError`` where the folder holds neither."""
-    if not folder.is_dir():
-        raise EvalError(f"there is no run folder {folder}")
-    if (folder / "adapter_config.json").is_file():
-        if any((folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")):
-            return "adapter"
-        raise EvalError(
-            f"{folder} has an adapter_config.json but no adapter_model.safetensors: its weights are missing"
+def _warnings(subject: Subject) -> list[str]:
+    found = []
+    status = subject.record.get("status")
+    if status in ("running", "prepared", "stopped"):
+        found.append(
+            f"run.json says that training is {status}, so this may be an unfinished model."
         )
-    if (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS):
-        return "weights"
-    raise EvalError(
-        f"{folder} holds no trained model (no adapter_config.json, and no config.json with weights); expected the "
-        "output_dir of a run that has ended"
-    )
-
-
-def _causal(path: str, revision: str | None, dtype: str, whose: str, hint: str) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=dtype if dtype == "auto" else getattr(torch, dtype)
+    if subject.models == [RUN]:
+        found.append("No starting model is known, so the run stands alone; --base names one.")
+    if subject.option("model", "quantization") is not None:
+        found.append(
+            f"The run was trained on weights in 4 bits ({subject.option('model', 'quantization')}) and is evaluated on "
+            "those that they were made of."
         )
-    except CANNOT_LOAD as error:
-        raise EvalError(f"{whose}, {path}, cannot be loaded{hint}: {_first(error)}") from None
-
-
-def _tokenizer(folder: Path, base: str | None, revision: str | None) -> PreTrainedTokenizerBase:
-    own = (folder / "tokenizer_config.json").is_file()
-    path = str(folder) if own else base
-    if path is None:
-        raise EvalError(f"{folder} has no tokenizer and names no base model; give it with --base")
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=None if own else revision)
-    except CANNOT_LOAD as error:
-        raise EvalError(f"no tokenizer can be loaded from {path}: {_first(error)}") from None
-
-
-def _device(recipe: dict) -> torch.device:
-    training = recipe.get("training")
-    stay = isinstance(training, dict) and training.get("use_cpu")
-    return torch.device("cuda" if torch.cuda.is_available() and not stay else "cpu")
-
-
-def _read(path: Path) -> dict:
-    """A YAML or JSON file of the run; empty where there is none, an ``EvalError`` where it is broken."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise EvalError(f"{path} cannot be read: {_first(error)}") from None
-    return content if isinstance(content, dict) else {}
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return found

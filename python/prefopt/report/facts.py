@@ -32,11 +32,7 @@ COUNT_NAMES = {
     "truncated": "answers cut at max_length",
     "groups": "different prompts",
 }
-MEMORY = {
-    "before_bytes": "before training",
-    "peak_bytes": "at the peak",
-    "after_bytes": "after training",
-}
+MEMORY = {"before": "before training", "peak": "at the peak", "after": "after training"}
 
 
 def hub_id(name: object) -> str | None:
@@ -108,13 +104,18 @@ def built_from(run: Run) -> list[dict[str, Any]]:
 
 def memory(run: Run) -> dict[str, str]:
     """Memory before, during and after training, in MiB, and of which device."""
-    found = {
-        label: f"{run.memory[key] / 2**20:,.0f} MiB"
-        for key, label in MEMORY.items()
-        if is_number(run.memory.get(key))
-    }
-    device = run.memory.get("device")
-    return found | ({"device": device} if found and isinstance(device, str) else {})
+    found = {}
+    for when, label in MEMORY.items():
+        used, reserved = (_mebibytes(run, f"{kind}{when}_bytes") for kind in ("", "reserved_"))
+        if used:
+            found[label] = f"{used} ({reserved} reserved)" if reserved else used
+    if found:
+        said = {"of": run.memory.get("what"), "peak since": run.memory.get("peak_since")}
+        said["device"] = run.memory.get("device")
+        found |= {label: text for label, text in said.items() if isinstance(text, str)}
+        total = _mebibytes(run, "total_bytes")
+        found |= {"device's memory": total} if total else {}
+    return found
 
 
 def commands(run: Run) -> list[str]:
@@ -148,6 +149,11 @@ def shown(value: Any) -> str:
         numbers = all(is_number(one) for one in value)  # in their order: low and high
         return ", ".join(shown(one) for one in (value if numbers else sorted(value, key=str)))
     return str(value)
+
+
+def _mebibytes(run: Run, key: str) -> str:
+    value = run.memory.get(key)
+    return f"{value / 2**20:,.0f} MiB" if is_number(value) else ""
 
 
 def _is_set(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A run folder turned back into tokenizer and model: the one way in for chat, classify, bench-inference and export."""
+"""A run folder turned back into tokenizer and model: the one way in for eval, chat, classify, bench-inference and export."""
 
 import json
 import warnings
@@ -26,7 +26,10 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 @dataclass(frozen=True)
 class Source:
-    """What a run folder says about its model. ``base`` is None where the folder holds all the weights itself."""
+    """What a run folder says about its model.
+
+    ``base`` is None where the folder holds all the weights itself; ``started`` is what the recipe says those began as.
+    """
 
     folder: Path
     base: str | None = None
@@ -34,7 +37,23 @@ class Source:
     adapter: dict = field(default_factory=dict)  # adapter_config.json
     dtype: str = "auto"  # that of training
     template_kwargs: dict = field(default_factory=dict)  # of the chat template, as in training
-    data: dict = field(default_factory=dict)  # the recipe's section
+    recipe: dict = field(default_factory=dict)  # recipe.yaml, as it is
+
+    @property
+    def data(self) -> dict:
+        """The recipe's section of that name."""
+        return _section(self.recipe, "data")
+
+    @property
+    def started(self) -> str | None:
+        """Folder or hub id of the model before training; None where nothing says it."""
+        return self.base or _section(self.recipe, "model").get("path")
+
+    @property
+    def started_revision(self) -> str | None:
+        """Of ``started``, on the hub."""
+        recipe = _section(self.recipe, "model")
+        return recipe.get("revision") if self.base is None else self.revision
 
     @property
     def weights(self) -> str:
@@ -56,18 +75,18 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
     if not folder.is_dir():
         raise RecipeError(f"there is no run folder {folder}")
     recipe = _recipe(folder)
-    model, data = _section(recipe, "model"), _section(recipe, "data")
-    kwargs = data.get("chat_template_kwargs")
+    model = _section(recipe, "model")
+    kwargs = _section(recipe, "data").get("chat_template_kwargs")
     said = {
         "dtype": model["dtype"] if isinstance(model.get("dtype"), str) else "auto",
         "template_kwargs": kwargs if isinstance(kwargs, dict) else {},
-        "data": data,
+        "recipe": recipe,
     }
     if (folder / ADAPTER_CONFIG).is_file():
         adapter = read_object(folder / ADAPTER_CONFIG)
         if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
             raise RecipeError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
-        named = adapter.get("base_model_name_or_path")
+        named = adapter.get("base_model_name_or_path") or model.get("path")
         revision = adapter.get("revision") or model.get("revision") if base is None else None
         return Source(folder, _located(base or named, folder), revision, adapter, **said)
     if (folder / "config.json").is_file():
@@ -80,7 +99,9 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The run's own tokenizer, with its chat template; that of the base model where the run saved none."""
     own = (source.folder / "tokenizer_config.json").is_file()
-    path, revision = (str(source.folder), None) if own else (source.weights, source.revision)
+    path, revision = str(source.folder), None
+    if not own and source.started is not None:
+        path, revision = source.started, source.started_revision
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
@@ -102,15 +123,7 @@ def load_model(
         RecipeError: the base or the adapter cannot be loaded.
     """
     name = source.dtype if dtype is None else dtype
-    kind = name if name == "auto" else getattr(torch, name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.weights, revision=source.revision, dtype=kind, **options
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(
-            f"cannot load a causal language model from {source.weights}: {_first(error)}"
-        ) from None
+    model = load_weights(source.weights, source.revision, name, **options)
     if source.base is not None:
         try:
             with warnings.catch_warnings():
@@ -122,6 +135,28 @@ def load_model(
                 f"the adapter in {source.folder} does not fit the base model {source.base}: {_first(error)}"
             ) from None
     return model.to(device).eval()
+
+
+def load_weights(path: str, revision: str | None, dtype: str, **options: Any) -> PreTrainedModel:
+    """A causal language model from a folder or the hub, in eval mode.
+
+    Args:
+        path, revision: where it is.
+        dtype: the name of one of torch's, or "auto".
+        options: passed to ``from_pretrained``.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=kind, **options
+        ).eval()
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(
+            f"cannot load a causal language model from {path}: {_first(error)}"
+        ) from None
 
 
 def choose_device(name: str) -> str:
