@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prefopt.compare.page import page
 from prefopt.compare.plan import (
     FEWEST_TIMED,
     WARMUP,
@@ -18,7 +19,7 @@ from prefopt.compare.plan import (
     steps_of,
 )
 from prefopt.compare.plots import draw
-from prefopt.compare.report import as_csv, markdown, page, terminal
+from prefopt.compare.report import as_csv, markdown, terminal
 from prefopt.compare.rows import as_rated, judged_on, rows_of, sequences_of_steps
 from prefopt.compare.summary import (
     MEASURES,
@@ -91,7 +92,7 @@ def content_of(timed: int) -> dict:
             for method in METHODS_HERE
         },
         "timed_steps": timed,
-        "rows": {"kind": "pairs", "train": 15, "held_out": 5, "without_pair": 0, "shared_prompts": 0},
+        "rows": {"kind": "pairs", "train": 15, "held_out": 5, "paired_by_prompt": 0, "without_pair": 0, "shared_prompts": 0},
         "runs": runs,
     }  # fmt: skip
 
@@ -178,11 +179,15 @@ def test_what_went_wrong_is_said_first(content):
                 del run[key]
             run["stopped"] = "loss is nan at step 3"
     broken["runs"][1]["threads"] = 2
+    broken["rows"] |= {"paired_by_prompt": 7, "without_pair": 3, "shared_prompts": 2}
     lines = lines_of(broken)
     notes = notes_of(broken, lines)
     assert notes[0] == "KTO, seed 42: loss is nan at step 3"
     assert notes[3] == "DPO learned next to nothing: the reward margin ended at 0.0010."
     assert any("different numbers of threads" in note for note in notes)
+    assert any(note.startswith("7 of the 15 pairs are answers to one prompt") for note in notes)
+    assert any(note.startswith("3 rows have no partner") for note in notes)
+    assert any(note.startswith("2 prompts of the held-out rows were trained on") for note in notes)
     assert not any("SFT learned next to nothing" in note for note in notes)
     assert "no run ended" in terminal(lines, notes)
     assert "efficiency" not in lines[2].values  # kto has no figure to be relative to
@@ -194,14 +199,14 @@ def test_the_page_is_one_file_and_a_title_finds_its_direction(content, tmp_path)
     html = page(content, lines, notes_of(content, lines), pictures)
     assert '<h1 dir="auto">مقارنة الطرق: methods compared</h1>' in html
     assert "src=" not in html and 'href="http' not in html
-    assert html.count("<svg") == 2
-    assert [picture.name for picture in pictures] == ["compare_cost", "compare_learning"]
-    for picture in pictures:
-        pixels = np.asarray(Image.open(tmp_path / f"{picture.name}.png").convert("RGB"))
-        assert pixels.shape[0] > 250 and pixels.shape[1] > 900
-        assert (
-            len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
-        )  # bars, lines and text, not a blank
+    assert html.count("<svg") == 7
+    shown = "step_ms tokens_per_second efficiency peak_mib margin accuracy likelihood".split()
+    assert [picture.name for picture in pictures] == [f"compare_{key}" for key in shown]
+    for name, columns in (("compare_cost", 4), ("compare_learning", 3), ("compare_margin", 1)):
+        pixels = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        assert pixels.shape[0] > 250 and pixels.shape[1] > 350 * columns
+        ours = np.all(pixels == [0x3F, 0x7F, 0xD0], axis=-1)  # the bars' own blue
+        assert ours.sum() > 1000 * columns
     again = markdown(content, lines, notes_of(content, lines))
     assert "| KTO | 8 | 400 | 200 (100 to 400) |" in again
 

@@ -75,7 +75,7 @@ def measure(job: Job, on_step: Callable[[], None]) -> dict:
         "sequences": halves * sum(seen[WARMUP:]),
         "sequences_in_all": halves * sum(seen),
         "peak_bytes": memory["peak_bytes"],
-        "peak": f"{memory['what']}, since {memory['peak_since']}",
+        "peak": f"{memory['what']} since {memory['peak_since']}",
         "losses": _ends([entry["loss"] for entry in logs]),
     }
     subject = _subject(job, trainer, tokenizer)

@@ -1,66 +1,85 @@
-"""The chart of a comparison: a panel for each measure, a bar for each method, the runs' range on it."""
+"""The charts of a comparison: a bar for each method with the range of its runs, beside the base model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from prefopt.compare.summary import MEASURES, Line, Measure
 from prefopt.report.figures import BASE_COLOUR, INK, OWN, Picture, figure, save
 from prefopt.report.score import BASE
 
-CHARTS = {
-    "compare_cost": (
-        "Cost of a step",
-        ("step_ms", "tokens_per_second", "efficiency", "peak_mib"),
-    ),
-    "compare_learning": (
-        "What was learned",
-        ("margin", "accuracy", "likelihood"),
-    ),
+# For a README, several measures side by side; the page has them one by one, to be read on a phone.
+WIDE = {
+    "compare_cost": ("Cost of a step", ("step_ms", "tokens_per_second", "efficiency", "peak_mib")),
+    "compare_learning": ("What was learned", ("margin", "accuracy", "likelihood")),
+}
+EXPLANATIONS = {
+    "more": "More is better. ",
+    "less": "Less is better. ",
+    "": "",
 }
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[Picture]:
-    """Write the charts for which there are values, as PNG and SVG."""
+    """Write PNG and SVG files of every measure that has values.
+
+    Returns:
+        The pictures for the page, one for each measure.
+    """
     measures = {one.key: one for one in MEASURES}
     drawn = []
-    for name, (title, keys) in CHARTS.items():
+    for name, (title, keys) in WIDE.items():
         shown = [measures[key] for key in keys if any(key in line.values for line in lines)]
         if shown:
-            drawn.append(_chart(lines, shown, folder, name, title))
+            _draw(lines, shown, folder, name, title)
+        drawn += [_draw(lines, [one], folder, f"compare_{one.key}", one.head) for one in shown]
     return drawn
 
 
-def _chart(
+def _draw(
     lines: Sequence[Line], measures: Sequence[Measure], folder: Path, name: str, title: str
 ) -> Picture:
-    methods = [line for line in lines if line.method != BASE]
-    base = next((line for line in lines if line.method == BASE), None)
-    height = 0.9 + 0.36 * len(methods)
-    with figure(2.2 + 2.4 * len(measures), height, len(measures)) as (made, axes):
+    count = sum(line.method != BASE for line in lines)
+    with figure(1.8 + 2.6 * len(measures), 0.9 + 0.36 * count, len(measures)) as (made, axes):
         for place, (panel, measure) in enumerate(zip(np.atleast_1d(axes), measures, strict=True)):
-            for row, line in enumerate(methods):
-                if measure.key not in line.values:
-                    panel.text(
-                        0, row, f" {line.absent.get(measure.key, '')}", va="center", fontsize=8
-                    )
-                    continue
-                median, low, high = line.values[measure.key]
-                panel.barh(row, median, 0.62, color=OWN)
-                if line.runs > 1:
-                    reach = [[median - low], [high - median]]
-                    panel.errorbar(median, row, xerr=reach, color=INK, elinewidth=1, capsize=3)
-            if base is not None and measure.key in base.values:
-                panel.axvline(base.values[measure.key].median, color=BASE_COLOUR, ls="--", lw=1.2)
-            names = [line.title for line in methods] if place == 0 else [""] * len(methods)
-            panel.set_yticks(range(len(methods)), names)
-            panel.invert_yaxis()
-            panel.tick_params(axis="y", length=0)
-            panel.set_title(measure.head, fontsize=10)
-            panel.locator_params(axis="x", nbins=4)
-            panel.grid(axis="x", color=INK, alpha=0.12, lw=0.6)
-        explanation = "Bars are medians of the runs; the line on a bar goes from the lowest to the highest of them."
-        if base is not None and any(one.key in base.values for one in measures):
-            explanation += " The broken line is the base model before training."
+            _panel(panel, lines, measure, named=place == 0)
+        one = measures[0]
+        explanation = (
+            EXPLANATIONS[one.better]
+            + ("Bars are" if one.from_zero else "Points are")
+            + " medians of the runs, lines go from the lowest to the highest."
+        )
+        if any(one.key in line.values for line in lines if line.method == BASE):
+            explanation += " Broken line: the base model."
         return Picture(name, title, explanation, save(made, folder, name, title))
+
+
+def _panel(panel: Axes, lines: Sequence[Line], measure: Measure, *, named: bool) -> None:
+    methods = [line for line in lines if line.method != BASE]
+    for row, line in enumerate(methods):
+        if measure.key not in line.values:  # said in words, in the middle of the panel
+            why = line.absent.get(measure.key, "")
+            panel.annotate(
+                why, (0.5, row), xycoords=("axes fraction", "data"), ha="center", va="center"
+            )
+            continue
+        median, low, high = line.values[measure.key]
+        if measure.from_zero:
+            panel.barh(row, median, 0.62, color=OWN)
+        else:
+            panel.plot(median, row, "o", color=OWN, ms=7)
+        if low < high:
+            reach = [[median - low], [high - median]]
+            panel.errorbar(median, row, xerr=reach, color=INK, elinewidth=1, capsize=3)
+    for line in lines:
+        if line.method == BASE and measure.key in line.values:
+            panel.axvline(line.values[measure.key].median, color=BASE_COLOUR, ls="--", lw=1.4)
+    panel.set_yticks(range(len(methods)), [line.title if named else "" for line in methods])
+    panel.set_ylim(len(methods) - 0.5, -0.5)  # the first method on top
+    panel.tick_params(axis="y", length=0)
+    panel.locator_params(axis="x", nbins=4)
+    panel.set_title(measure.head, fontsize=10)
+    panel.set_axisbelow(True)
+    panel.grid(axis="x", color=INK, alpha=0.12, lw=0.6)

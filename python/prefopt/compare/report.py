@@ -1,17 +1,15 @@
-"""compare.csv, compare.md, the chart and report.html of a comparison, and its tables for the terminal."""
+"""What is made of compare.json: compare.csv, compare.md, plots and report.html, and the tables for the terminal."""
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from prefopt.compare.page import page, title_of
 from prefopt.compare.plots import draw
 from prefopt.compare.summary import (
-    COST,
-    LEARNING,
     MEASURES,
+    TABLES,
     Line,
     Measure,
     learned_cell,
@@ -19,18 +17,11 @@ from prefopt.compare.summary import (
     notes_of,
 )
 from prefopt.files import write_whole
-from prefopt.report.figures import Picture, placed
-from prefopt.report.html import bullets, fold, gallery, grid, mapping, section, text
+from prefopt.report.figures import placed
 from prefopt.report.score import BASE
-from prefopt.report.style import STYLE
 
 CSV_NAME, MARKDOWN_NAME, PAGE_NAME = "compare.csv", "compare.md", "report.html"
 OUTPUTS = (CSV_NAME, MARKDOWN_NAME, PAGE_NAME)
-# in the tables; compare.csv has all
-TABLES = {
-    "Cost": [one for one in COST if one.key != "sequences_per_second"],
-    "Learning": list(LEARNING),
-}
 
 
 def write_report(out: Path, content: dict) -> Path:
@@ -100,34 +91,6 @@ def markdown(content: dict, lines: Sequence[Line], notes: Sequence[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def page(
-    content: dict, lines: Sequence[Line], notes: Sequence[str], pictures: Sequence[Picture]
-) -> str:
-    """The whole page, which needs no other file."""
-    title = title_of(content)
-    tables = [(name, _cells(lines, name, measures)) for name, measures in TABLES.items()]
-    sections = [section(name, grid(head, body)) for name, (head, *body) in tables]
-    sections += [
-        section("Charts", gallery(pictures)),
-        section("How it was measured", bullets(notes)),
-        section("Runs", _runs(content)),
-        section("Settings", _settings(content)),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{text(title, 'title')}\n<style>{STYLE}.plots {{ grid-template-columns: 1fr; }}</style>\n</head>\n<body>\n"
-        f"<main>\n<header>\n{text(title, 'h1')}\n{text(content['model'], 'p', 'soft')}\n</header>\n"
-        + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
-    )
-
-
-def title_of(content: dict) -> str:
-    """The recipe's name, without folder and ending."""
-    return f"{Path(content['recipe']).stem}: methods compared"
-
-
 def _cells(lines: Sequence[Line], name: str, measures: Sequence[Measure]) -> list[list[str]]:
     """Head and body of a table; what a base model cannot have, it has no line for."""
     cost = name == "Cost"
@@ -139,25 +102,3 @@ def _cells(lines: Sequence[Line], name: str, measures: Sequence[Measure]) -> lis
         first = str(line.sequences_per_step) if cost else learned_cell(line)
         rows.append([line.title, first, *(line.cell(one) for one in measures)])
     return rows
-
-
-def _runs(content: dict) -> str:
-    """Every run by itself."""
-    body = [
-        [
-            f"{run['method']}, seed {run['seed']}",
-            run.get("stopped", "ended"),
-            run["device"],
-            run["threads"],
-            *[f"{loss:.4f}" for loss in run.get("losses", ["", ""]) if loss != ""],
-        ]
-        for run in content["runs"]
-    ]
-    head = ["run", "training", "device", "threads", "first loss", "last loss"]
-    versions = content["runs"][0]["versions"] if content["runs"] else {}
-    return grid(head, body) + fold("Versions", mapping(versions))
-
-
-def _settings(content: dict) -> str:
-    said = yaml.safe_dump(content["settings"], allow_unicode=True, sort_keys=False)
-    return fold("Settings of all runs", f'<pre dir="ltr">{text(said)}</pre>')

@@ -88,6 +88,7 @@ def _content(plan: Plan, rows: Rows) -> dict:
             "kind": "pairs" if rows.are_pairs else "rated rows",
             "train": len(rows.train.dataset),
             "held_out": len(rows.held_out.dataset),
+            "paired_by_prompt": counts.get("paired_by_prompt", 0),
             "without_pair": counts.get("without_pair", 0),
             "shared_prompts": rows.shared_prompts(),
         },

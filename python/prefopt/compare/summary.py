@@ -27,13 +27,17 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of time."""
+    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of time.
+
+    ``better`` says whether more or less is better, where that can be said; ``from_zero`` whether a bar may begin at 0.
+    """
 
     key: str
     head: str
     write: Callable[[float], str]
     timed: bool = False
-    better: str = ""  # "more" or "less", where that can be said
+    better: str = ""
+    from_zero: bool = True
 
 
 def _plain(digits: int) -> Callable[[float], str]:
@@ -54,17 +58,23 @@ COST = (
         "sequences_per_second", "sequences per second", _significant, timed=True, better="more"
     ),
     Measure("efficiency", "efficiency", _plain(2), timed=True, better="more"),
-    Measure("train_s", "training, s", _significant, timed=True, better="less"),
+    Measure("train_s", "training time, s", _significant, timed=True, better="less"),
     Measure("peak_mib", "peak memory, MiB", _plain(0), better="less"),
 )
 LEARNING = (
     Measure("margin", "margin", _plain(3), better="more"),
     Measure("accuracy", "accuracy", _plain(3), better="more"),
-    Measure("likelihood", "log-likelihood, nats per token", _plain(3), better="more"),
+    Measure(
+        "likelihood", "log-likelihood, nats per token", _plain(3), better="more", from_zero=False
+    ),
     Measure("first_loss", "first loss", _plain(4)),
     Measure("last_loss", "last loss", _plain(4)),
 )
 MEASURES = COST + LEARNING
+TABLES = {  # compare.csv has all of them
+    "Cost": [one for one in COST if one.key != "sequences_per_second"],
+    "Learning": list(LEARNING),
+}
 
 
 @dataclass(frozen=True)
@@ -269,9 +279,14 @@ def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
         notes.append(
             f"{rows['shared_prompts']} prompts of the held-out rows were trained on: this is no held-out evaluation."
         )
+    if rows["paired_by_prompt"]:
+        notes.append(
+            f"{rows['paired_by_prompt']:,} of the {rows['train']:,} pairs are answers to one prompt that were rated one by one; "
+            "nobody compared them."
+        )
     if rows["without_pair"]:
         notes.append(
-            f"{rows['without_pair']} rows have no partner of the other label and were left out for every method."
+            f"{rows['without_pair']:,} rows have no partner of the other label and were left out for every method."
         )
     for key, what in (
         ("device", "devices"),
@@ -309,7 +324,7 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
     if content["timed_steps"] >= FEWEST_TIMED:
         notes.append(
             f"Times are of the {content['timed_steps']:,} steps after {WARMUP} of warm-up, making the batches included and "
-            "logging excluded, with the device synchronised at the end of each; training, s is of all steps. Tokens are "
+            "logging excluded, with the device synchronised at the end of each; the training time is of all steps. Tokens are "
             "those trained on: what a method scores again, under the reference model or for its reference point, costs "
             f"time and is not counted. Efficiency is tokens per second relative to {METHODS[yardstick_of(methods)].title} in "
             "the same round."
@@ -319,21 +334,22 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
             "The reference's scores were computed before the first step, outside all times."
         )
     peaks = sorted({run["peak"] for run in content["runs"] if "peak" in run})
+    libraries = ", Python and its libraries included" if "resident" in str(peaks) else ""
     notes += [
-        f"Peak memory: {'; '.join(peaks)}.",
+        f"Peak memory is the most bytes {'; or '.join(peaks)}{libraries}.",
         f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the log-ratio "
         f"to the base model in nats, whatever the method; accuracy is the share of {of}. Learned: the 95 % interval of the "
         "margin, for SFT of the change in the desirable answers' likelihood, is above 0.",
         "The loss is another function for each method, so losses compare with nothing in another line; first and last are "
         "means of a tenth of the steps.",
     ]
-    left = [
-        f"{METHODS[method].title} without {', '.join(one['left_out'])}"
-        for method, one in content["methods"].items()
-        if one["left_out"]
-    ]
+    left: dict[str, list[str]] = {}
+    for method, one in content["methods"].items():
+        for option in one["left_out"]:
+            left.setdefault(option, []).append(METHODS[method].title)
     if left:
+        listed = "; ".join(f"{option} ({', '.join(names)})" for option, names in left.items())
         notes.append(
-            f"Options of the recipe that mean nothing, or something else, to a method: {'; '.join(left)}."
+            f"Options of the recipe that mean nothing, or something else, to a method were left out for it: {listed}."
         )
     return notes
