@@ -42,6 +42,8 @@ TEST = [
     "hypothesis>=6",
     "trl==1.16.0",
     "liger-kernel==0.8.5",
+    "kernels==0.17.2",
+    "pytorch-lightning>=2.6,<3",
     *EXPORT,
     *QUANT,
 ]

@@ -1,0 +1,227 @@
+"""The exported folder is loaded by Hugging Face ``kernels``, without and beside the package, and gives its numbers."""
+
+import ast
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+from kernels._rust import Build, Metadata
+from torch import nn
+
+import prefopt_kernels
+from prefopt_kernels.integrations import hub_kernels
+from prefopt_kernels.ops import _extension
+
+HAS_LIBRARY = _extension.why_not() is None
+VARIANTS = ["torch-cpu", "torch-cuda"]
+if HAS_LIBRARY:
+    VARIANTS.append(hub_kernels._variant_of_this_machine())
+
+NUMBERS = """
+import torch
+
+def numbers(module, backend):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 24, generator=generator).requires_grad_()
+    weight = torch.randn(70, 24, generator=generator).requires_grad_()
+    targets = torch.randint(70, (40,), generator=generator)
+    targets[::5] = -100
+    out = module.linear_logprob(
+        hidden, weight, targets, softcap=3.0, outputs=("entropy",), backend=backend
+    )
+    logps = module.sequence_logps(out.logp, torch.tensor([0, 15, 15, 40]))
+    labels, z0 = torch.tensor([True, False, False]), torch.tensor(0.5)
+    loss = module.kto_loss(logps, logps.detach() + 1, labels, beta=0.1, reference_point=z0)
+    loss.sum().backward()
+    return [x.detach().tolist() for x in (out.logp, out.entropy, loss, hidden.grad, weight.grad)]
+"""
+
+# The package is out of reach where PACKAGE is "hidden", and loaded after the kernel where it is "beside".
+PROGRAM = (
+    NUMBERS
+    + """
+import json, sys
+from pathlib import Path
+from kernels import get_local_kernel
+
+folder, package, backend = sys.argv[1:]
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("prefopt_kernels", "prefopt"):
+            raise ImportError(name)
+
+if package == "hidden":
+    sys.meta_path.insert(0, Hidden())
+kernel = get_local_kernel(Path(folder))
+ones = torch.ones(2, 2)
+answer = {
+    "file": kernel.__file__,
+    "numbers": numbers(kernel, backend),
+    "refused": kernel.explain(ones, ones),
+}
+if package == "beside":
+    import prefopt_kernels
+    answer["again"] = numbers(prefopt_kernels, backend)
+answer["loaded"] = [name for name in sys.modules if name.split(".")[0] == "prefopt_kernels"]
+print(json.dumps(answer))
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("hub") / "kernel"
+    assert hub_kernels.export(made, version=3) == VARIANTS
+    return made
+
+
+def loaded(folder: Path, package: str, backend: str) -> dict:
+    words = [sys.executable, "-c", PROGRAM, str(folder), package, backend]
+    path = str(Path(prefopt_kernels.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    run = {"capture_output": True, "text": True, "timeout": 240, "cwd": folder}
+    done = subprocess.run(words, env=environment, **run)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_written_for_this_version():
+    assert importlib.metadata.version("kernels") == "0.17.2"
+
+
+def test_without_the_package_the_library_is_found_and_the_numbers_are_the_same(folder):
+    backend = "cpu" if HAS_LIBRARY else "reference"
+    alone = loaded(folder, "hidden", backend)
+    assert Path(alone["file"]).parent.name == ("torch-cpu" if not HAS_LIBRARY else VARIANTS[2])
+    assert alone["loaded"] == []
+    beside = loaded(folder, "beside", backend)  # the kernel first, then the package
+    assert "prefopt_kernels" in beside["loaded"]
+    assert alone["numbers"] == beside["numbers"] == beside["again"]  # bit for bit
+    assert any(map(any, alone["numbers"][4]))
+
+
+def test_the_variant_without_a_library_scores_by_the_definition(folder, tmp_path):
+    plain = tmp_path / "kernel"
+    shutil.copytree(folder / "build" / "torch-cpu", plain / "build" / "torch-cpu")
+    found = loaded(plain, "hidden", "reference")
+    assert Path(found["file"]).parent.name == "torch-cpu"
+    assert found["refused"]["cpu"] is not None and found["refused"]["reference"] is None
+    namespace: dict = {}
+    exec(NUMBERS, namespace)
+    assert found["numbers"] == namespace["numbers"](prefopt_kernels, "reference")
+
+
+@kernels.use_kernel_forward_from_hub("LinearLogprob")
+class LinearLogprob(nn.Module):
+    """Somebody's own layer, that asks for a kernel of this name."""
+
+    calls = 0
+
+    def forward(self, hidden, weight, targets):
+        LinearLogprob.calls += 1
+        logp = (hidden @ weight.T).log_softmax(-1)
+        return logp.gather(-1, targets[:, None])[:, 0]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.score = LinearLogprob()
+
+    def forward(self, hidden, targets):
+        return self.score(hidden, self.head.weight, targets)
+
+
+@pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE", "TRAINING | TORCH_COMPILE"])
+def test_a_layer_is_kernelized_for_training_too(mode, folder):
+    mode = {
+        "TRAINING": kernels.Mode.TRAINING,
+        "INFERENCE": kernels.Mode.INFERENCE,
+        "TRAINING | TORCH_COMPILE": kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE,
+    }[mode]
+    hidden, targets = torch.randn(9, 16), torch.arange(9)
+    plain = Model()
+    expected = plain(hidden, targets)
+    expected.sum().backward()
+    model = Model()
+    repository = kernels.LocalLayerRepository(folder, layer_name="LinearLogprob")
+    with kernels.use_kernel_mapping({"LinearLogprob": {"cpu": repository}}):
+        model = kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
+    LinearLogprob.calls = 0
+    if kernels.Mode.TORCH_COMPILE in mode:
+        model = torch.compile(model, backend="eager", fullgraph=True)
+    found = model(hidden, targets)
+    found.sum().backward()
+    assert LinearLogprob.calls == 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ours = prefopt_kernels.linear_logprob(hidden, plain.head.weight, targets).logp
+    assert torch.equal(found, ours)  # of the installed package, in the same process
+    gradient, other = next(model.parameters()).grad, plain.head.weight.grad
+    assert (gradient - other).norm() <= 1e-5 * other.norm()
+
+
+def test_what_is_written_is_what_kernels_reads(folder):
+    metadata = [
+        Metadata.read_from_file(folder / "build" / each / "metadata.json") for each in VARIANTS
+    ]
+    assert {each.name.python_name for each in metadata} == {"prefopt_kernels"}
+    assert {each.version for each in metadata} == {3}
+    assert len({each.id for each in metadata}) == len(VARIANTS)
+    assert all(each.id.isidentifier() for each in metadata)
+    assert [str(each) for each in Build.open(folder).general.backends] == ["cpu", "cuda"]
+    for variant in VARIANTS:
+        inside = folder / "build" / variant
+        assert not (inside / "integrations").exists() and not (inside / "info.py").exists()
+        for file in inside.rglob("*.py"):
+            text = file.read_text(encoding="utf-8")
+            assert "prefopt_kernels::" not in text and "prefopt_kernels_cpu" not in text
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.ImportFrom):
+                    assert node.level or not node.module.startswith("prefopt"), file
+        assert len(list(inside.glob("*.so"))) == (variant == VARIANTS[-1] and HAS_LIBRARY)
+
+
+def test_a_name_in_a_plain_import_is_noticed(tmp_path, monkeypatch):
+    planted = tmp_path / "planted.py"
+    planted.write_text("import prefopt_kernels.losses\n", encoding="utf-8")
+    monkeypatch.setattr(hub_kernels._sources, "PACKAGE", tmp_path)
+    with pytest.raises(RuntimeError, match="planted.py line 1 imports the package by its name"):
+        hub_kernels._rewritten(planted)
+
+
+def test_the_command_says_what_it_wrote_and_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
+    out = tmp_path / "new" / "kernel"
+    assert hub_kernels.main([str(out), "--name", "my-kernel", "--version", "2"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [
+        f"{out}/build/torch-cpu",
+        f"{out}/build/torch-cuda",
+        "without the C++ kernels: no C++ compiler",
+    ]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["kernel"]
+    assert hub_kernels.main([str(out)]) == 2
+    assert "holds something; expected a new or an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "My_Kernel"}, "name is 'My_Kernel'; expected lower-case letters"),
+        ({"version": 0}, "version is 0; expected 1 or above"),
+    ],
+)
+def test_refusals(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        hub_kernels.export(tmp_path / "kernel", **options)
+    assert list(tmp_path.iterdir()) == []
