@@ -6,9 +6,11 @@ import re
 
 import pytest
 from huggingface_hub import ModelCard
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from prefopt.report import write_report
 from prefopt.report.facts import commands
+from prefopt.report.figures import figure
 from prefopt.report.read import read_run
 from prefopt.report.score import Score, suite_of
 
@@ -147,6 +149,30 @@ def test_no_path_of_this_machine_in_the_card(run_dir):
         "prefopt eval NEW_RUN --suite thesis",
         "prefopt eval NEW_RUN --suite classify --data rows.jsonl --limit 4",
     ]
+
+
+def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):
+    task, question, answer = "إجابات مولّدة", "كيف أسلق البيض؟", "ضع البيض في ماء بارد."
+    suite = {
+        "scores": [score("run", 0.9, 0.5, task=task, metric="نجاح", n_shot=None)],
+        "how": ["بقاعدة اللغة"],
+        "details": {"samples": [{"prompt": question, "before": "", "after": answer}]},
+    }
+    text = json.dumps({"format": 1, "suites": {"preference": suite}}, ensure_ascii=False)
+    (run_dir / "eval.json").write_text(text, encoding="utf-8")
+    page = write_report(run_dir).read_bytes().decode("utf-8")
+    for one in (f"{task}: نجاح", question, answer, "بقاعدة اللغة"):
+        assert re.search(f'<[a-z]+[^>]* dir="auto"[^>]*>{re.escape(one)}</', page), one
+    svg = (run_dir / "plots" / "eval_preference.svg").read_bytes().decode("utf-8")
+    card = (run_dir / "README.md").read_bytes().decode("utf-8")
+    assert task in svg and f"| {task}: نجاح |" in card
+    assert not re.search("[\u00d8\u00d9][\u0080-\u00bf]|\ufffd", page + svg + card)  # mojibake
+    with figure(3, 3) as (made, axes):
+        joined, apart = (
+            axes.text(0, 0, letters).get_window_extent(FigureCanvasAgg(made).get_renderer()).width
+            for letters in ("ببب", "ب\u200cب\u200cب")
+        )
+    assert joined < 0.9 * apart  # letters that are not joined are drawn in their wide forms
 
 
 def test_a_suite_that_is_broken_is_said_and_left_out(run_dir):

@@ -15,10 +15,11 @@ MAX_LENGTH = 1024  # where the run does not say another
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to be judged on, in text and in tokens."""
+    """Rows to be judged on, in text and in tokens; and what they were asked for as, where they were."""
 
     loaded: LoadedRows
     tokens: Tokenized
+    source: str | None = None
     split: str | None = None
     revision: str | None = None
 
@@ -47,7 +48,7 @@ def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
         max_length=subject.option("data", "max_length", MAX_LENGTH),
         chat_template_kwargs=subject.option("data", "chat_template_kwargs"),
     )
-    return HeldOut(loaded, tokens, split, revision)
+    return HeldOut(loaded, tokens, path, split, revision)
 
 
 def trained_on(subject: Subject) -> set[int]:

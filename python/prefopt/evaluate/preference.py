@@ -61,7 +61,8 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
             "base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, which "
             "estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
         )
-    on = asked_on(held_out.loaded.name, held_out.split, held_out.revision)
+    source = held_out.source or held_out.loaded.name
+    on = asked_on(source, held_out.split, held_out.revision)
     data = dict.fromkeys((REWARDS, LIKELIHOOD, ANSWERS), on)
     return Results(scores, how, judge.warnings, details, data)
 

@@ -105,6 +105,7 @@ def draw(run: Run, plot: Plot, folder: Path) -> Picture:
                 axes.plot(steps, values, color=colour, label=legend, marker=marker, ms=4, lw=1.6)
         axes.set_title(plot.title)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # no half steps
         axes.set_ylabel(plot.unit)
         axes.grid(color=INK, alpha=0.12, lw=0.6)
         if plot.name in ("rewards", "margin"):
