@@ -40,9 +40,9 @@ def test_help_needs_no_heavy_import():
     code = (
         "import sys\n"
         "from prefopt.cli import main\n"
-        "for words in (['--help'], ['train', '--help']):\n"
+        "for words in (['--help'], ['train', '--help'], ['train', '--list'], ['data', 'build', '--help']):\n"
         "    try:\n"
-        "        main(words)\n"
+        "        assert main(words) == 0\n"
         "    except SystemExit as end:\n"
         "        assert end.code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
@@ -98,6 +98,12 @@ def test_train_takes_overrides_and_ends_with_the_report(recipe, tmp_path, capsys
     assert config["beta"] == 0.5 and config["max_steps"] == 1
 
 
+def test_list_names_the_recipes_with_a_sentence_each(capsys):
+    assert main(["train", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"\ns0-qwen3-kto +KTO with a LoRA adapter on Qwen3-0.6B, from Ultra", text)
+
+
 def test_a_used_run_folder_needs_resume(recipe, capsys):
     assert main(["train", str(recipe)]) == 0
     assert main(["train", str(recipe)]) == 2
@@ -137,6 +143,14 @@ def test_all_problems_of_file_and_command_line_come_together(recipe, capsys):
     [
         (["train", "missing.yaml"], "there is no recipe missing.yaml"),
         (["train", "missing.yaml", "--resum"], "--resum is unknown; did you mean --resume?"),
+        (["train", "missing.yaml", "--tny"], "--tny is unknown; did you mean --tiny?"),
+        (["train", "--list", "--rsume"], "--rsume is unknown; did you mean --resume?"),
+        (
+            ["train", "s0-qwen-kto"],
+            "there is no recipe s0-qwen-kto (did you mean s0-qwen3-kto?); expected a .yaml file, or a name that "
+            "`prefopt train --list` shows",
+        ),
+        (["train", "missing.yaml", "--tiny"], "there is no recipe missing.yaml"),
         (["train", "missing.yaml", "--loss.beta", "["], "loss.beta is '['; expected a YAML value"),
         (["report", "nowhere"], "nowhere is not a run folder: it has no run.json"),
         (["report", "nowhere", "--fast"], "--fast is unknown"),

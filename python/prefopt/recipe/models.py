@@ -35,7 +35,13 @@ TEMPLATES = {"dialogue": DIALOGUE}
 
 
 def load_model(
-    path: str, revision: str | None, dtype: str, key: str, *, quantize_for: str | None = None
+    path: str,
+    revision: str | None,
+    dtype: str,
+    key: str,
+    *,
+    quantize_for: str | None = None,
+    use_cpu: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub.
 
@@ -45,13 +51,19 @@ def load_model(
         key: names the option in messages.
         quantize_for: the dtype in which matrices of NF4 are multiplied; None leaves the weights as they are. Head and
             embedding are not quantised.
+        use_cpu: quantise on the CPU even where there is a GPU.
 
     Raises:
         RecipeError: it cannot be loaded, or not in 4 bits.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     path = located(path, key)
-    options = {} if quantize_for is None else _four_bits(path, revision, quantize_for, key)
+    options = {}
+    if quantize_for is not None:
+        device = _device(use_cpu)
+        if device == "cpu":
+            _refuse_broken_blocks(path, revision, key)
+        options = _four_bits(quantize_for, device)
     try:
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -123,13 +135,15 @@ def located(path: str, key: str) -> str:
     return path
 
 
-def _four_bits(path: str, revision: str | None, compute: str, key: str) -> dict:
-    """Arguments of ``from_pretrained`` for NF4 on the device where it will be trained."""
-    if torch.cuda.is_available():
-        device: int | str = int(os.environ.get("LOCAL_RANK", "0"))
-    else:
-        device = "cpu"
-        _refuse_broken_blocks(path, revision, key)
+def _device(use_cpu: bool) -> int | str:
+    """Where this process will train."""
+    if use_cpu or not torch.cuda.is_available():
+        return "cpu"
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _four_bits(compute: str, device: int | str) -> dict:
+    """Arguments of ``from_pretrained`` for NF4, quantised on the device where it will be trained."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

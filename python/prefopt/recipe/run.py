@@ -144,6 +144,7 @@ def _trainer(
         chosen.dtype,
         f"{recipe.name}: model.path",
         quantize_for=quantize_for(recipe),
+        use_cpu=recipe.training.use_cpu,
     )
     reference = None
     if chosen.ref_path is not None:

@@ -9,6 +9,8 @@ Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits,
   and hidden states that came out in fp32 would take the fused log-probabilities off the matrix units. The adapter is fp32.
 """
 
+import warnings
+
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -68,7 +70,10 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
             "leave peft_config out"
         )
     set_seed(seed)
-    return get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        # peft asks transformers for an attribute by its former name; nothing a user could act on
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        return get_peft_model(model, peft_config)
 
 
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
