@@ -1,6 +1,7 @@
 """Keys of older and other configurations: translated with a warning, or refused with a reason, and never silently both."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,13 @@ def test_the_table_leads_to_options_that_exist_and_hides_none():
         if old.new is not None:
             section, _, option = old.new.partition(".")
             assert option in options_of(section), name
+
+
+def test_the_page_has_a_line_for_each_key():
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name, old in OLD.items():
+        what = f"refused: {old.reason}" if old.new is None else f"`{old.new}`"
+        assert f"| `{name}` | {what} |\n" in page, name
 
 
 @pytest.mark.parametrize(

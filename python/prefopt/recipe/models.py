@@ -136,10 +136,8 @@ def located(path: str, key: str) -> str:
 
 
 def _device(use_cpu: bool) -> int | str:
-    """Where this process will train."""
-    if use_cpu or not torch.cuda.is_available():
-        return "cpu"
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Where this process will train: on a GPU the one that the trainer's arguments have chosen."""
+    return "cpu" if use_cpu or not torch.cuda.is_available() else torch.cuda.current_device()
 
 
 def _four_bits(compute: str, device: int | str) -> dict:
