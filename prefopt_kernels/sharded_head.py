@@ -62,19 +62,21 @@ def resolve_head(
     lora: Lora | None = None,
     *,
     dtype: torch.dtype | None = None,
-    fully_sharded: bool = False,
 ) -> ResolvedHead:
     """The plain tensors behind a head's DTensors, with gradients that arrive where and as the parameters expect them.
 
     Args:
         weight, bias, lora: as for ``linear_logprob``; DTensors or plain tensors.
-        dtype: in which the pieces of a DTensor are brought together; left out, its own. Its gradient is brought back in
-            its own.
-        fully_sharded: what a mesh without names means: FSDP2's, over which gradients are averaged. False refuses it.
+        dtype: in which the pieces of weight and bias are brought together; left out, their own. Gradients travel back in
+            the parameters' own.
+
+    Raises:
+        ValueError: a mesh does not say what its dimensions are for.
     """
-    shared = _vocabulary_dim(weight, fully_sharded)
+    shared = _vocabulary_dim(weight)
     A, B, scale = (None, None, 1.0) if lora is None else lora
-    weight, bias, A, B = (_plain(each, dtype, fully_sharded) for each in (weight, bias, A, B))
+    weight, bias = (_plain(each, dtype) for each in (weight, bias))
+    A, B = (_plain(each, None) for each in (A, B))
     if shared is None:
         return ResolvedHead(weight, bias, None if lora is None else (A, B, scale))
     group, start, V = shared
@@ -87,14 +89,30 @@ def is_dtensor(tensor) -> bool:
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
-def _vocabulary_dim(weight: Tensor, fully_sharded: bool):
+def plain_hidden(hidden: Tensor) -> Tensor:
+    """Hidden states as this rank's tensor: the same on every rank that shares the vocabulary.
+
+    Raises:
+        ValueError: they are a DTensor of which each rank has a part.
+    """
+    if not is_dtensor(hidden):
+        return hidden
+    if not all(placement.is_replicate() for placement in hidden.placements):
+        raise ValueError(
+            f"hidden is a DTensor with placements {hidden.placements}; expected it whole on every rank: sequences that are "
+            "spread over processes (context or sequence parallel) are not supported"
+        )
+    return hidden.to_local()
+
+
+def _vocabulary_dim(weight: Tensor):
     """The group that shares the rows of ``weight``, this rank's first row, and V; None where nobody does."""
     if not is_dtensor(weight):
         return None
     found = [
         i
         for i, (placement, shares) in enumerate(
-            zip(weight.placements, _shares(weight, fully_sharded), strict=True)
+            zip(weight.placements, _shares(weight), strict=True)
         )
         if shares and placement.is_shard(0)
     ]
@@ -110,13 +128,11 @@ def _vocabulary_dim(weight: Tensor, fully_sharded: bool):
     return mesh.get_group(dim), min(V, chunk * mesh.get_local_rank(dim)), V
 
 
-def _shares(tensor: Tensor, fully_sharded: bool) -> list[bool]:
+def _shares(tensor: Tensor) -> list[bool]:
     """For each mesh dimension, whether its ranks work on the same tokens (tensor parallel) or on their own (data)."""
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names
     if names is None:
-        if fully_sharded and mesh.ndim == 1:
-            return [False]
         raise ValueError(
             "the head is a DTensor on a mesh without names, which does not say whether its ranks share the vocabulary or the "
             "data; expected init_device_mesh(..., mesh_dim_names=('tp',)), or ('dp',)"
@@ -130,7 +146,7 @@ def _shares(tensor: Tensor, fully_sharded: bool) -> list[bool]:
     return [name in VOCABULARY_DIMS for name in names]
 
 
-def _plain(tensor: Tensor | None, dtype: torch.dtype | None, fully_sharded: bool) -> Tensor | None:
+def _plain(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     """This rank's tensor: whole over data dimensions and, over tensor-parallel ones, its rows.
 
     Ranks with data of their own each have a gradient of their own, and what is trained is the mean: without
@@ -140,7 +156,7 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype | None, fully_sharded: bool
         return tensor
     from torch.distributed.tensor import Partial, Replicate
 
-    shares = _shares(tensor, fully_sharded)
+    shares = _shares(tensor)
     keeps = [
         placement if shared and placement.is_shard(0) else Replicate()
         for placement, shared in zip(tensor.placements, shares, strict=True)

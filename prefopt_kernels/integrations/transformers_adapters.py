@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prefopt_kernels.sharded_head import is_dtensor
+
 LORA_LINEAR = "peft.tuners.lora.layer.Linear"
 FOUR_BIT = {"Linear4bit", "Params4bit", "Linear8bitLt", "Int8Params"}  # of bitsandbytes
 
@@ -148,6 +150,11 @@ def _with_trained_tokens(layer: nn.Module) -> HeadOperands:
             "trainable_token_indices reaches the lm_head, which is tied to the embedding and has "
             f"{'a bias, that PEFT leaves out' if bias is not None else 'another adapter'}; expected a plain linear "
             "layer: take lm_head out of target_modules, or train both layers with modules_to_save"
+        )
+    if is_dtensor(weight):
+        raise ValueError(
+            "trainable_token_indices reaches a head that is spread over processes, which is not supported; expected the "
+            "whole embedding to be trained, with modules_to_save, or a head that each process has whole"
         )
     rows, new = [], []
     for name in layer.active_adapters:

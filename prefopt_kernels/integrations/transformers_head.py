@@ -1,5 +1,7 @@
 """The last layer of a causal LM: where it is, what it computes, and the check that this is what the model does."""
 
+import functools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prefopt_kernels.integrations.transformers_adapters import HeadOperands, operands_of
-from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs
+from prefopt_kernels.sharded_head import ResolvedHead, is_dtensor, plain_hidden, resolve_head
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 PROBE_ROWS = 4096  # entries of the vocabulary that the check looks at, evenly spaced
@@ -52,23 +55,39 @@ class LMHead:
         self, hidden: Tensor, targets: Tensor, *, outputs: Sequence[str] = (), backend: str = "auto"
     ) -> TokenLogprobs:
         """Log-probabilities of ``targets`` (T,) from ``hidden`` (T, H); arguments as for ``linear_logprob``."""
+        units = _fsdp_units(self.module)
+        gathered = bool(units) and is_dtensor(self.weight)  # the head's forward is over
+        for unit in units:
+            unit.unshard()
+        tokens = self.resolved(hidden.dtype).logprob(
+            hidden,
+            targets,
+            logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            outputs=outputs,
+            backend=backend,
+        )
+        if units and tokens.logp.requires_grad:
+            names = [
+                name for name in ("logp", "lse", "entropy") if getattr(tokens, name) is not None
+            ]
+            values = _WholeInBackward.apply(units, *(getattr(tokens, name) for name in names))
+            tokens = tokens._replace(**dict(zip(names, values, strict=True)))
+        elif gathered:  # no backward will do it
+            reshard(self.module)
+        return tokens
+
+    def resolved(self, dtype: torch.dtype) -> ResolvedHead:
+        """The operands as this rank's tensors, for hidden states in ``dtype``."""
         weight, bias, lora = self.operands
         if lora is not None:
             *pair, scale = lora
             # PEFT keeps an adapter in fp32; one in another half precision than the model's is taken up to that.
-            fits = (hidden.dtype, torch.float32)
+            fits = (dtype, torch.float32)
             lora = (*(each if each.dtype in fits else each.float() for each in pair), scale)
-        return linear_logprob(
-            hidden,
-            weight,
-            targets,
-            bias,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
-            lora=lora,
-            outputs=outputs,
-            backend=backend,
-        )
+        if not any(map(is_dtensor, (weight, bias, *(lora or ())))):
+            return ResolvedHead(weight, bias, lora)
+        return resolve_head(weight, bias, lora, dtype=dtype)
 
 
 def lm_head_of(model: nn.Module) -> LMHead:
@@ -146,22 +165,80 @@ def _virtual_tokens(model: nn.Module) -> int:
 
 @contextmanager
 def caught_at(head: LMHead, use, keep: int | None) -> Iterator[list]:
-    """Collect ``use(hidden)`` for every call of the head, which then sees ``keep`` positions only.
+    """Collect ``use(hidden)`` for every call of the head, which then sees ``keep`` positions only, or all.
 
     Inside the model's forward pass, so that autocast, DDP and parameter gathering are those of the head.
     """
+    refuse_context_parallel()
     caught = []
 
     def hook(_module: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
-        caught.append(use(hidden))
-        return (hidden[:, :keep], *rest)
+        caught.append(use(plain_hidden(hidden)))
+        return (hidden if keep is None else left_to(head, hidden, keep), *rest)
 
     handle = head.module.register_forward_pre_hook(hook)
     try:
         yield caught
     finally:
         handle.remove()
+
+
+def left_to(head: LMHead, hidden: Tensor, keep: int = 0) -> Tensor:
+    """``keep`` positions for the head; one at least where its weight is a DTensor, which has no empty products."""
+    return hidden[:, : max(keep, int(is_dtensor(head.weight)))]
+
+
+class _WholeInBackward(torch.autograd.Function):
+    """The tensors as they are. In the backward, units of FSDP2 are whole before what lies below needs them.
+
+    FSDP2 itself does so when the gradient of what a unit returned arrives; but the head returns an empty slice.
+    """
+
+    @staticmethod
+    def forward(ctx, units: list[nn.Module], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.units = units
+        ctx.set_materialize_grads(False)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        for unit in ctx.units:
+            unit.unshard()
+        return (None, *grads)
+
+
+def _fsdp_units(module: nn.Module) -> list[nn.Module]:
+    """What FSDP2 shards of a module apart from what is around it; each has its parameters gathered by itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded, not used
+    if fsdp is None or torch.compiler.is_compiling():
+        return []
+    return [each for each in module.modules() if isinstance(each, fsdp.FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what FSDP2 has gathered for a forward pass without a backward.
+
+    The root of a model keeps its parameters until then, and an optimizer that is made in between would get the gathered
+    ones, which nobody reads again.
+    """
+    for unit in _fsdp_units(model):
+        unit.reshard()
+
+
+def refuse_context_parallel() -> None:
+    """Sequences that accelerate spreads over processes: nobody has the whole of one."""
+    state = sys.modules.get("accelerate.state")
+    if torch.compiler.is_compiling() or state is None or not state.is_initialized():
+        return
+    config = getattr(state.AcceleratorState(), "parallelism_config", None)
+    for name in ("cp_size", "sp_size"):
+        size = getattr(config, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config has {name} {size}, so that each process has a part of every sequence; expected 1: "
+                "context and sequence parallel are not supported"
+            )
 
 
 def own_positions(model: nn.Module, head: LMHead, hidden: Tensor, input_ids: Tensor) -> Tensor:
@@ -192,8 +269,9 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         ValueError: they differ by more than rounding, so the model does something to its logits that its
             configuration does not tell us.
     """
-    V = head.weight.shape[0]
-    ids = torch.tensor([[0, 1]], device=head.weight.device) % V
+    weight = head.weight
+    # a weight that DeepSpeed has partitioned has no rows out here
+    ids = torch.tensor([[0, 1]], device=weight.device) % max(1, weight.shape[0])
 
     def stretch(_module: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
@@ -208,30 +286,32 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         head.module.register_forward_hook(lambda _module, _args, out: dtypes.append(out.dtype)),
     ]
     try:
-        with caught_at(head, lambda hidden: (hidden, head.operands), keep=None) as caught:
+        # inside the forward pass, where the head's parameters are whole
+        expect = functools.partial(_expected_logits, head, ids.shape[1])
+        with caught_at(head, expect, keep=None) as caught:
             logits = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
     finally:
         for handle in handles:
             handle.remove()
-    ((hidden, operands),) = caught
+        reshard(model)
+    ((V, some, expected, terms, weight_dtype),) = caught
     if logits.shape[-1] != V:
         raise ValueError(
             f"{type(model).__name__} gives {logits.shape[-1]} logits per token and its lm_head has {V} rows; expected as "
             "many: a vocabulary that is cut after the head is not supported yet"
         )
-    some = torch.linspace(0, V - 1, min(V, PROBE_ROWS), device=ids.device).long()
-    logits = logits[0, -ids.shape[1] :, some]
-    expected, terms = _formula(head, operands, hidden[0, -ids.shape[1] :].double(), some)
+    if not some.numel():  # this rank's part of the vocabulary is empty
+        return
+    logits = (logits.full_tensor() if is_dtensor(logits) else logits)[0, -ids.shape[1] :, some]
     # Rounding of the stored logits in the head's dtype, a few times over (scale, division, tanh), and of an fp32
     # accumulation of H products, or of products of operands that were rounded to TF32 or by autocast.
     (dtype,) = dtypes
-    weight = operands.weight
     per_term = 8 * torch.finfo(torch.float32).eps
-    if weight.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+    if logits.is_cuda and torch.backends.cuda.matmul.allow_tf32:
         per_term = 2**-10
-    if dtype != weight.dtype:
+    if dtype != weight_dtype:
         per_term = torch.finfo(dtype).eps
     allowed = 8 * torch.finfo(dtype).eps * expected.abs().amax() + per_term * terms
     off = (logits.double() - expected).abs()
@@ -244,11 +324,15 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         )
 
 
-def _formula(
-    head: LMHead, operands: HeadOperands, hidden: Tensor, rows: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The logits (T, rows) in fp64, and the sizes of the terms that they are sums of."""
-    weight, bias, lora = operands
+def _expected_logits(head: LMHead, L: int, hidden: Tensor) -> tuple:
+    """Of the last ``L`` positions: V, some ids, their logits (L, ids) in fp64, the sizes of the terms that these are sums of,
+    and the dtype of the weight.
+    """
+    V = head.weight.shape[0]
+    weight, bias, lora, _group, start = head.resolved(hidden.dtype)
+    n = weight.shape[0]
+    rows = torch.linspace(0, n - 1, min(n, PROBE_ROWS), device=hidden.device).long()
+    hidden = hidden[0, -L:].double()
     products = [(hidden, weight[rows].double())]
     if lora is not None:
         A, B, scale = lora
@@ -260,4 +344,4 @@ def _formula(
     scaled = head.logit_scale * raw
     if head.softcap is not None:
         scaled = head.softcap * torch.tanh(scaled / head.softcap)
-    return scaled, abs(head.logit_scale) * terms
+    return V, start + rows, scaled, abs(head.logit_scale) * terms, weight.dtype

@@ -19,8 +19,12 @@ from prefopt_kernels.integrations.transformers_head import (
     LMHead,
     base_model_of,
     check_lm_head,
+    left_to,
     lm_head_of,
+    refuse_context_parallel,
+    reshard,
 )
+from prefopt_kernels.sharded_head import plain_hidden
 
 PROBE_TOKENS = 4
 ATTRIBUTE = "_prefopt_fused_forward"  # of the patched model
@@ -84,6 +88,7 @@ class FusedForward:
                 f"{type(model).__name__} is not the model that was patched, or got another lm_head since (an adapter, more "
                 "tokens, torch.nn.DataParallel); undo the patch, and call patch_forward last"
             )
+        refuse_context_parallel()
         return_dict = kwargs.get("return_dict")
         as_tuple = (model.config.return_dict if return_dict is None else return_dict) is False
         if as_tuple:
@@ -113,8 +118,8 @@ class FusedForward:
         if not self._catching:
             return None
         hidden, *rest = args
-        self._hidden = hidden
-        return (hidden[:, :0], *rest)
+        self._hidden = plain_hidden(hidden)
+        return (left_to(self.head, hidden), *rest)
 
     def _loss(
         self,
@@ -201,7 +206,7 @@ def patch_forward(
     if fused is not None and fused._applied:
         raise ValueError(f"{type(base).__name__} is patched already; undo that patch first")
     head = lm_head_of(model)
-    with _evaluating(base):
+    with _evaluating(model):
         check_lm_head(model, head)
         loss, allowed = _checked_loss(base, head)
         if fused is None:
@@ -250,7 +255,7 @@ def _give_back_loss(model: nn.Module, own_loss) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each in its own again."""
+    """Every module in evaluation mode, and afterwards each in its own again, and sharded as before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -258,6 +263,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        reshard(model)
 
 
 def _probe(model: nn.Module) -> dict[str, Tensor]:
