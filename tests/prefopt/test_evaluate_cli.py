@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 
 from evaluate_testing import FIXTURES, make_run
 from prefopt.cli import main
@@ -84,6 +85,12 @@ def test_two_suites_in_one_run_folder(run, capsys):
     assert len(rows) == sum(len(suite["scores"]) for suite in content["suites"].values())
     assert {row["suite"] for row in rows} == {"preference", "classify"}
     assert {row["at_chance"] for row in rows} <= {"True", "False"}
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert ">Held-out preferences</h3>" in page and ">Classification</h3>" in page
+    own = [row for row in rows if row["model"] == "run"]
+    index = ModelCard.load(run / "README.md").data.eval_results
+    assert [one.metric_value for one in index] == [round(float(row["value"]), 6) for row in own]
+    assert {one.dataset_type for one in index} == {"rows.jsonl", "mmlu_pro.jsonl"}
 
 
 def test_without_lm_evaluation_harness_the_extra_is_named(run, tmp_path, monkeypatch, capsys):

@@ -38,7 +38,8 @@ def add_eval_command(
         "eval",
         evaluate,
         "judge a run beside the model it started from",
-        epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all. "
+        epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all, and the run's "
+        "report.html and model card again. "
         + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
     )
     parser.add_argument(

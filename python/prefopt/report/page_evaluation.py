@@ -41,7 +41,10 @@ def _suite(suite: Suite, pictures: Sequence[Picture]) -> str:
 def _about(suite: Suite) -> str:
     names = list(dict.fromkeys(str(one.get("name")) for one in suite.data.values()))
     on = f" On {', '.join(names)}." if names else ""
-    return f"Values with their standard errors; n counts questions, rows or answers.{text(on)}"
+    made = f" Measured on {suite.made[:10]}." if suite.made else ""
+    return (
+        f"Values with their standard errors; n counts questions, rows or answers.{text(on + made)}"
+    )
 
 
 def _samples(samples: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:

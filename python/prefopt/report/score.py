@@ -82,8 +82,7 @@ class Suite:
     data: dict[str, dict] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
-    made: str = ""
+    made: str = ""  # when, UTC
 
     def lines(self) -> list[Line]:
         """The table: a line for each task and metric, in the order of the scores."""
@@ -138,7 +137,7 @@ def suite_of(name: str, entry: Any) -> Suite | None:
     if None in scores:
         return None
     kinds = {"how": list, "warnings": list, "data": dict, "details": dict}
-    kinds |= {"settings": dict, "model": dict, "made": str}
+    kinds |= {"settings": dict, "made": str}
     rest = {key: entry[key] for key, kind in kinds.items() if isinstance(entry.get(key), kind)}
     return Suite(name, scores, **rest)
 
