@@ -13,7 +13,7 @@ import yaml
 
 from prefopt.cli import main
 from prefopt.compare.apart import LOG, _end, run_apart
-from prefopt.compare.measure import Job
+from prefopt.compare.measure import Job, measure
 from prefopt.compare.plan import Plan
 from prefopt.compare.summary import TOO_FEW
 from prefopt.recipe import RecipeError, load_recipe
@@ -71,6 +71,7 @@ def content_of(out: Path) -> dict:
     return json.loads((out / "compare.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_two_methods_see_the_same_tokens_from_the_same_start(compared):
     content = content_of(compared)
     kto, dpo = content["runs"]
@@ -81,19 +82,13 @@ def test_two_methods_see_the_same_tokens_from_the_same_start(compared):
     assert kto["losses"][0] == pytest.approx(0.5, abs=1e-4)
     assert dpo["losses"][0] == pytest.approx(math.log(2), abs=1e-4)
     assert dpo["losses"][1] < dpo["losses"][0]
-    base = [
-        next(
-            score["value"]
-            for score in run["scores"]
-            if (score["metric"], score["model"]) == ("desirable, per token", "base")
-        )
-        for run in (kto, dpo)
-    ]
+    base = [score_of(run, "desirable, per token", "base") for run in (kto, dpo)]
     assert base[0] == base[1] < 0  # the same held-out rows under the same model
     assert min(kto["peak_bytes"], dpo["peak_bytes"]) > 2**27  # torch alone is more
     assert content["methods"]["kto"]["left_out"] == ["loss.label_smoothing 0.1"]
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_no_time_is_told(compared):
     rows = list(csv.DictReader((compared / "compare.csv").open(encoding="utf-8", newline="")))
     assert [row["method"] for row in rows] == ["base", "kto", "dpo"]
@@ -111,6 +106,7 @@ def test_everything_is_written_and_no_time_is_told(compared):
     assert (compared / "runs" / "kto-42" / "metrics.jsonl").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_only_what_is_missing(world, compared, monkeypatch, capsys):
     before = content_of(compared)
     asked = []
@@ -142,6 +138,36 @@ def test_a_second_start_runs_only_what_is_missing(world, compared, monkeypatch, 
     assert start(world, compared, "--runs", "2", methods="dpo,kto") == 2
     assert "other settings (methods)" in capsys.readouterr().err
     assert len(asked) == 3
+
+
+def score_of(run: dict, metric: str, model: str) -> float:
+    return next(
+        score["value"]
+        for score in run["scores"]
+        if (score["metric"], score["model"]) == (metric, model)
+    )
+
+
+def test_a_model_that_did_not_move_is_judged_as_its_base(world, tmp_path):
+    # All weights are trained, so the base is loaded again; bf16 wraps what is trained, and not the base.
+    overrides = {"lora": None, "training.learning_rate": 1e-12, "training.bf16": True}
+    recipe = load_recipe(world / "recipe.yaml", overrides)
+    plan = Plan(recipe, ("dpo", "sft"), 4, STEPS)
+    run = measure(Job(plan, "sft", 42, tmp_path / "sft-42"), lambda: None)
+    base, trained = (score_of(run, "desirable, per token", who) for who in ("base", "run"))
+    # a step of 1e-12 is far below the last bit of any weight; rounding in bf16 would show at 1e-3
+    assert trained == pytest.approx(base, abs=1e-6) and base < -1
+    assert score_of(run, "margin", "run") == pytest.approx(0, abs=1e-5)
+    assert run["sequences_in_all"] == 15  # the desirable answers of all pairs, 4 + 4 + 4 + 3
+
+
+def test_a_loss_that_is_not_finite_is_a_result(world, tmp_path):
+    recipe = load_recipe(world / "recipe.yaml", {"training.learning_rate": 1e30})
+    plan = Plan(recipe, ("kto", "dpo"), 4, STEPS)
+    steps = []
+    run = measure(Job(plan, "dpo", 43, tmp_path / "dpo-43"), lambda: steps.append(1))
+    assert "scores" not in run and len(steps) < STEPS
+    assert "step 2" in run["stopped"] and (run["method"], run["seed"]) == ("dpo", 43)
 
 
 def test_a_run_that_fails_names_its_log(world, tmp_path):

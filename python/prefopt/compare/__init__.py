@@ -1,8 +1,8 @@
 """`prefopt compare`: methods side by side on the same model, prompts, tokens and steps.
 
-Start here. ``plan`` makes each method's recipe of the one that was given, ``rows`` each method's form of the same rows;
-``measure`` trains, times and judges one of them in a process of its own; ``run`` goes through all of them and can go on
-where it stopped; ``summary`` makes medians of the runs, and ``report`` tables, charts and the page of those.
+Start here. ``plan`` makes each method's recipe of the one that was given, and ``rows`` each method's form of the same rows.
+``measure`` trains, times and judges one method once, ``apart`` gives it a process of its own, and ``run`` goes through all
+runs and can go on where it stopped. ``summary`` makes medians of the runs, and ``report``, ``page`` and ``plots`` show them.
 """
 
 from pathlib import Path

@@ -53,7 +53,8 @@ def page(
 
 def title_of(content: dict) -> str:
     """The recipe's name, without folder and ending."""
-    return f"{Path(content['recipe']).stem}: methods compared"
+    name = Path(content["recipe"]).name.removesuffix(".yaml").removesuffix(".yml")
+    return f"{name}: methods compared"
 
 
 def _table(lines: Sequence[Line], second: str, measures: Sequence[Measure]) -> str:

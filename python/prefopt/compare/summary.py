@@ -308,9 +308,9 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
     middle = "" if len(seeds) == 1 else ": the median and, in brackets, the lowest and the highest"
     beta = settings["loss.beta"] or 0.1
     accuracy = next((accuracy_of(run) for run in content["runs"] if "scores" in run), None)
-    of = "pairs whose desirable answer has the higher reward"
+    of = "the pairs"
     if accuracy is not None and accuracy["metric"] == ACCURACIES[1][1]:
-        of = "desirable and undesirable answers of which the desirable one has the higher reward"
+        of = "all ways to pair a desirable with an undesirable answer"
     notes = [
         f"{len(seeds)} {repeated} of each method (seed {', '.join(map(str, seeds))}), a method after the other in each "
         f"round and every run in a process of its own{middle}.",
@@ -338,7 +338,7 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
     notes += [
         f"Peak memory is the most bytes {'; or '.join(peaks)}{libraries}.",
         f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the log-ratio "
-        f"to the base model in nats, whatever the method; accuracy is the share of {of}. Learned: the 95 % interval of the "
+        f"to the base model in nats, whatever the method; accuracy is the share of {of} in which the desirable answer has the higher reward. Learned: the 95 % interval of the "
         "margin, for SFT of the change in the desirable answers' likelihood, is above 0.",
         "The loss is another function for each method, so losses compare with nothing in another line; first and last are "
         "means of a tenth of the steps.",
