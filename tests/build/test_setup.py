@@ -150,7 +150,7 @@ def test_metadata(wheel):
     assert "Requires-Python: >=3.10" in lines
     assert "Requires-Dist: torch>=2.10" in lines
     assert {line for line in lines if line.startswith("Provides-Extra")} == {
-        f"Provides-Extra: {extra}" for extra in ("train", "export", "eval", "test", "dev")
+        f"Provides-Extra: {extra}" for extra in ("train", "export", "quant", "eval", "test", "dev")
     }
     assert "prefopt = prefopt.cli:main" in metadata["entry_points.txt"]
     assert "Apache License" in metadata["LICENSE"]
