@@ -30,8 +30,7 @@ TRAIN = [
     "pyyaml>=6",
     "safetensors>=0.6",
 ]
-EXPORT = ["gguf>=0.19,<1"]
-QUANT = ["bitsandbytes>=0.50,<1"]
+EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
 # Exactly this one, because its task definitions are part of what a score means. It has no line in constraints.txt: current
 # releases of what it needs (typepy) want an older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
