@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from prefopt.compare.notes import notes_of
 from prefopt.compare.page import page
 from prefopt.compare.plan import (
     FEWEST_TIMED,
@@ -26,7 +27,6 @@ from prefopt.compare.summary import (
     TOO_FEW,
     efficiencies,
     lines_of,
-    notes_of,
     yardstick_of,
 )
 from prefopt.data import load_rows, tokenize_rows

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from prefopt.compare.notes import notes_of
 from prefopt.compare.page import page, title_of
 from prefopt.compare.plots import draw
 from prefopt.compare.summary import (
@@ -14,7 +15,7 @@ from prefopt.compare.summary import (
     Measure,
     learned_cell,
     lines_of,
-    notes_of,
+    whole_rounds,
 )
 from prefopt.files import write_whole
 from prefopt.report.figures import placed
@@ -27,9 +28,14 @@ OUTPUTS = (CSV_NAME, MARKDOWN_NAME, PAGE_NAME)
 def write_report(out: Path, content: dict) -> Path:
     """Write everything that is made of compare.json, report.html last, and print the tables.
 
+    Args:
+        out: the folder.
+        content: of compare.json; only rounds that are whole are shown.
+
     Returns:
         Path of report.html.
     """
+    content = content | {"runs": whole_rounds(content)}
     lines = lines_of(content)
     notes = notes_of(content, lines)
     with placed(out / "plots") as folder:

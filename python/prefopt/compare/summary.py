@@ -1,14 +1,14 @@
-"""From runs to the lines of the tables: medians with the lowest and highest of the runs, and what they say in words."""
+"""From runs to the lines of the tables: medians, with the lowest and the highest of the runs."""
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prefopt.compare.plan import FEWEST_TIMED, WARMUP
+from prefopt.compare.plan import FEWEST_TIMED
 from prefopt.report.score import BASE, CHANGE, RUN
-from prefopt.report.words import NOTHING, number
 from prefopt.train.methods import ANSWERS, METHODS
 
 TOO_FEW = f"fewer than {FEWEST_TIMED} steps"
@@ -143,6 +143,18 @@ def yardstick_of(methods: Sequence[str]) -> str:
     return "kto" if "kto" in methods else methods[0]
 
 
+def whole_rounds(content: dict) -> list[dict]:
+    """The runs of those seeds that every method has one of; a round that was broken off would not be even.
+
+    Example:
+        >>> runs = [{"method": m, "seed": s} for m, s in (("kto", 1), ("dpo", 1), ("kto", 2))]
+        >>> [run["seed"] for run in whole_rounds({"methods": {"kto": {}, "dpo": {}}, "runs": runs})]
+        [1, 1]
+    """
+    have = Counter(run["seed"] for run in content["runs"])
+    return [run for run in content["runs"] if have[run["seed"]] == len(content["methods"])]
+
+
 def lines_of(content: dict) -> list[Line]:
     """The base model's line, where there is a run that judged it, then one for each method.
 
@@ -182,20 +194,6 @@ def learned_cell(line: Line) -> str:
     if line.method == BASE:
         return ""
     return f"{line.learned} of {line.runs} runs" if line.runs else NO_RUN
-
-
-def nothing_learned(lines: Sequence[Line]) -> list[str]:
-    """A sentence for each method that learned next to nothing, as the report of a run would say it."""
-    said = []
-    for line in lines:
-        if line.method == BASE or not line.runs or METHODS[line.method].data == ANSWERS:
-            continue
-        margin = line.values["margin"].median if "margin" in line.values else math.inf
-        if abs(margin) < NOTHING:
-            said.append(
-                f"{line.title} learned next to nothing: the reward margin ended at {number(margin)}."
-            )
-    return said
 
 
 def _values(run: dict, relative: dict[tuple[str, int], float], timed: int) -> dict[str, float]:
@@ -261,95 +259,3 @@ def _base(content: dict) -> list[Line]:
     if likelihood is not None:
         values["likelihood"] = Spread(*[likelihood["value"]] * 3)
     return [Line(BASE, "base model", 0, values, {})]
-
-
-def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
-    """What must be known to read the tables, beginning with what went wrong."""
-    methods, runs = list(content["methods"]), content["runs"]
-    seeds = sorted({run["seed"] for run in runs})
-    notes = [
-        f"{line.title}, {reason}" for line in lines for reason in line.stopped
-    ] + nothing_learned(lines)
-    rows, steps = content["rows"], content["settings"]["steps"]
-    if content["timed_steps"] < FEWEST_TIMED:
-        notes.append(
-            f"{steps} steps, less {WARMUP} of warm-up, are {TOO_FEW}: too few for a figure of time, so there is none."
-        )
-    if rows["shared_prompts"]:
-        notes.append(
-            f"{rows['shared_prompts']} prompts of the held-out rows were trained on: this is no held-out evaluation."
-        )
-    if rows["paired_by_prompt"]:
-        notes.append(
-            f"{rows['paired_by_prompt']:,} of the {rows['train']:,} pairs are answers to one prompt that were rated one by one; "
-            "nobody compared them."
-        )
-    if rows["without_pair"]:
-        notes.append(
-            f"{rows['without_pair']:,} rows have no partner of the other label and were left out for every method."
-        )
-    for key, what in (
-        ("device", "devices"),
-        ("threads", "numbers of threads"),
-        ("versions", "versions"),
-    ):
-        different = {str(run[key]) for run in runs}
-        if len(different) > 1:
-            notes.append(
-                f"The runs had different {what}, so their times cannot be compared: {'; '.join(sorted(different))}."
-            )
-    return notes + _how(content, methods, seeds, steps)
-
-
-def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> list[str]:
-    """How it was measured."""
-    rows, settings = content["rows"], content["settings"]
-    repeated = "run" if len(seeds) == 1 else "runs"
-    middle = "" if len(seeds) == 1 else ": the median and, in brackets, the lowest and the highest"
-    beta = settings["loss.beta"] or 0.1
-    accuracy = next((accuracy_of(run) for run in content["runs"] if "scores" in run), None)
-    of = "the pairs"
-    if accuracy is not None and accuracy["metric"] == ACCURACIES[1][1]:
-        of = "all ways to pair a desirable with an undesirable answer"
-    notes = [
-        f"{len(seeds)} {repeated} of each method (seed {', '.join(map(str, seeds))}), a method after the other in each "
-        f"round and every run in a process of its own{middle}.",
-        f"Every method starts from the same model and makes {steps:,} steps with the same learning rate, on the same "
-        f"{rows['train']:,} {rows['kind']} in the same order.",
-    ]
-    if any(METHODS[method].data == ANSWERS for method in methods):
-        notes.append(
-            "SFT learns from the desirable answers alone: it goes through the same prompts and sees half of the sequences."
-        )
-    if content["timed_steps"] >= FEWEST_TIMED:
-        notes.append(
-            f"Times are of the {content['timed_steps']:,} steps after {WARMUP} of warm-up, making the batches included and "
-            "logging excluded, with the device synchronised at the end of each; the training time is of all steps. Tokens are "
-            "those trained on: what a method scores again, under the reference model or for its reference point, costs "
-            f"time and is not counted. Efficiency is tokens per second relative to {METHODS[yardstick_of(methods)].title} in "
-            "the same round."
-        )
-    if settings["loss.precompute_ref_logps"]:
-        notes.append(
-            "The reference's scores were computed before the first step, outside all times."
-        )
-    peaks = sorted({run["peak"] for run in content["runs"] if "peak" in run})
-    libraries = ", Python and its libraries included" if "resident" in str(peaks) else ""
-    notes += [
-        f"Peak memory is the most bytes {'; or '.join(peaks)}{libraries}.",
-        f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the log-ratio "
-        f"to the base model in nats, whatever the method; accuracy is the share of {of} in which the desirable answer has the higher reward. Learned: the 95 % interval of the "
-        "margin, for SFT of the change in the desirable answers' likelihood, is above 0.",
-        "The loss is another function for each method, so losses compare with nothing in another line; first and last are "
-        "means of a tenth of the steps.",
-    ]
-    left: dict[str, list[str]] = {}
-    for method, one in content["methods"].items():
-        for option in one["left_out"]:
-            left.setdefault(option, []).append(METHODS[method].title)
-    if left:
-        listed = "; ".join(f"{option} ({', '.join(names)})" for option, names in left.items())
-        notes.append(
-            f"Options of the recipe that mean nothing, or something else, to a method were left out for it: {listed}."
-        )
-    return notes
