@@ -176,7 +176,9 @@ def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):
 
 
 def test_a_suite_that_is_broken_is_said_and_left_out(run_dir):
-    broken = {"thesis": {"scores": [{"task": "x"}]}, "classify": CLASSIFY, "preference": 3}
+    details = CLASSIFY["details"] | {"confusion": {"run": {"likelihood": [[1]]}}, "samples": [7]}
+    classify = CLASSIFY | {"details": details}
+    broken = {"thesis": {"scores": [{"task": "x"}]}, "classify": classify, "preference": 3}
     text = json.dumps({"format": 1, "suites": broken})
     (run_dir / "eval.json").write_text(text, encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")

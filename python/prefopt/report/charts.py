@@ -1,14 +1,15 @@
 """Pictures of an evaluation: bars beside the chance line, and confusion matrices."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prefopt.report.evaluation import title as title_of
 from prefopt.report.figures import BASE_COLOUR, INK, OWN, Picture, figure, save
-from prefopt.report.score import RUN, Line, Suite
+from prefopt.report.score import BASE, NAMES, RUN, Line, Suite
 
-TITLES = {"thesis": "Benchmarks", "preference": "Held-out preferences", "classify": "Accuracy"}
-LEGEND = ("before training", "trained", "chance")
+LEGEND = (NAMES[BASE], NAMES[RUN], "chance")
 WIDTH = 0.36  # of a bar; two of them and a gap make 1
 
 
@@ -18,7 +19,9 @@ def draw_suite(suite: Suite, folder: Path) -> list[Picture]:
     confusion, names = suite.details.get("confusion"), suite.details.get("names")
     ways = confusion.get(RUN) if isinstance(confusion, dict) else None
     if isinstance(ways, dict) and isinstance(names, list):
-        found += [_confusion(way, counts, names, folder) for way, counts in ways.items()]
+        for way, counts in ways.items():
+            if _is_matrix(counts, len(names)):
+                found.append(_confusion(way, counts, names, folder))
     return found
 
 
@@ -27,7 +30,7 @@ def _bars(suite: Suite, folder: Path) -> list[Picture]:
     shown = [line for line in suite.lines() if line.any.unit == "share" and _shares(line)]
     if not shown:
         return []
-    name, title = f"eval_{suite.name}", TITLES.get(suite.name, suite.name)
+    name, title = f"eval_{suite.name}", title_of(suite)
     with figure(max(5.0, 1.3 * len(shown) + 1.2), 3.0) as (made, axes):
         named: set[str] = set()
 
@@ -42,7 +45,10 @@ def _bars(suite: Suite, folder: Path) -> list[Picture]:
             for score in _shares(line):
                 own = score.model == RUN
                 # an end that is not known, where there is one question, stays without a line
-                reach = [[score.value - max(score.low, 0)], [min(score.high, 1) - score.value]]
+                known = [
+                    one if math.isfinite(one) else score.value for one in (score.low, score.high)
+                ]
+                reach = [[score.value - known[0]], [known[1] - score.value]]
                 axes.bar(
                     place + (WIDTH / 2 if own else -WIDTH / 2) * both,
                     score.value,
@@ -72,6 +78,15 @@ def _bars(suite: Suite, folder: Path) -> list[Picture]:
 
 def _shares(line: Line) -> list:
     return [score for score in (line.base, line.run) if score is not None]
+
+
+def _is_matrix(counts: Any, width: int) -> bool:
+    """Whether it is (width - 1, width) of counts: a file may have been written by hand."""
+    lines = counts if isinstance(counts, list) and len(counts) == width - 1 else [None]
+    return all(
+        isinstance(line, list) and len(line) == width and all(type(one) is int for one in line)
+        for line in lines
+    )
 
 
 def _confusion(way: str, counts: Any, names: Sequence[str], folder: Path) -> Picture:

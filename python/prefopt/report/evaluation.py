@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from prefopt.report.score import Line, Suite, number, with_error
+from prefopt.report.score import BASE, NAMES, RUN, Line, Suite, number, with_error
 
 TITLES = {
     "thesis": "Benchmarks",
     "preference": "Held-out preferences",
     "classify": "Classification",
 }
-HEAD = ["", "before training", "trained", "change", "chance", "n", "in words"]
+HEAD = ["", *NAMES.values(), "chance", "n", "in words"]
 
 
 def title(suite: Suite) -> str:
@@ -39,8 +39,7 @@ def by_category(suite: Suite) -> tuple[list[str], list[list[Any]]]:
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if not rows:
         return [], []
-    names = {"base": "before training", "run": "trained"}
-    head = [", ".join(names.get(part, part) for part in key.split(", ")) for key in rows[0]]
+    head = [", ".join(NAMES.get(part, part) for part in key.split(", ")) for key in rows[0]]
     return head, [
         [number(value) if isinstance(value, float) else value for value in row.values()]
         for row in rows
@@ -55,10 +54,10 @@ def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
         if not isinstance(row, dict):
             continue
         if "right" in row:
-            answers = [("before training", row.get("base")), ("trained", row.get("run"))]
+            answers = [(NAMES[who], row.get(who)) for who in (BASE, RUN)]
             question = f"right: {row['right']}"
         else:
-            answers = [("before training", row.get("before")), ("trained", row.get("after"))]
+            answers = [(NAMES[BASE], row.get("before")), (NAMES[RUN], row.get("after"))]
             question = str(row.get("prompt", ""))
         found.append((question, [(who, text) for who, text in answers if isinstance(text, str)]))
     return found

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 BASE, RUN, CHANGE = "base", "run", "change"  # who a score is of; CHANGE is run - base, paired
+NAMES = {BASE: "before training", RUN: "trained", CHANGE: "change"}  # for a reader
 
 
 @dataclass(frozen=True)
