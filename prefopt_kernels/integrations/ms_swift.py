@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prefopt_kernels.integrations.transformers_head import caught_at, lm_head_of
 from prefopt_kernels.integrations.trl import major_minor
+from prefopt_kernels.integrations.trl_kto import refuse_partitioned
 from prefopt_kernels.modules import sequence_logps
 
 MODULE = "prefopt_kernels.integrations.ms_swift"  # also where ms-swift gave this file another name
@@ -83,6 +84,7 @@ class FusedScores:
                 f"sequence_parallel_size is {self.template.sequence_parallel_size}; expected 1, because a token's target "
                 "may lie on another rank"
             )
+        refuse_partitioned(self.model)
 
     def forward(self, model: nn.Module, batch: dict) -> tuple:
         """ms-swift's answer: log-probabilities and sums of logits of the good rows and of the bad, and of the mismatched."""

@@ -70,6 +70,12 @@ def fused_kto_trainer(base: type, backend: str = "auto") -> type:
     return type(f"Fused{base.__name__}", (FusedScores, base), {"backend": backend})
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """Raise ValueError for a model whose weights DeepSpeed ZeRO-3 lends to one forward pass at a time."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError("DeepSpeed ZeRO-3 has partitioned the model; expected stage 2 or below")
+
+
 class FusedScores:
     """What stands before TRL's trainer in the order of its classes: its passes over the model, and its loss."""
 
@@ -85,10 +91,7 @@ class FusedScores:
             raise ValueError(
                 "use_liger_kernel is True; expected False, because Liger's KTO loss would run in place of this one"
             )
-        if any(hasattr(parameter, "ds_id") for parameter in self.model.parameters()):
-            raise ValueError(
-                "DeepSpeed ZeRO-3 has partitioned the model; expected stage 2 or below"
-            )
+        refuse_partitioned(self.model)
         training = self.model.training
         check_lm_head(self.model.eval(), lm_head_of(self.model))
         self.model.train(training)

@@ -32,7 +32,7 @@ class KTOTrainer:
     is_encoder_decoder = False
 
     def __init__(self, keep: bool = False, padding_free: bool = False, parallel: int = 1):
-        self.keep = keep
+        self.keep, self.model = keep, nn.Linear(1, 1)
         self.template = SimpleNamespace(padding_free=padding_free, sequence_parallel_size=parallel)
         self.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
         self.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
@@ -182,9 +182,12 @@ def test_the_file_itself_is_a_plugin_and_hides_nobody(swift, monkeypatch):
     assert str(file.parent) not in sys.path
 
 
-def test_refusals(swift):
+def test_refusals(swift, monkeypatch):
     with pytest.raises(ValueError, match="sequence_parallel_size is 2; expected 1"):
         ms_swift.FusedKTOTrainer(parallel=2)
+    with monkeypatch.context() as m, pytest.raises(ValueError, match="ZeRO-3 has partitioned the"):
+        m.setattr(nn.Parameter, "ds_id", 0, raising=False)  # as ZeRO-3 marks them
+        ms_swift.FusedKTOTrainer()
     swift.mapping["kto"] = "somebody.else.Trainer"
     with pytest.raises(RuntimeError, match="is somebody.else.Trainer already; expected its own"):
         ms_swift.register()

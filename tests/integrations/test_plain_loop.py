@@ -1,0 +1,76 @@
+"""examples/plain_loop.py learns, and its losses are the formula's."""
+
+import copy
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from docs_checks import ROOT
+from prefopt.data import PreferenceCollator
+from prefopt.demo.model import build_model, build_tokenizer
+
+EXAMPLE = ROOT / "examples" / "plain_loop.py"
+
+
+def test_the_program_prints_a_falling_loss():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE)],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [float(word) for word in done.stdout.split()]
+    assert len(losses) == 20
+    assert losses[0] == pytest.approx(0.5, abs=1e-4)  # policy and reference agree
+    assert losses[-1] < 0.3
+
+
+def plain_logps(model, batch: dict, prefix: str = "") -> torch.Tensor:
+    ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}completion_mask"]
+    logits = model(input_ids=ids, attention_mask=batch[f"{prefix}attention_mask"]).logits[:, :-1]
+    logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return (logp * mask[:, 1:]).sum(1)
+
+
+def test_its_losses_are_those_of_plain_torch():
+    """And a loop over the model's own logits learns the same."""
+    tokenizer = build_tokenizer()
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "prompt_ids": torch.randint(3, 500, (5,), generator=generator).tolist(),
+            "completion_ids": torch.randint(3, 500, (2 + i,), generator=generator).tolist(),
+            "label": i % 2 == 0,
+            "group": i,
+            "row": i,
+        }
+        for i in range(4)
+    ]
+    collator = PreferenceCollator(tokenizer.pad_token_id, mismatch="rotate", max_length=64)
+    model, reference = (build_model(tokenizer, seed) for seed in (0, 1))
+    other, steps, rate = copy.deepcopy(model), 3, 1e-3
+    losses = runpy.run_path(str(EXAMPLE))["train"](model, reference, [collator(rows)] * steps, rate)
+
+    batch = collator(rows)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=rate)
+    points = []
+    for found in losses:
+        with torch.no_grad():
+            ratios = plain_logps(other, batch, "kl_") - plain_logps(reference, batch, "kl_")
+            ref_logps = plain_logps(reference, batch)
+        points.append(ratios.mean().clamp(min=0))
+        sign = torch.where(batch["labels"], 1.0, -1.0)
+        rewards = plain_logps(other, batch) - ref_logps - points[-1]
+        loss = torch.sigmoid(-0.1 * sign * rewards).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert found == pytest.approx(loss.item(), abs=1e-5)  # the contract on a loss in fp32
+    assert max(points) > 0, "blind otherwise"
+    assert len({round(loss, 3) for loss in losses}) == steps
