@@ -107,8 +107,14 @@ def save_four_bit(
         _save(quantised, tokenizer, folder)
 
 
-def refuse_broken_blocks(model: PreTrainedModel) -> None:
+def refuse_broken_blocks(
+    model: PreTrainedModel, asked: str = "--format merged-4bit", instead: str = "--format merged"
+) -> None:
     """Refuse rows that bitsandbytes 0.50 does not quantise rightly on a CPU: it loses the weights without a word.
+
+    Args:
+        model: not quantised; its shapes alone matter.
+        asked, instead: what was asked for, and what to ask for instead, in the message.
 
     Raises:
         RecipeError: a linear layer's rows are no whole number of blocks.
@@ -117,8 +123,8 @@ def refuse_broken_blocks(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and module.in_features % BLOCK:
             raise RecipeError(
-                f"--format merged-4bit: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which "
-                "bitsandbytes quantises wrongly on a CPU; use a GPU, or --format merged"
+                f"{asked}: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which "
+                f"bitsandbytes quantises wrongly on a CPU; use a GPU, or {instead}"
             )
 
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefopt.export.merge import BLOCK
+from prefopt.export.merge import refuse_broken_blocks
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import Lora, Recipe
 
@@ -62,7 +62,7 @@ def load_model(
     if quantize_for is not None:
         device = _device(use_cpu)
         if device == "cpu":
-            _refuse_broken_blocks(path, revision, key)
+            _check_blocks(path, revision, key)
         options = _four_bits(quantize_for, device)
     try:
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind, **options)
@@ -151,7 +151,7 @@ def _four_bits(compute: str, device: int | str) -> dict:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def _refuse_broken_blocks(path: str, revision: str | None, key: str) -> None:
+def _check_blocks(path: str, revision: str | None, key: str) -> None:
     """Rows that are no whole number of blocks lose weights on a CPU without a word; seen in the shapes, before loading."""
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
@@ -161,14 +161,7 @@ def _refuse_broken_blocks(path: str, revision: str | None, key: str) -> None:
         raise RecipeError(
             f"{key}: cannot read the configuration of {path}: {_first(error)}"
         ) from None
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            if module.in_features % BLOCK:
-                raise RecipeError(
-                    f"{key}: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which bitsandbytes "
-                    "quantises wrongly on a CPU; use a GPU, or model.quantization null"
-                )
+    refuse_broken_blocks(model, key, "model.quantization null")
 
 
 def _template(recipe: Recipe) -> str:
