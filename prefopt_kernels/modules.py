@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from prefopt_kernels._chunked_head import PrecomputedGradients, chunked_head
 from prefopt_kernels.losses import apo_zero_loss, kto_loss
 from prefopt_kernels.losses._checks import check_positive, check_weight
-from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.checks import check_call, check_targets
 from prefopt_kernels.ops.linear_logprob.transform import Transform
+from prefopt_kernels.sharded_head import ResolvedHead, plain_hidden, resolve_head
 
 METHODS = ("kto", "apo_zero")
 REDUCTIONS = ("mean", "sum", "none")
@@ -179,7 +180,8 @@ class FusedLinearKTOLoss(nn.Module):
 
         Args:
             hidden: (T, H) fp32 | bf16 | fp16. Policy's hidden states that predict the targets.
-            weight: (V, H), dtype of ``hidden``. Policy's head; no gradient work where it is frozen.
+            weight: (V, H), dtype of ``hidden``. Policy's head; no gradient work where it is frozen. A DTensor is scored
+                where its rows are or brought together, as :func:`prefopt_kernels.sharded_head.resolve_head` says.
             targets: (T,) int64 | int32, below V; negative where a token does not count.
             cu_seqlens: (B + 1,) int32 | int64, as :func:`sequence_logps`.
             labels: (B,) bool. True is desirable.
@@ -214,7 +216,9 @@ class FusedLinearKTOLoss(nn.Module):
             if ref_weight is None:
                 ref_weight, ref_bias = weight, bias
             with torch.no_grad():
-                ref = linear_logprob(ref_hidden, ref_weight, targets, ref_bias, **self.head)
+                ref_hidden = plain_hidden(ref_hidden)
+                ref_head = resolve_head(ref_weight, ref_bias, dtype=ref_hidden.dtype)
+                ref = ref_head.logprob(ref_hidden, targets, **self.head)
                 ref_logps = sequence_logps(ref.logp, cu_seqlens)
         ref_logps = ref_logps.detach().float()
 
@@ -225,14 +229,14 @@ class FusedLinearKTOLoss(nn.Module):
                 return kto_loss(logps, **named, reference_point=z0, **self.weights)
             return apo_zero_loss(logps, **named, **self.weights)
 
-        operands, grads = (hidden, weight, bias), None
-        if self._takes_chunks(*operands):
+        hidden = plain_hidden(hidden)
+        head = resolve_head(weight, bias, dtype=hidden.dtype)
+        operands, grads = (hidden, head.weight, head.bias), None
+        if self._takes_chunks(hidden, head):
             operands = _autocast(*operands)
             tokens, grads = self._chunked(*operands, targets, cu_seqlens, loss_of)
         else:
-            tokens = linear_logprob(
-                hidden, weight, targets, bias, outputs=self.outputs, **self.head
-            )
+            tokens = head.logprob(hidden, targets, outputs=self.outputs, **self.head)
         logps = sequence_logps(tokens.logp, cu_seqlens)  # (B,)
         losses = loss_of(logps)
         log_ratios = logps.detach() - ref_logps
@@ -256,14 +260,14 @@ class FusedLinearKTOLoss(nn.Module):
             reduced = PrecomputedGradients.apply(reduced, grads, *operands)
         return reduced, metrics
 
-    def _takes_chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    def _takes_chunks(self, hidden: Tensor, head: ResolvedHead) -> bool:
         """Whether this step is computed a chunk of sequences at a time."""
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        trained = any(each is not None and each.requires_grad for each in (head.weight, head.bias))
         if self.scheme == "op" or not trained or not torch.is_grad_enabled():
             return False
         if self.scheme == "auto" and not _chunks_pay(hidden, self.head["backend"]):
             return False  # before the warning below, which would break a traced graph
-        reason = self._why_not_chunked(hidden)
+        reason = self._why_not_chunked(hidden, head)
         if reason is not None:
             if self.scheme == "chunked":
                 raise ValueError(f"scheme 'chunked' cannot run this call: {reason}")
@@ -271,7 +275,11 @@ class FusedLinearKTOLoss(nn.Module):
             warnings.warn(message, stacklevel=4)
         return reason is None
 
-    def _why_not_chunked(self, hidden: Tensor) -> str | None:
+    def _why_not_chunked(self, hidden: Tensor, head: ResolvedHead) -> str | None:
+        if head.group is not None:
+            return (
+                "the head's rows are spread over processes, and a chunk would wait for all of them"
+            )
         if torch.compiler.is_compiling():
             return "torch.compile traces the call, and the ends of the sequences must be read"
         if self.reduction == "none":

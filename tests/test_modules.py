@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 
 from numerics import assert_as_good_as_torch
-from prefopt_kernels import linear_logprob, modules
+from prefopt_kernels import linear_logprob, sharded_head
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.reference_point import MicrobatchKL
 
@@ -196,7 +196,7 @@ def test_the_reference_pass_records_no_graph(monkeypatch):
         recording.append(torch.is_grad_enabled())
         return linear_logprob(*args, **kwargs)
 
-    monkeypatch.setattr(modules, "linear_logprob", spy)
+    monkeypatch.setattr(sharded_head, "linear_logprob", spy)
     inputs = leaves(batch(), ("hidden", "ref_hidden"))
     FusedLinearKTOLoss(beta=0.3)(**inputs, reference_point=tensor(0.5))
     assert recording == [False, True]  # reference model, policy

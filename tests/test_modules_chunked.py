@@ -9,7 +9,7 @@ from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from numerics import assert_as_good_as_torch
-from prefopt_kernels import _chunked_head, modules
+from prefopt_kernels import _chunked_head, modules, sharded_head
 from prefopt_kernels.modules import FusedLinearKTOLoss
 from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain, without
 
@@ -316,7 +316,7 @@ def schemes(monkeypatch):
         return call
 
     monkeypatch.setattr(modules, "chunked_head", spy("chunked", modules.chunked_head))
-    monkeypatch.setattr(modules, "linear_logprob", spy("op", modules.linear_logprob))
+    monkeypatch.setattr(sharded_head, "linear_logprob", spy("op", sharded_head.linear_logprob))
     return ran
 
 

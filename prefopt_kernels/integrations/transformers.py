@@ -19,8 +19,10 @@ from prefopt_kernels.integrations.transformers_head import (
     LMHead,
     caught_at,
     check_lm_head,
+    fsdp_units,
     lm_head_of,
     own_positions,
+    whole_in_backward,
 )
 from prefopt_kernels.integrations.transformers_patch import FusedForward, patch_forward
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
@@ -109,4 +111,4 @@ def completion_logprobs(
         raise RuntimeError(
             f"{type(model).__name__} called its lm_head {len(caught)} times in one forward pass; expected once"
         )
-    return caught[0]
+    return whole_in_backward(fsdp_units(model)[:1], caught[0])  # the root, whose output is not used

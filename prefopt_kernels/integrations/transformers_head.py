@@ -55,7 +55,7 @@ class LMHead:
         self, hidden: Tensor, targets: Tensor, *, outputs: Sequence[str] = (), backend: str = "auto"
     ) -> TokenLogprobs:
         """Log-probabilities of ``targets`` (T,) from ``hidden`` (T, H); arguments as for ``linear_logprob``."""
-        units = _fsdp_units(self.module)
+        units = fsdp_units(self.module)
         gathered = bool(units) and is_dtensor(self.weight)  # the head's forward is over
         for unit in units:
             unit.unshard()
@@ -67,13 +67,9 @@ class LMHead:
             outputs=outputs,
             backend=backend,
         )
-        if units and tokens.logp.requires_grad:
-            names = [
-                name for name in ("logp", "lse", "entropy") if getattr(tokens, name) is not None
-            ]
-            values = _WholeInBackward.apply(units, *(getattr(tokens, name) for name in names))
-            tokens = tokens._replace(**dict(zip(names, values, strict=True)))
-        elif gathered:  # no backward will do it
+        if tokens.logp.requires_grad:
+            return whole_in_backward(units, tokens)
+        if gathered:  # no backward will do it
             reshard(self.module)
         return tokens
 
@@ -189,12 +185,20 @@ def left_to(head: LMHead, hidden: Tensor, keep: int = 0) -> Tensor:
     return hidden[:, : max(keep, int(is_dtensor(head.weight)))]
 
 
-class _WholeInBackward(torch.autograd.Function):
-    """The tensors as they are. In the backward, units of FSDP2 are whole before what lies below needs them.
+def whole_in_backward(units: list[nn.Module], tokens: TokenLogprobs) -> TokenLogprobs:
+    """The same scores. In the backward, ``units`` of FSDP2 are whole before what lies below needs their parameters.
 
-    FSDP2 itself does so when the gradient of what a unit returned arrives; but the head returns an empty slice.
+    FSDP2 itself sees to that when the gradient of what a unit returned arrives. The head's output is empty, and of the
+    model's nobody takes the logits.
     """
+    if not units:
+        return tokens
+    names = [name for name in ("logp", "lse", "entropy") if getattr(tokens, name) is not None]
+    values = _Unshard.apply(units, *(getattr(tokens, name) for name in names))
+    return tokens._replace(**dict(zip(names, values, strict=True)))
 
+
+class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, units: list[nn.Module], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.units = units
@@ -208,7 +212,7 @@ class _WholeInBackward(torch.autograd.Function):
         return (None, *grads)
 
 
-def _fsdp_units(module: nn.Module) -> list[nn.Module]:
+def fsdp_units(module: nn.Module) -> list[nn.Module]:
     """What FSDP2 shards of a module apart from what is around it; each has its parameters gathered by itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded, not used
     if fsdp is None or torch.compiler.is_compiling():
@@ -222,7 +226,7 @@ def reshard(model: nn.Module) -> None:
     The root of a model keeps its parameters until then, and an optimizer that is made in between would get the gathered
     ones, which nobody reads again.
     """
-    for unit in _fsdp_units(model):
+    for unit in fsdp_units(model):
         unit.reshard()
 
 
