@@ -51,7 +51,9 @@ def test_s4_a_classifier_by_supervised_fine_tuning(capsys, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
     assert len(run.logs("eval_loss")) >= 2  # one an epoch, and one at the end
     data = str(run.inputs / "data")
-    assert main(["eval", str(run.folder), "--suite", "classify", "--data", data]) == 0
+    assert (
+        main(["eval", str(run.folder), "--suite", "classify", "--data", data, "--limit", "20"]) == 0
+    )
     scores = json.loads((run.folder / "eval.json").read_text(encoding="utf-8"))
     assert "classify" in scores["suites"]
     out = tmp_path / "answers.csv"

@@ -42,10 +42,10 @@ def tiny_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     notes += [
         f"  {key} {_shown(_value(whole, key))} -> {_shown(value)}" for key, value in changes.items()
     ]
-    recipe = load_recipe(path, changes | given)
+    recipe = dataclasses.replace(_changed(whole, changes), notes=tuple(notes))
     if changes.keys() & {"model.path", "data.path", "data.plan"}:
         _write_inputs(whole, _inputs(recipe.training.output_dir))
-    return dataclasses.replace(recipe, notes=tuple(notes))
+    return recipe
 
 
 def shrunk(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,9 +72,8 @@ def shrunk(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inputs(folder: str) -> Path:
-    path = (
-        Path(folder).expanduser().resolve()
-    )  # so that recipe and adapter can be used from any folder
+    # absolute, so that recipe and adapter can be used from any folder
+    path = Path(folder).expanduser().resolve()
     return path.with_name(path.name + INPUTS)
 
 
@@ -98,6 +97,15 @@ def _read(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with the options at dotted keys replaced."""
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        options = dataclasses.replace(getattr(recipe, section), **{name: value})
+        recipe = dataclasses.replace(recipe, **{section: options})
+    return recipe
 
 
 def _value(recipe: Recipe, key: str) -> Any:
