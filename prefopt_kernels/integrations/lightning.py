@@ -50,7 +50,8 @@ def _module() -> type:
         """KTO or APO-zero of a causal LM of transformers.
 
         Args:
-            model: the policy, PEFT-wrapped or not. Its trainable parameters are trained, with AdamW.
+            model: the policy, PEFT-wrapped or not; put into training mode. Its trainable parameters are trained, with
+                AdamW.
             ref_model: the reference; None is the policy without its adapter. It is kept in evaluation mode, is not
                 trained, and is not saved with checkpoints.
             beta: inverse temperature, 1/nats.
@@ -96,9 +97,8 @@ def _module() -> type:
             self.strict_loading = ref_model is None  # whose weights checkpoints do not have
             for each in (model, ref_model):
                 if each is not None:
-                    training = each.training
-                    check_lm_head(each.eval(), lm_head_of(each))
-                    each.train(training)
+                    # in training mode: bitsandbytes packs 4-bit weights for good in the other, without gradient
+                    check_lm_head(each.train(), lm_head_of(each))
             if ref_model is not None:
                 ref_model.requires_grad_(False).eval()
             self._kl = MicrobatchKL()

@@ -92,9 +92,8 @@ class FusedScores:
                 "use_liger_kernel is True; expected False, because Liger's KTO loss would run in place of this one"
             )
         refuse_partitioned(self.model)
-        training = self.model.training
-        check_lm_head(self.model.eval(), lm_head_of(self.model))
-        self.model.train(training)
+        # in training mode: bitsandbytes packs 4-bit weights for good in evaluation mode, and those have no gradient
+        check_lm_head(self.model, lm_head_of(self.model))
         self._kl = MicrobatchKL()
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict) -> tuple[Tensor, Tensor | None]:
