@@ -99,10 +99,9 @@ def test_everything_is_written_and_no_time_is_told(compared):
     for name in ("compare.md", "report.html"):
         text = (compared / name).read_text(encoding="utf-8")
         assert "left out for it: loss.label_smoothing 0.1 (KTO)." in text and TOO_FEW in text
-    assert sorted(one.name for one in (compared / "plots").glob("*.png")) == [
-        "compare_cost.png",
-        "compare_learning.png",
-    ]
+    plots = {one.name for one in (compared / "plots").iterdir()}
+    assert {"compare_cost.png", "compare_learning.svg", "compare_accuracy.png"} <= plots
+    assert "compare_step_ms.png" not in plots
     assert (compared / "runs" / "kto-42" / "metrics.jsonl").stat().st_size > 0
 
 
@@ -183,6 +182,22 @@ def test_a_run_that_fails_names_its_log(world, tmp_path):
 def test_how_a_process_ended():
     assert _end(-9) == "its process was killed, most likely for lack of memory"
     assert _end(1) == "its process ended with code 1"
+
+
+@pytest.mark.slow
+def test_the_published_comparison_from_plan_to_page(tmp_path, monkeypatch):
+    """S2 with --tiny: Arabic rows are built, paired by prompt, and seen by all its methods."""
+    monkeypatch.setattr("prefopt.compare.run.run_apart", measure)  # here, to save five processes
+    out = tmp_path / "s2"
+    words = ["compare", "s2-arabic-qwen-kto", "--tiny", "--runs", "1", "--out", str(out)]
+    assert main([*words, "--methods", "kto,dpo,cpo,ipo,sft", "--training.max_steps", "3"]) == 0
+    content = content_of(out)
+    tokens = {run["method"]: run["tokens_in_all"] for run in content["runs"]}
+    assert tokens["kto"] == tokens["dpo"] == tokens["cpo"] == tokens["ipo"] > tokens["sft"] > 0
+    assert content["rows"]["paired_by_prompt"] == content["rows"]["train"] > 50
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "s2-arabic-qwen-kto --tiny: a trial of the whole way" in page
+    assert "42 rows have no partner of the other label" in page
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def content_of(timed: int) -> dict:
     return {
         "recipe": "recipes/مقارنة الطرق.yaml",
         "model": "base",
+        "changes": [],
         "settings": {"steps": WARMUP + timed, "loss.beta": None, "loss.precompute_ref_logps": False},
         "methods": {
             method: {"sequences_per_step": 4 if method == "sft" else 8, "left_out": []}

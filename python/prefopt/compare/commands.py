@@ -11,7 +11,7 @@ from prefopt.recipe.commands import OVERRIDE, _help, _metavar, _overrides
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.schema import SECTIONS, options_of
 
-FLAGS = ["--methods", "--runs", "--out", "--lora"]
+FLAGS = ["--methods", "--runs", "--out", "--tiny", "--lora"]
 
 
 def add_compare_command(
@@ -31,7 +31,15 @@ def add_compare_command(
         overrides = _overrides(given, rest, lambda words, _: no_more(words, FLAGS))
         methods = tuple(one.strip() for one in given.methods.split(",") if one.strip())
         request = CompareRequest(methods=methods, runs=given.runs, out=given.out)
-        print(f"\n{compare(load_recipe(given.recipe, overrides), request)}")
+        if given.tiny:
+            from prefopt.tiny import tiny_recipe
+
+            # model and rows are made beside the results
+            recipe = tiny_recipe(given.recipe, overrides | {"training.output_dir": str(given.out)})
+            print("\n".join(recipe.notes), flush=True)
+        else:
+            recipe = load_recipe(given.recipe, overrides)
+        print(f"\n{compare(recipe, request)}")
         return 0
 
     parser = command(
@@ -39,7 +47,7 @@ def add_compare_command(
         "compare",
         run,
         "train methods side by side on the same model, prompts, tokens and steps",
-        usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--SECTION.OPTION VALUE ...]",
+        usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--tiny] [--SECTION.OPTION VALUE ...]",
         epilog="Writes compare.json, compare.csv, compare.md, plots and report.html. A second start with the same "
         "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
         "loss.method and training.output_dir are not used.",
@@ -64,6 +72,11 @@ def add_compare_command(
     )
     parser.add_argument(
         "--out", type=Path, default=Path("comparison"), help="folder (default: comparison)"
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="try it on a tiny model and embedded rows, without network",
     )
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)

@@ -22,6 +22,9 @@ def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
     notes = [
         f"{line.title}, {reason}" for line in lines for reason in line.stopped
     ] + _nothing_learned(lines)
+    if content["changes"]:
+        head, *changes = content["changes"]
+        notes.append(f"{head} {'; '.join(change.strip() for change in changes)}.")
     rows, steps = content["rows"], content["settings"]["steps"]
     if content["timed_steps"] < FEWEST_TIMED:
         notes.append(
@@ -31,10 +34,11 @@ def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
         notes.append(
             f"{rows['shared_prompts']} prompts of the held-out rows were trained on: this is no held-out evaluation."
         )
-    if rows["paired_by_prompt"]:
+    made, train = rows["paired_by_prompt"], rows["train"]
+    if made:
+        which = f"All {made:,}" if made == train else f"{made:,} of the {train:,}"
         notes.append(
-            f"{rows['paired_by_prompt']:,} of the {rows['train']:,} pairs are answers to one prompt that were rated one by one; "
-            "nobody compared them."
+            f"{which} pairs are answers to one prompt that were rated one by one; nobody compared them."
         )
     if rows["without_pair"]:
         notes.append(

@@ -1,7 +1,6 @@
 """A comparison from request to report: all checks first, then the runs in turn, each kept as soon as it is done."""
 
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from prefopt.recipe.error import RecipeError
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.run import preference_config
 from prefopt.recipe.schema import Recipe
-
-logger = logging.getLogger(__name__)
 
 JSON_NAME, FORMAT = "compare.json", 1
 
@@ -81,6 +78,7 @@ def _content(plan: Plan, rows: Rows) -> dict:
         "status": "unfinished",
         "recipe": plan.recipe.name,
         "model": plan.recipe.model.path,
+        "changes": plan.recipe.notes,
         "settings": settings_of(plan, rows.fingerprints()),
         "methods": methods,
         "timed_steps": plan.timed,
