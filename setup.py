@@ -34,7 +34,6 @@ EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
 # Exactly this one, because its task definitions are part of what a score means. It has no line in constraints.txt: current
 # releases of what it needs (typepy) want an older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
-EXTRAS = {"train": TRAIN, "export": EXPORT, "quant": QUANT, "eval": EVAL}
 TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
@@ -136,7 +135,14 @@ def main() -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
-        extras_require=EXTRAS | {"test": TEST, "dev": DEV},
+        extras_require={
+            "train": TRAIN,
+            "export": EXPORT,
+            "quant": QUANT,
+            "eval": EVAL,
+            "test": TEST,
+            "dev": DEV,
+        },  # fmt: skip
         packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
         package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
         package_data={"prefopt_kernels": data, "prefopt": data},
