@@ -100,11 +100,12 @@ def test_what_built_data_came_from(tmp_path):
     (run_dir / "recipe.yaml").write_text(f"data: {{path: {built.folder}}}\n", encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert built_from(read_run(run_dir)) == [
-        {"name": "mmlu-pro", "kind": "mmlu-pro", "revision": None, "rows": 28}
+        {"source": "mmlu-pro", "schema": "mmlu-pro", "from": "a local file"}
+        | {"revision": None, "rows": 28}
     ]
     assert "answers made of them        28   28" in page
     card = (run_dir / "README.md").read_text(encoding="utf-8")
-    assert "| mmlu-pro | mmlu-pro |  | 28 |" in card and str(tmp_path) not in card
+    assert "| mmlu-pro | mmlu-pro | a local file |  | 28 |" in card and str(tmp_path) not in card
     (built.folder / "manifest.json").write_text("{", encoding="utf-8")
     assert "manifest or the counts of the built data cannot be read" in read_run(run_dir).notes[-1]
 

@@ -103,3 +103,17 @@ def test_rewards_without_a_reference_model_are_not_compared_with_one():
     assert remark in " ".join(tell(Run(Path("run"), logs=logs)).sentences)
     alone = Run(Path("run"), logs=logs, record={"reference": {"kind": "none"}})
     assert remark not in " ".join(tell(alone).sentences)
+
+
+@pytest.mark.parametrize(
+    ("losses", "tone", "words"),
+    [
+        ([6.5, 6.4, 5.0, 4.0, 3.0, 2.5, 2.1, 2.0], "good", "the loss fell from 6.45 to 2.05"),
+        ([2.0, 2.1, 2.0, 2.0, 2.0, 2.0, 2.1, 2.2], "bad", "The model learned nothing"),
+        ([2.0, 3.0, 2.5, 2.5, 2.5, 2.5, 1.9, 2.9], "unclear", "fell by less than it varies"),
+        ([2.0, 1.0, 0.5, 0.1], "unclear", "Too little was logged"),
+    ],
+)
+def test_a_run_without_margins_is_judged_by_its_loss(losses, tone, words):
+    story = tell(run_with(losses=losses))
+    assert story.tone == tone and words in story.verdict

@@ -81,7 +81,7 @@ def _settings(run: Run) -> list[str]:
         rows = [
             ["" if one is None else facts.shown(one) for one in row.values()] for row in sources
         ]
-        parts.append(_table(["source", "schema", "revision", "rows"], rows))
+        parts.append(_table(list(sources[0]), rows))
     settings = facts.main_settings(run) | facts.model_settings(run)
     if settings:
         parts.append(

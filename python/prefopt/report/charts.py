@@ -96,7 +96,7 @@ def _confusion(way: str, counts: Any, names: Sequence[str], folder: Path) -> Pic
         counts: (N, N + 1).
         names: N + 1 of them.
     """
-    name, title = f"eval_confusion_{way}", f"Right and said, by {way}"
+    name, title = f"eval_confusion_{way}", f"Right and said ({way})"
     with figure(4.6, 4.5) as (made, axes):
         for row, line in enumerate(counts):
             for column, count in enumerate(line):

@@ -92,11 +92,16 @@ def data_sets(run: Run) -> dict[str, dict]:
 
 
 def built_from(run: Run) -> list[dict[str, Any]]:
-    """The sources of the built folder that the data came from: name, kind, rows, and revision where it has one."""
+    """The sources of the built folder that the data came from; a file is told from what the hub has under that name."""
     sources = run.manifest.get("sources")
-    keys = ("name", "kind", "revision", "rows")
     return [
-        {key: source.get(key) for key in keys}
+        {
+            "source": source.get("name"),
+            "schema": source.get("kind"),
+            "from": hub_id(source.get("path")) or "a local file",
+            "revision": source.get("revision"),
+            "rows": source.get("rows"),
+        }
         for source in (sources if isinstance(sources, list) else [])
         if isinstance(source, dict)
     ]

@@ -24,7 +24,7 @@ def data(run: Run) -> str:
     if sources:
         body = [["" if value is None else value for value in row.values()] for row in sources]
         parts.append("<p>Built by <code>prefopt data build</code> from:</p>")
-        parts.append(grid(["source", "schema", "revision", "rows"], body))
+        parts.append(grid(list(sources[0]), body))
         parts.append(fold("Counts of every stage", f'<pre dir="ltr">{escape(run.counts)}</pre>'))
     if run.bad_rows:
         rows = "".join(

@@ -83,7 +83,7 @@ def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
         return "unclear", f"No clear change in the answers ({points}, and the interval includes 0)."
     ends = _end_margins(run)
     if ends is None:
-        return "unclear", "Too little was logged to say whether the model learned."
+        return _by_loss(run)
     mean, low, high = ends
     if abs(mean) < NOTHING:
         return (
@@ -95,6 +95,31 @@ def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
     if high < 0:
         return "bad", "The model learned the opposite: undesirable answers are rewarded more."
     return "unclear", "It is not clear that the model learned: the margin's interval includes 0."
+
+
+def _by_loss(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
+    """Of a run without margins, such as sft's: whether its loss fell."""
+    losses = run.finite("loss")
+    quarter = len(losses) // 4
+    if quarter < 2 or run.finite("rewards/margins"):
+        return "unclear", "Too little was logged to say whether the model learned."
+    (first, first_low, _), (last, _, last_high) = map(
+        mean_interval, (losses[:quarter], losses[-quarter:])
+    )
+    if last_high < first_low:
+        return (
+            "good",
+            f"The model learned what it was shown: the loss fell from {number(first)} to {number(last)}.",
+        )
+    if last >= first:
+        return (
+            "bad",
+            f"The model learned nothing: the loss did not fall ({number(first)} to {number(last)}).",
+        )
+    return (
+        "unclear",
+        "It is not clear that the model learned: the loss fell by less than it varies.",
+    )
 
 
 def _end(run: Run) -> list[str]:
