@@ -47,6 +47,7 @@ TEST = [
     *QUANT,
 ]
 DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
+EXTRAS = dict(train=TRAIN, export=EXPORT, quant=QUANT, eval=EVAL, test=TEST, dev=DEV)
 
 
 def _load_sources():
@@ -135,14 +136,7 @@ def main() -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
-        extras_require={
-            "train": TRAIN,
-            "export": EXPORT,
-            "quant": QUANT,
-            "eval": EVAL,
-            "test": TEST,
-            "dev": DEV,
-        },  # fmt: skip
+        extras_require=EXTRAS,
         packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
         package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
         package_data={"prefopt_kernels": data, "prefopt": data},

@@ -167,7 +167,7 @@ def module_problem(module: str) -> str | None:
 
 def extras_problem(words: list[str]) -> str | None:
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
-    extras = re.findall(r'"(\w+)": [A-Z]+', re.search(r"extras_require=\{(.+)\}", setup).group(1))
+    extras = re.findall(r"(\w+)=[A-Z]+", re.search(r"EXTRAS = dict\((.+)\)", setup).group(1))
     for word in words:
         asked = re.fullmatch(r"(?:\.|prefopt-kernels)\[([\w,]+)\]", word)
         for extra in asked.group(1).split(",") if asked else ():
