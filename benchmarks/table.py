@@ -126,15 +126,11 @@ def _group_order(group: tuple[str, int, str]) -> tuple[int, int, int]:
     return list(CASES).index(case), list(DTYPES).index(dtype), T
 
 
-def replace(readme: str, table: str) -> str:
-    """``readme`` with ``table`` between the two markers."""
-    if (
-        readme.count(BEGIN) != 1
-        or readme.count(END) != 1
-        or readme.index(BEGIN) > readme.index(END)
-    ):
-        raise ValueError(f"README.md must have {BEGIN} and, after it, {END}, each exactly once")
-    before, _, rest = readme.partition(BEGIN)
+def replace(page: str, table: str, name: str = "README.md") -> str:
+    """The text of a page with ``table`` between the two markers."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"{name} must have {BEGIN} and, after it, {END}, each exactly once")
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table}{END}{after}"
 
