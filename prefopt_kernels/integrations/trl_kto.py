@@ -196,10 +196,10 @@ class FusedScores:
     ) -> None:
         """TRL's values of a micro-batch, from sums over all ranks that travel and are read back together."""
         names = list(rows)
-        values = torch.stack([rows[name].double() for name in names])  # (names, B)
-        sides = torch.stack([labels, ~labels]).double()  # (2, B)
-        sums = values @ sides.T  # (names, 2)
-        counts = torch.cat([sides.sum(1), seen.double()[None]])
+        values = torch.stack([rows[name].float() for name in names])  # (names, B)
+        sides = torch.stack([labels, ~labels]).float()  # (2, B)
+        sums = (values[:, None] * sides).sum(-1)  # (names, 2)
+        counts = torch.cat([sides.sum(1), seen.float()[None]])
         flat = self.accelerator.reduce(torch.cat([sums.flatten(), counts]), reduction="sum")
         flat = flat.tolist()
         sums = {name: flat[2 * i : 2 * i + 2] for i, name in enumerate(names)}

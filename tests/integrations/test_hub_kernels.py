@@ -51,7 +51,7 @@ import json, sys
 from pathlib import Path
 from kernels import get_local_kernel
 
-folder, package, backend = sys.argv[1:]
+folder, package, *backends = sys.argv[1:]
 
 class Hidden:
     def find_spec(self, name, path=None, target=None):
@@ -64,12 +64,12 @@ kernel = get_local_kernel(Path(folder))
 ones = torch.ones(2, 2)
 answer = {
     "file": kernel.__file__,
-    "numbers": numbers(kernel, backend),
+    "numbers": {backend: numbers(kernel, backend) for backend in backends},
     "refused": kernel.explain(ones, ones),
 }
 if package == "beside":
     import prefopt_kernels
-    answer["again"] = numbers(prefopt_kernels, backend)
+    answer["again"] = {backend: numbers(prefopt_kernels, backend) for backend in backends}
 answer["loaded"] = [name for name in sys.modules if name.split(".")[0] == "prefopt_kernels"]
 print(json.dumps(answer))
 """
@@ -83,10 +83,10 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def loaded(folder: Path, package: str, backend: str) -> dict:
-    words = [sys.executable, "-c", PROGRAM, str(folder), package, backend]
+def loaded(folder: Path, package: str, *backends: str, **variables: str) -> dict:
+    words = [sys.executable, "-c", PROGRAM, str(folder), package, *backends]
     path = str(Path(prefopt_kernels.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | variables
     run = {"capture_output": True, "text": True, "timeout": 240, "cwd": folder}
     done = subprocess.run(words, env=environment, **run)
     assert done.returncode == 0, done.stderr
@@ -105,18 +105,22 @@ def test_without_the_package_the_library_is_found_and_the_numbers_are_the_same(f
     beside = loaded(folder, "beside", backend)  # the kernel first, then the package
     assert "prefopt_kernels" in beside["loaded"]
     assert alone["numbers"] == beside["numbers"] == beside["again"]  # bit for bit
-    assert any(map(any, alone["numbers"][4]))
+    assert any(map(any, alone["numbers"][backend][4]))
 
 
-def test_the_variant_without_a_library_scores_by_the_definition(folder, tmp_path):
+def test_the_variant_without_a_library_has_the_definition_and_triton(folder, tmp_path):
     plain = tmp_path / "kernel"
     shutil.copytree(folder / "build" / "torch-cpu", plain / "build" / "torch-cpu")
-    found = loaded(plain, "hidden", "reference")
+    found = loaded(plain, "hidden", "reference", "triton", TRITON_INTERPRET="1")
     assert Path(found["file"]).parent.name == "torch-cpu"
     assert found["refused"]["cpu"] is not None and found["refused"]["reference"] is None
     namespace: dict = {}
     exec(NUMBERS, namespace)
-    assert found["numbers"] == namespace["numbers"](prefopt_kernels, "reference")
+    exact = namespace["numbers"](prefopt_kernels, "reference")
+    assert found["numbers"]["reference"] == exact
+    for mine, expected in zip(found["numbers"]["triton"], exact, strict=True):
+        # values up to some ten, sums of 24 products and of 70 exponentials in fp32
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 @kernels.use_kernel_forward_from_hub("LinearLogprob")
