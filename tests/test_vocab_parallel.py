@@ -11,14 +11,14 @@ from prefopt_kernels import TokenLogprobs, linear_logprob, vocab_parallel_linear
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory) -> list[tuple[dict, dict]]:
-    """Of each rank, what it refused and its results."""
-    return run_ranks(ranks.refusals_and_results, tmp_path_factory.mktemp("ranks"))
+def processes(tmp_path_factory) -> list[tuple[dict, tuple, dict]]:
+    """Of each rank, what it refused, what a compiler traced, and its results."""
+    return run_ranks(ranks.everything, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture
 def both(processes) -> list[dict]:
-    return [results for _, results in processes]
+    return [results for *_, results in processes]
 
 
 def together(name: str, both: list[dict]) -> Results:
@@ -94,11 +94,18 @@ def test_what_is_wrong_is_said_on_every_rank(processes):
     }
     made = problem(ignored=0.0)
     whole = linear_logprob(made.hidden, made.weight, made.targets).logp
-    for found, _ in processes:
+    for found, *_ in processes:
         for name, sentence in expected.items():
             assert sentence in found[name], name
         for name in ("alone", "mesh of one dimension"):
             torch.testing.assert_close(found[name], whole, rtol=0, atol=1e-5)
+
+
+def test_a_compiler_traces_it_without_a_graph_break(processes):
+    for _, ((outputs, grads), (traced, traced_grads)), _ in processes:
+        for one, other in zip(outputs, traced, strict=True):
+            assert one is other is None or torch.equal(one, other)
+        assert all(torch.equal(grads[name], traced_grads[name]) for name in grads)
 
 
 def test_without_a_process_group():

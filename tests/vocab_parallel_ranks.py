@@ -95,8 +95,8 @@ def counted_all_reduces() -> list[tuple]:
     return calls
 
 
-def refusals_and_results(rank: int) -> tuple[dict, dict]:
-    return refusals(rank), results(rank)
+def everything(rank: int) -> tuple[dict, tuple, dict]:
+    return refusals(rank), compiled(rank), results(rank)  # the last counts all-reduces for good
 
 
 def results(rank: int) -> dict:
@@ -147,3 +147,12 @@ def refusals(rank: int) -> dict:
         **good, group=init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     ).logp
     return found
+
+
+def compiled(rank: int) -> tuple:
+    """One case as it is and traced."""
+    made, split, wanted, backend = CASES["normal, even, auto"]
+    call = on_a_shard(SPLITS[split], rank)
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    both = (ours(made, wanted, backend, OUTPUTS, each) for each in (call, traced))
+    return tuple((tuple(result.outputs), result.grads) for result in both)

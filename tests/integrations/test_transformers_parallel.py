@@ -2,17 +2,27 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
+import accelerate
 import pytest
+from accelerate import ParallelismConfig
+from torch import nn
 
 import parallel_lm_ranks as ranks
 from causal_lm_testing import make
 from gloo_ranks import run_ranks
+from prefopt_kernels.integrations import transformers_adapters
+from prefopt_kernels.integrations.transformers import (
+    completion_logprobs,
+    pack_completions,
+    patch_forward,
+)
 
 # The stated contract for fp32, whatever the layout: nats, and a part of each gradient's norm.
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.slow  # two processes import torch, transformers and FSDP2: 15 s
+slow = pytest.mark.slow  # two processes import torch, transformers and FSDP2, and train: 20 s
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +44,7 @@ def assert_exact(worst: dict[str, float]) -> None:
 UNTIED = [*ranks.LAYOUTS, "own, (2, 1)", "own, (1, 2)"]
 
 
+@slow
 @pytest.mark.parametrize(
     "layout",
     [(ranks.UNTIED, layout) for layout in UNTIED]
@@ -45,12 +56,14 @@ def test_every_layout_of_fsdp2_trains_as_one_process(layout, both):
         assert_exact(found["fully sharded"][layout])
 
 
+@slow
 @pytest.mark.parametrize("name", [ranks.UNTIED, ranks.TIED])
 def test_what_transformers_shards_while_loading_trains_as_one_process(name, both):
     for found in both:
         assert_exact(found["transformers' own"][name])
 
 
+@slow
 @pytest.mark.parametrize("name", [ranks.UNTIED, ranks.TIED])
 def test_a_tensor_parallel_model_trains_as_one_process(name, both):
     for found in both:
@@ -63,6 +76,7 @@ def test_a_tensor_parallel_model_trains_as_one_process(name, both):
     ]
 
 
+@slow
 def test_scores_with_forward_passes_before_the_backward_passes(both):
     for found in both:
         for name, error in found["scores"]["errors"].items():
@@ -70,5 +84,34 @@ def test_scores_with_forward_passes_before_the_backward_passes(both):
         assert found["scores"]["kept"] == []  # a pass without a backward leaves the head sharded
 
 
+@slow
 def test_the_precision_is_that_of_fsdp2(both):
     assert [found["bf16"] for found in both] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size"])
+def test_context_parallel_is_refused(name, monkeypatch):
+    model = make(ranks.UNTIED).train()
+    batch = ranks.rows(0, 0)
+    with patch_forward(model):
+        config = ParallelismConfig()
+        monkeypatch.setattr(config, name, 2)
+        monkeypatch.setattr(accelerate.state, "is_initialized", lambda: True)
+        state = SimpleNamespace(parallelism_config=config)
+        monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: state)
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+            model(**batch)
+        packing = pack_completions(batch["input_ids"], batch["labels"] >= 0)
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+            completion_logprobs(model, batch["input_ids"], None, packing)
+        setattr(config, name, 1)
+        assert model(**batch).logits is None
+
+
+def test_trained_tokens_in_a_spread_head_are_refused():
+    """A DTensor needs processes; what tells it from a plain tensor does not."""
+    layer = SimpleNamespace(base_layer=nn.Linear(2, 4, bias=False), disable_adapters=False)
+    layer.active_adapters, layer.merged = ["default"], False
+    layer.base_layer.weight.device_mesh = "a mesh"
+    with pytest.raises(ValueError, match="trainable_token_indices reaches a head that is spread"):
+        transformers_adapters._with_trained_tokens(layer)
