@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from prefopt.export.folder import RECORD
-from prefopt.report.card import hub_id
+from prefopt.report.facts import hub_id
 from prefopt.use.load import Source
 
 RELATIONS = {

@@ -15,7 +15,7 @@ from prefopt.export.card import write_card
 from prefopt.export.folder import RECORD, export_folder
 from prefopt.export.merge import merged_model, save_four_bit, save_merged
 from prefopt.recipe.load import RecipeError
-from prefopt.report.card import hub_id
+from prefopt.report.facts import hub_id
 from prefopt.train.run_folder import versions
 from prefopt.use.load import (
     ADAPTER_CONFIG,

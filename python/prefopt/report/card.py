@@ -6,13 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from prefopt.report import components, evaluation, facts
-from prefopt.report.facts import hub_id
 from prefopt.report.figures import Picture
 from prefopt.report.metadata import base_model, metadata, title
 from prefopt.report.read import Run
 from prefopt.report.words import Story
-
-__all__ = ["card", "hub_id"]
 
 CARD_SAMPLES = 4
 

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -11,39 +10,17 @@ from matplotlib.axes import Axes
 # Figure and its canvas, not pyplot: no global state, no window, and the caller's backend stays as it is.
 from matplotlib.figure import Figure
 
-from prefopt.report.figures import BAD, GOOD, INK, OWN
+from prefopt.report.figures import BAD, GOOD, INK, OWN, STYLE, Picture
 from prefopt.study.grid import COMPONENTS, Config, remedies_of
 from prefopt.study.runs import share_name
 from prefopt.study.table import Share, by_config, cell_of
 
 SECOND = "#8a5cc4"  # beside the report's three: to be told apart on white and on near-black
 SHARE_COLOURS = {"kto": INK, "shift": BAD, "value": OWN, "weighting": SECOND, "odds": GOOD}
-STYLE = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "font.size": 9,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
+SMALL = {"axes.titlesize": 10, "font.size": 9}  # several panels in a figure
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A plot: its file name, title, what it shows, and the SVG for a page."""
-
-    name: str
-    title: str
-    explanation: str
-    svg: str
-
-
-def draw_all(rows: list[dict], traces: list[dict], folder: Path) -> list[Drawing]:
+def draw_all(rows: list[dict], traces: list[dict], folder: Path) -> list[Picture]:
     """Write every plot for which there are rows, as PNG and SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = {config: cell_of(some).unstable for config, some in by_config(rows).items()}
@@ -61,7 +38,7 @@ def label(components: tuple[str, ...]) -> str:
     return " + ".join(components) if components else "KTO"
 
 
-def _shares_plot(cells: dict[Config, Share], folder: Path) -> Drawing:
+def _shares_plot(cells: dict[Config, Share], folder: Path) -> Picture:
     """Unstable share of every set of components: one panel a form and precision, one mark a learning rate."""
     plain = {config: share for config, share in cells.items() if not config.changes}
     sets = sorted(
@@ -128,7 +105,7 @@ def _remedied(cells: dict[Config, Share]) -> list[tuple[str, tuple[str, ...]]]:
 
 def _remedies_plot(
     base: tuple[str, tuple[str, ...]], cells: dict[Config, Share], folder: Path
-) -> Drawing:
+) -> Picture:
     precision, components = base
     changes = [(), *remedies_of(components)][::-1]
     rates = sorted(
@@ -168,7 +145,7 @@ def remedy_label(changes: tuple[str, ...]) -> str:
     return "as it is" if not changes else changes[0] if len(changes) == 1 else "all together"
 
 
-def _gradient_plot(traces: dict[Config, dict], folder: Path) -> Drawing:
+def _gradient_plot(traces: dict[Config, dict], folder: Path) -> Picture:
     def draw(axes: list[Axes]) -> None:
         for panel, (config, trace) in zip(axes, _ordered(traces), strict=True):
             for name, colour in SHARE_COLOURS.items():
@@ -190,7 +167,7 @@ def _gradient_plot(traces: dict[Config, dict], folder: Path) -> Drawing:
     )
 
 
-def _reward_plot(traces: dict[Config, dict], folder: Path) -> Drawing:
+def _reward_plot(traces: dict[Config, dict], folder: Path) -> Picture:
     lines = {"chosen": GOOD, "rejected": BAD, "shift": OWN, "z0": SECOND}
     words = {"chosen": "desirable", "rejected": "undesirable", "shift": "shift", "z0": "beta z0"}
 
@@ -248,8 +225,8 @@ def _figure(
     panels: int,
     size: tuple[float, float],
     draw: Callable[[list[Axes]], None],
-) -> Drawing:
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+) -> Picture:
+    with matplotlib.rc_context(STYLE | SMALL | {"svg.hashsalt": name}):
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
         draw(list(axes))
@@ -257,4 +234,4 @@ def _figure(
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         inline = io.StringIO()
         figure.savefig(inline, format="svg", transparent=True, metadata={"Date": None})
-    return Drawing(name, title, explanation, inline.getvalue())
+    return Picture(name, title, explanation, inline.getvalue())

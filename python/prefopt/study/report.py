@@ -5,11 +5,11 @@ from html import escape
 from pathlib import Path
 
 from prefopt.files import write_whole
-from prefopt.report.figures import for_page
+from prefopt.report.figures import Picture, for_page
 from prefopt.report.style import STYLE
 from prefopt.study.findings import find
 from prefopt.study.grid import Config
-from prefopt.study.plots import Drawing, draw_all, label
+from prefopt.study.plots import draw_all, label
 from prefopt.study.pool import RESULTS, TRACES, read_lines
 from prefopt.study.sections import Table, numbers, sections
 from prefopt.study.table import as_csv, by_config, cell_of
@@ -63,7 +63,7 @@ def markdown(rows: list[dict]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def page(rows: list[dict], drawings: list[Drawing]) -> str:
+def page(rows: list[dict], drawings: list[Picture]) -> str:
     """The whole page."""
     findings = find(rows)
     parts = [
@@ -95,7 +95,7 @@ def _list(sentences: Iterable[str]) -> str:
     return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>"
 
 
-def _plots(drawings: list[Drawing]) -> str:
+def _plots(drawings: list[Picture]) -> str:
     figures = []
     for one in drawings:
         svg = for_page(one.svg, one.title)
