@@ -59,7 +59,7 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
 
 def _end(code: int | None) -> str:
     """How a process ended that did not say so itself."""
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which Windows has no name for
         return "its process was killed, most likely for lack of memory"
     return f"its process ended with code {code}"
 
@@ -67,6 +67,7 @@ def _end(code: int | None) -> str:
 def _work(job: bytes, log: Path, connection: Connection) -> None:
     """The child's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the child
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in order, so that nothing is left behind
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         for number in (1, 2):  # standard output and error, those of libraries in C as well
@@ -80,4 +81,3 @@ def _work(job: bytes, log: Path, connection: Connection) -> None:
     except (RecipeError, DataError, EvalError, OSError) as error:
         traceback.print_exc()
         connection.send((FAILED, str(error)))
-    sys.stdout.flush()
