@@ -8,6 +8,7 @@ of :mod:`prefopt_kernels.integrations.trl` serves more trainers; this class work
 """
 
 import importlib.metadata
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +110,6 @@ class FusedScores:
 
     def _reference_adapter(self):
         """The policy without its adapter, or with the one called "ref", where there is no reference model."""
-        from contextlib import nullcontext
-
         from accelerate.utils import is_peft_model
         from trl.trainer.utils import use_adapter
 
