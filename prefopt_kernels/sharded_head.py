@@ -72,6 +72,18 @@ def resolve_head(
 
     Raises:
         ValueError: a mesh does not say what its dimensions are for.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> from torch.distributed.tensor import Shard, distribute_tensor
+        >>> from prefopt_kernels.sharded_head import resolve_head
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        >>> head = resolve_head(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)]))
+        >>> head.logprob(torch.eye(2), torch.tensor([3, -100])).logp.exp()  # uniform over four
+        tensor([0.2500, 1.0000])
+        >>> dist.destroy_process_group()
     """
     shared = _vocabulary_dim(weight)
     A, B, scale = (None, None, 1.0) if lora is None else lora

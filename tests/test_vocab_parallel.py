@@ -8,6 +8,7 @@ import vocab_parallel_ranks as ranks
 from gloo_ranks import run_ranks
 from linear_logprob_testing import Results, check, problem
 from prefopt_kernels import TokenLogprobs, linear_logprob, vocab_parallel_linear_logprob
+from prefopt_kernels.ops.linear_logprob import backend_reference
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,27 @@ def test_a_compiler_traces_it_without_a_graph_break(processes):
         for one, other in zip(outputs, traced, strict=True):
             assert one is other is None or torch.equal(one, other)
         assert all(torch.equal(grads[name], traced_grads[name]) for name in grads)
+
+
+def test_a_frozen_head_costs_no_unit_gradient(monkeypatch):
+    """The op would compute d logp / d hidden in the forward, which is of no use to a shard."""
+    wanted, forward = [], backend_reference.forward
+
+    def spy(operands, transform, want, grad_filter):
+        wanted.append(set(want))
+        return forward(operands, transform, want, grad_filter)
+
+    monkeypatch.setattr(backend_reference, "forward", spy)
+    made = problem()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        hidden = made.hidden.clone().requires_grad_()
+        arguments = (hidden, made.weight, made.targets)
+        vocab_parallel_linear_logprob(*arguments, vocab_start=0, backend="reference")
+        linear_logprob(*arguments, backend="reference")
+    finally:
+        dist.destroy_process_group()
+    assert wanted == [{"logp", "lse"}, {"logp", "lse", "unit"}]
 
 
 def test_without_a_process_group():

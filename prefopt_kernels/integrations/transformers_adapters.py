@@ -68,7 +68,10 @@ def _dense_weight(module: nn.Module) -> Tensor:
             "of quantisation, with llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig. The layers below it may be "
             "4-bit"
         )
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    shape = getattr(
+        weight, "ds_shape", getattr(weight, "shape", ())
+    )  # the first: ZeRO-3's, of the whole
+    if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
         got = (
             f"{weight.dtype} {tuple(weight.shape)}"
             if isinstance(weight, Tensor)

@@ -274,7 +274,7 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
             configuration does not tell us.
     """
     weight = head.weight
-    # a weight that DeepSpeed has partitioned has no rows out here
+    # a weight that DeepSpeed has partitioned has no rows outside of the forward pass
     ids = torch.tensor([[0, 1]], device=weight.device) % max(1, weight.shape[0])
 
     def stretch(_module: nn.Module, args: tuple) -> tuple:
@@ -306,9 +306,10 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
             f"{type(model).__name__} gives {logits.shape[-1]} logits per token and its lm_head has {V} rows; expected as "
             "many: a vocabulary that is cut after the head is not supported yet"
         )
+    logits = logits.full_tensor() if is_dtensor(logits) else logits
     if not some.numel():  # this rank's part of the vocabulary is empty
         return
-    logits = (logits.full_tensor() if is_dtensor(logits) else logits)[0, -ids.shape[1] :, some]
+    logits = logits[0, -ids.shape[1] :, some]
     # Rounding of the stored logits in the head's dtype, a few times over (scale, division, tanh), and of an fp32
     # accumulation of H products, or of products of operands that were rounded to TF32 or by autocast.
     (dtype,) = dtypes

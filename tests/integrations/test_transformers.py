@@ -101,3 +101,30 @@ def test_models_without_a_usable_head_are_refused():
         lm_head_of(model)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):
         pack_completions(torch.zeros(3), torch.zeros(3))
+
+
+def test_a_head_that_deepspeed_has_partitioned_is_a_head():
+    """ZeRO-3 leaves an empty parameter that knows its shape, and fills it inside the forward pass."""
+    model = make("llama")
+    weight = model.lm_head.weight
+    model.lm_head.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(ValueError, match=r"has a weight that is torch.float32 \(0,\)"):
+        lm_head_of(model)
+    model.lm_head.weight.ds_shape = weight.shape
+    head = lm_head_of(model)
+    partitioned = model.lm_head.weight
+
+    def gather(_module, _args) -> None:
+        model.lm_head.weight = weight
+
+    def partition(_module, _args, _out) -> None:
+        model.lm_head.weight = partitioned
+
+    handles = [
+        model.lm_head.register_forward_pre_hook(gather),
+        model.lm_head.register_forward_hook(partition),
+    ]
+    check_lm_head(model, head)
+    for handle in handles:
+        handle.remove()
+    assert head.weight is partitioned
