@@ -39,11 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return given.command(given, rest) or 0
     except KeyboardInterrupt:
-        hint = (
-            "; `--resume` goes on from the last checkpoint"
-            if getattr(given, "resumable", False)
-            else ""
-        )
+        on = getattr(given, "goes_on", None)
+        hint = f"; {on}" if on else ""
         print(f"prefopt: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     except _user_errors() as error:

@@ -3,13 +3,12 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from prefopt.compare import CompareRequest, compare
 from prefopt.compare.request import KNOWN
-from prefopt.recipe.commands import OVERRIDE, _help, _metavar, _overrides
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.schema import SECTIONS, options_of
+from prefopt.recipe.options import add_options, overrides_of
 
 FLAGS = ["--methods", "--runs", "--out", "--tiny", "--lora"]
 
@@ -28,7 +27,7 @@ def add_compare_command(
     """
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        overrides = _overrides(given, rest, lambda words, _: no_more(words, FLAGS))
+        overrides = overrides_of(given, rest, lambda words: no_more(words, FLAGS))
         methods = tuple(one.strip() for one in given.methods.split(",") if one.strip())
         request = CompareRequest(methods=methods, runs=given.runs, out=given.out)
         if given.tiny:
@@ -52,6 +51,7 @@ def add_compare_command(
         "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
         "loss.method and training.output_dir are not used.",
     )
+    parser.set_defaults(goes_on="the same command goes on with what is missing")
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
@@ -78,15 +78,4 @@ def add_compare_command(
         action="store_true",
         help="try it on a tiny model and embedded rows, without network",
     )
-    for section, kind in SECTIONS.items():
-        group = parser.add_argument_group(section, kind.__doc__)
-        if section == "lora":
-            group.add_argument("--lora", dest=f"{OVERRIDE}lora", metavar="null", help="no adapter")
-        hints = get_type_hints(kind)
-        for name, one in options_of(section).items():
-            group.add_argument(
-                f"--{section}.{name}",
-                dest=f"{OVERRIDE}{section}.{name}",
-                metavar=_metavar(hints[name]),
-                help=_help(one),
-            )
+    add_options(parser)

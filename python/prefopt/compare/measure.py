@@ -19,7 +19,7 @@ from prefopt.evaluate.subject import Subject
 from prefopt.recipe.memory import NAME as MEMORY
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import load_model, load_tokenizer
-from prefopt.recipe.run import _trainer, preference_config
+from prefopt.recipe.run import make_trainer, preference_config
 from prefopt.train import NonFiniteError, PreferenceTrainer
 from prefopt.train.methods import METHODS, PAIRS
 from prefopt.train.run_folder import versions
@@ -51,7 +51,7 @@ def measure(job: Job, on_step: Callable[[], None]) -> dict:
     rows = load(plan.recipe, plan.methods, tokenizer)
     window = plan.sequences * recipe.training.gradient_accumulation_steps
     train = rows_of(method, rows.train, job.seed, window)
-    trainer = _trainer(recipe, config, tokenizer, train, None)
+    trainer = make_trainer(recipe, config, tokenizer, train, None)
     trainer.remove_callback(PrinterCallback)
     clock = _Clock(on_step)
     trainer.add_callback(clock)

@@ -57,7 +57,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     with config.main_process_first(local=False, desc="data"):  # the others read what it has built
         recipe = with_plan(recipe)
     train, held_out = load_data(recipe, tokenizer)
-    trainer = _trainer(recipe, config, tokenizer, train, held_out)
+    trainer = make_trainer(recipe, config, tokenizer, train, held_out)
     if trainer.is_world_process_zero():
         write_recipe(recipe, config, folder)
     with measured(folder, trainer.args.device, writes=trainer.is_world_process_zero()):
@@ -130,13 +130,14 @@ def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path
     return path
 
 
-def _trainer(
+def make_trainer(
     recipe: Recipe,
     config: PreferenceConfig,
     tokenizer: PreTrainedTokenizerBase,
     train: Tokenized,
     held_out: Tokenized | None,
 ) -> PreferenceTrainer:
+    """The trainer of a recipe, with its model, reference and adapter loaded."""
     chosen = recipe.model
     model = load_model(
         chosen.path,

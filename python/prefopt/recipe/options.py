@@ -1,0 +1,104 @@
+"""A recipe's options on the command line, `--SECTION.OPTION VALUE`; nothing heavy is imported."""
+
+import argparse
+import json
+import re
+import types
+from collections.abc import Callable
+from dataclasses import MISSING, Field
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from prefopt.recipe.error import RecipeError
+from prefopt.recipe.schema import SECTIONS, options_of, required
+
+OVERRIDE = "override "  # before the dotted keys among the parsed arguments
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of every section, with its help and default."""
+    for section, kind in SECTIONS.items():
+        group = parser.add_argument_group(section, kind.__doc__)
+        if section == "lora":
+            group.add_argument("--lora", dest=f"{OVERRIDE}lora", metavar="null", help="no adapter")
+        hints = get_type_hints(kind)
+        for name, one in options_of(section).items():
+            group.add_argument(
+                f"--{section}.{name}",
+                dest=f"{OVERRIDE}{section}.{name}",
+                metavar=_metavar(hints[name]),
+                help=_help(one),
+            )
+
+
+def overrides_of(
+    given: argparse.Namespace, rest: list[str], no_more: Callable[[list[str]], None]
+) -> dict[str, Any]:
+    """Dotted keys with values, for ``load_recipe``.
+
+    A dotted name that is no option is among them: the recipe's check reports it with the rest.
+
+    Args:
+        given, rest: of ``parse_known_args``.
+        no_more: refuses words that nobody took.
+    """
+    overrides = {
+        key.removeprefix(OVERRIDE): _value(key.removeprefix(OVERRIDE), text)
+        for key, text in vars(given).items()
+        if key.startswith(OVERRIDE) and text is not None
+    }
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        name, equals, text = word.partition("=")
+        if not re.match(r"--\w+\.\w", name):
+            no_more([word])
+        if not equals:
+            text = words.pop(0) if words and not words[0].startswith("--") else "null"
+        overrides[name[2:]] = _value(name[2:], text)
+    return overrides
+
+
+def _value(key: str, text: str) -> Any:
+    """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
+    section, _, name = key.partition(".")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"command line: {key} is {text!r}; expected a YAML value") from None
+    hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
+    named = str in _kinds(hints.get(name))
+    return text if named and value is not None and not isinstance(value, list) else value
+
+
+def _kinds(hint: Any) -> tuple:
+    """The alternatives of a union, the type itself otherwise."""
+    return get_args(hint) if get_origin(hint) in (types.UnionType, Union) else (hint,)
+
+
+def _metavar(hint: Any) -> str:
+    return "|".join(_word(kind) for kind in _kinds(hint))
+
+
+def _word(kind: Any) -> str:
+    choices = [choice for choice in get_args(kind) if isinstance(choice, str)]
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    words = {
+        bool: "true|false",
+        int: "INT",
+        float: "NUMBER",
+        str: "TEXT",
+        dict: "MAPPING",
+        type(None): "null",
+    }
+    return words.get(kind, "LIST")
+
+
+def _help(one: Field) -> str:
+    if required(one):
+        return f"{one.metadata['help']} (required)"
+    default = one.default if one.default is not MISSING else one.default_factory()
+    shown = one.metadata["shown"] or (default if isinstance(default, str) else json.dumps(default))
+    return f"{one.metadata['help']} (default: {shown})".replace("%", "%%")
