@@ -255,9 +255,16 @@ def _give_back_loss(model: nn.Module, own_loss) -> None:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and afterwards each in its own again, and sharded as before."""
+    """Every module in evaluation mode, and afterwards each in its own again, and sharded as before.
+
+    But for the 4-bit layers of bitsandbytes: on some CPUs their first pass in that mode packs the weights for good, in a form
+    that has no gradient. They do the same in either mode.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.training = True
     try:
         yield
     finally:

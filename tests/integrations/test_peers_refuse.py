@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, 
 from trl import KTOConfig, KTOTrainer
 
 from prefopt.data import PreferenceCollator
-from prefopt.train.prepare import keep_gradients_of_four_bits
 from prefopt_kernels.integrations.transformers import patch_forward
 from prefopt_testing import ROWS, make_dataset
 from trainer_testing import COMMON, World, gradients_of_first_step, make_trainer, make_world
@@ -169,7 +168,6 @@ def test_a_base_in_4_bits_has_its_own_loss_and_gradients_when_patched(tmp_path):
         layer = base.model.layers[0].mlp.up_proj
         assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8
         assert base.lm_head.weight.dtype == torch.float32
-        keep_gradients_of_four_bits(base)
         lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **TASK)
         model = get_peft_model(base, lora).train()
         with patch_forward(model) if patched else contextlib.nullcontext():
