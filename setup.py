@@ -43,6 +43,7 @@ TEST = [
     "liger-kernel==0.8.5",
     "kernels==0.17.2",
     "pytorch-lightning>=2.6,<3",
+    "deepspeed==0.19.8",
     *EXPORT,
     *QUANT,
 ]
