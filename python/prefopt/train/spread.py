@@ -10,9 +10,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from prefopt_kernels.integrations.transformers import LMHead, check_lm_head
-from prefopt_kernels.integrations.transformers_adapters import HeadOperands
-
 WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
     "whole on each process",
     "FSDP2",
@@ -87,22 +84,8 @@ class Spread:
             model = model.to(dtypes[0]) if dtypes else model
         return model
 
-    def check_head(self, model: nn.Module, head: LMHead) -> None:
-        """``check_lm_head``, which looks at the head's weight after the pass: by then shards may be shards again."""
-        check_lm_head(model, _Kept(**vars(head)) if self.kind == LOADED_IN_SHARDS else head)
-
     def _deepspeed_config(self) -> dict:
         return self.accelerator.state.deepspeed_plugin.deepspeed_config
-
-
-class _Kept(LMHead):
-    """A head whose operands are copies, made when they are asked for."""
-
-    @property
-    def operands(self) -> HeadOperands:
-        weight, bias, lora = super().operands
-        kept = None if lora is None else (lora[0].clone(), lora[1].clone(), lora[2])
-        return HeadOperands(weight.clone(), None if bias is None else bias.clone(), kept)
 
 
 def refuse_unsupported(trainer: Trainer) -> None:

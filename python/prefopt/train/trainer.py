@@ -33,7 +33,7 @@ from prefopt.train.run_folder import RunFolder
 from prefopt.train.scoring import PackingCollator, Scores, score, to_device
 from prefopt.train.spread import Spread
 from prefopt.train.window import drop_repeats, share_out
-from prefopt_kernels.integrations.transformers import lm_head_of
+from prefopt_kernels.integrations.transformers import check_lm_head, lm_head_of
 
 POLICY_OUTPUTS = ("entropy", "mean_logit")
 
@@ -102,7 +102,7 @@ class PreferenceTrainer(RecordedTrainer):
         )
         self.spread = Spread(self)
         self.head = lm_head_of(self.model)
-        self.spread.check_head(self.model, self.head)
+        check_lm_head(self.model, self.head)
         self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
         self.train_dataset = self._scored(train, args.per_device_train_batch_size)
         scored = {
@@ -156,7 +156,7 @@ class PreferenceTrainer(RecordedTrainer):
         self._reference_head = self.head
         if self.reference.model not in (None, self.model):
             self._reference_head = lm_head_of(self.reference.model)
-            self.spread.check_head(self.reference.model, self._reference_head)
+            check_lm_head(self.reference.model, self._reference_head)
         # With an adapter the reference cannot be mistaken for a checkpoint, so its weights need not be read.
         wanted = args.precompute_ref_logps or not isinstance(self.reference, AdapterOff)
         self._reference_fingerprint = self.reference.fingerprint() if wanted else None
