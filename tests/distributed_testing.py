@@ -43,20 +43,26 @@ CASES = {  # method, options, adapter
 }
 
 
-def rank_environment(rank: int, port: int, extra: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set for one of the processes."""
+def environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """For processes on this machine that need no network."""
     paths = (TESTS, TESTS.parent, TESTS.parent / "python")
     return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",  # no name look-up, which fails on isolated machines
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        **extra,
+    }
+
+
+def rank_environment(rank: int, port: int, extra: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would set for one of the processes."""
+    return environment(extra) | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(WORLD_SIZE),
         "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # no name look-up, which fails on isolated machines
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        **extra,
     }
 
 
