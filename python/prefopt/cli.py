@@ -4,15 +4,15 @@ Nothing heavy is imported before a command runs, so that help is there at once.
 """
 
 import argparse
-import difflib
 import logging
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from prefopt import __version__
+from prefopt.command_line import new_command, no_more
 from prefopt.compare.commands import add_compare_command
 from prefopt.data.commands import add_data_commands
 from prefopt.evaluate.commands import add_eval_command
@@ -60,18 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prefopt {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _demo_command(commands)
-    add_train_command(commands, _command, _no_more)
-    add_eval_command(commands, _command, _no_more)
-    add_compare_command(commands, _command, _no_more)
-    add_data_commands(commands, _command, _no_more)
+    add_train_command(commands)
+    add_eval_command(commands)
+    add_compare_command(commands)
+    add_data_commands(commands)
     _report_command(commands)
     _study_command(commands)
-    add_use_commands(commands, _command, _no_more)
+    add_use_commands(commands)
     return parser
 
 
 def _demo_command(commands: Any) -> None:
-    demo = _command(
+    demo = new_command(
         commands,
         "demo",
         _demo,
@@ -90,7 +90,7 @@ def _demo_command(commands: Any) -> None:
 
 
 def _demo(given: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest, ["--out", "--seed", "--method"])
+    no_more(rest, ["--out", "--seed", "--method"])
     from prefopt.demo import run_demo
 
     print(run_demo(given.out, given.seed, given.method))
@@ -98,14 +98,14 @@ def _demo(given: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _report_command(commands: Any) -> None:
-    report = _command(
+    report = new_command(
         commands, "report", _report, "write report.html, plots and model card of a run again"
     )
     report.add_argument("run", type=Path, metavar="RUN", help="run folder")
 
 
 def _report(given: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest, [])
+    no_more(rest, [])
     if not (given.run / "run.json").is_file():
         raise RecipeError(f"{given.run} is not a run folder: it has no run.json")
     from prefopt.report import write_report
@@ -119,7 +119,7 @@ def _study_command(commands: Any) -> None:
         "study", help="run an experiment again", description="Run an experiment again."
     )
     studies = study.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    bco = _command(
+    bco = new_command(
         studies,
         "bco-stability",
         _study_bco,
@@ -141,27 +141,11 @@ def _study_command(commands: Any) -> None:
 
 
 def _study_bco(given: argparse.Namespace, rest: list[str]) -> int:
-    _no_more(rest, ["--quick", "--full", "--out", "--processes", "--seeds"])
+    no_more(rest, ["--quick", "--full", "--out", "--processes", "--seeds"])
     from prefopt.study import run_study
 
     print(run_study(given.out, full=given.full, processes=given.processes, seeds=given.seeds))
     return 0
-
-
-def _command(
-    commands: Any,
-    name: str,
-    run: Callable[[argparse.Namespace, list[str]], int],
-    summary: str,
-    **texts: str,
-) -> argparse.ArgumentParser:
-    text = summary[0].upper() + summary[1:] + "."
-    parser = commands.add_parser(name, help=summary, description=text, allow_abbrev=False, **texts)
-    parser.add_argument(
-        "--traceback", action="store_true", help="on an error, show where it happened as well"
-    )
-    parser.set_defaults(command=run)
-    return parser
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
@@ -175,15 +159,6 @@ def _user_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:  # what was not imported was not raised
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)
-
-
-def _no_more(rest: list[str], known: list[str]) -> None:
-    """Refuse what no option took, with the nearest one that exists."""
-    if rest:
-        name = rest[0].partition("=")[0]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise RecipeError(f"command line: {name} is unknown{hint}")
 
 
 if __name__ == "__main__":

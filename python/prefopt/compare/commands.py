@@ -1,47 +1,31 @@
 """`prefopt compare` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefopt.command_line import new_command
 from prefopt.compare import CompareRequest, compare
 from prefopt.compare.request import KNOWN
-from prefopt.recipe.load import load_recipe
-from prefopt.recipe.options import add_options, overrides_of
+from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
 FLAGS = ["--methods", "--runs", "--out", "--tiny", "--lora"]
 
 
-def add_compare_command(
-    commands: Any,
-    command: Callable[..., argparse.ArgumentParser],
-    no_more: Callable[[list[str], list[str]], None],
-) -> None:
-    """Add the command.
-
-    Args:
-        commands: of the parser.
-        command: makes one of them, from (commands, name, what it runs, summary).
-        no_more: refuses arguments that nobody took, from (them, known options).
-    """
+def add_compare_command(commands: Any) -> None:
+    """Add the command."""
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        overrides = overrides_of(given, rest, lambda words: no_more(words, FLAGS))
+        overrides = overrides_of(given, rest, FLAGS)
         methods = tuple(one.strip() for one in given.methods.split(",") if one.strip())
         request = CompareRequest(methods=methods, runs=given.runs, out=given.out)
-        if given.tiny:
-            from prefopt.tiny import tiny_recipe
-
-            # model and rows are made beside the results
-            recipe = tiny_recipe(given.recipe, overrides | {"training.output_dir": str(given.out)})
-            print("\n".join(recipe.notes), flush=True)
-        else:
-            recipe = load_recipe(given.recipe, overrides)
+        if given.tiny:  # model and rows are made beside the results
+            overrides |= {"training.output_dir": str(given.out)}
+        recipe = recipe_of(given, overrides)
         print(f"\n{compare(recipe, request)}")
         return 0
 
-    parser = command(
+    parser = new_command(
         commands,
         "compare",
         run,

@@ -1,31 +1,19 @@
 """`prefopt data build`, `inspect` and `check` on the command line; nothing heavy is imported before one runs."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prefopt.command_line import new_command, no_more
 from prefopt.recipe.error import RecipeError
 
 FOUND_BAD_ROWS = 1
-Command = Callable[..., argparse.ArgumentParser]
-NoMore = Callable[[list[str], list[str]], None]
 
 
-def add_data_commands(
-    commands: Any,
-    command: Command,
-    no_more: NoMore,
-) -> None:
-    """Add `data` with its three commands.
-
-    Args:
-        commands: of the parser.
-        command: makes one of them, from (commands, name, what it runs, summary).
-        no_more: refuses arguments that nobody took, from (them, known options).
-    """
+def add_data_commands(commands: Any) -> None:
+    """Add `data` with its three commands."""
     data = commands.add_parser(
         "data",
         help="build data, and look at it before training",
@@ -33,10 +21,10 @@ def add_data_commands(
     )
     actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (_build_command, _inspect_command, _check_command):
-        add(actions, command, no_more)
+        add(actions)
 
 
-def _inspect_command(actions: Any, command: Command, no_more: NoMore) -> None:
+def _inspect_command(actions: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(rest, ["--split", "--revision", "--rows"])
         from prefopt.data.describe import describe
@@ -44,7 +32,7 @@ def _inspect_command(actions: Any, command: Command, no_more: NoMore) -> None:
         print(describe(given.source, split=given.split, revision=given.revision, rows=given.rows))
         return 0
 
-    inspect = command(actions, "inspect", run, "counts, lengths and a few rows")
+    inspect = new_command(actions, "inspect", run, "counts, lengths and a few rows")
     inspect.add_argument(
         "source", metavar="DIR|FILE", help="a built folder, a .jsonl or .parquet file, or a hub id"
     )
@@ -53,7 +41,7 @@ def _inspect_command(actions: Any, command: Command, no_more: NoMore) -> None:
     inspect.add_argument("--rows", type=int, default=2, help="to show of each split (default: 2)")
 
 
-def _check_command(actions: Any, command: Command, no_more: NoMore) -> None:
+def _check_command(actions: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
@@ -75,7 +63,9 @@ def _check_command(actions: Any, command: Command, no_more: NoMore) -> None:
         print(checked.text)
         return 0 if checked.clean else FOUND_BAD_ROWS
 
-    check = command(actions, "check", run, "count rows, list every bad one, show what is scored")
+    check = new_command(
+        actions, "check", run, "count rows, list every bad one, show what is scored"
+    )
     check.add_argument(
         "source", metavar="FILE", help="a .jsonl or .parquet file, a built folder, or a hub id"
     )
@@ -109,7 +99,7 @@ def _check_command(actions: Any, command: Command, no_more: NoMore) -> None:
     )
 
 
-def _build_command(actions: Any, command: Command, no_more: NoMore) -> None:
+def _build_command(actions: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         arguments = {
             name: value
@@ -124,7 +114,7 @@ def _build_command(actions: Any, command: Command, no_more: NoMore) -> None:
         print(f"{built.table}\n\n{built.folder}")
         return 0
 
-    build = command(
+    build = new_command(
         actions,
         "build",
         run,

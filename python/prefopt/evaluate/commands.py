@@ -1,26 +1,16 @@
 """`prefopt eval` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prefopt.command_line import new_command, no_more
 from prefopt.evaluate import evaluate_run
 from prefopt.evaluate.request import SUITES, EvalRequest
 
 
-def add_eval_command(
-    commands: Any,
-    command: Callable[..., argparse.ArgumentParser],
-    no_more: Callable[[list[str], list[str]], None],
-) -> None:
-    """Add the command.
-
-    Args:
-        commands: of the parser.
-        command: makes one of them, from (commands, name, what it runs, summary).
-        no_more: refuses arguments that nobody took, from (them, known options).
-    """
+def add_eval_command(commands: Any) -> None:
+    """Add the command."""
 
     def evaluate(given: argparse.Namespace, rest: list[str]) -> int:
         arguments = {
@@ -33,7 +23,7 @@ def add_eval_command(
         print(f"\n{evaluate_run(EvalRequest(**said))}")
         return 0
 
-    parser = command(
+    parser = new_command(
         commands,
         "eval",
         evaluate,

@@ -1,51 +1,33 @@
 """`prefopt train` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
-from prefopt.recipe.load import load_recipe
+from prefopt.command_line import new_command, no_more
 from prefopt.recipe.named import recipe_list
-from prefopt.recipe.options import add_options, overrides_of
+from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
 FLAGS = ("--list", "--tiny", "--resume", "--lora")
 
 
-def add_train_command(
-    commands: Any,
-    command: Callable[..., argparse.ArgumentParser],
-    no_more: Callable[[list[str], list[str]], None],
-) -> None:
-    """Add the command.
-
-    Args:
-        commands: of the parser.
-        command: makes one of them, from (commands, name, what it runs, summary).
-        no_more: refuses arguments that nobody took, from (them, known options).
-    """
+def add_train_command(commands: Any) -> None:
+    """Add the command."""
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         if given.list:
-            no_more(rest, list(FLAGS))
+            no_more(rest, FLAGS)
             print(recipe_list())
             return 0
         if given.recipe is None:
             train.error("the following arguments are required: RECIPE")
-        overrides = overrides_of(given, rest, lambda words: no_more(words, list(FLAGS)))
-        if given.tiny:
-            from prefopt.tiny import tiny_recipe
-
-            recipe = tiny_recipe(given.recipe, overrides)
-            print("\n".join(recipe.notes), flush=True)
-        else:
-            recipe = load_recipe(given.recipe, overrides)
+        recipe = recipe_of(given, overrides_of(given, rest, FLAGS))
         from prefopt.recipe import run_recipe
 
         folder = run_recipe(recipe, resume=given.resume)
         print(folder / "report.html")
         return 0
 
-    train = command(
+    train = new_command(
         commands,
         "train",
         run,

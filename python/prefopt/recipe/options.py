@@ -4,14 +4,16 @@ import argparse
 import json
 import re
 import types
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from prefopt.command_line import no_more
 from prefopt.recipe.error import RecipeError
-from prefopt.recipe.schema import SECTIONS, options_of, required
+from prefopt.recipe.load import load_recipe
+from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
 
 OVERRIDE = "override "  # before the dotted keys among the parsed arguments
 
@@ -32,8 +34,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             )
 
 
+def recipe_of(given: argparse.Namespace, overrides: Mapping[str, Any]) -> Recipe:
+    """The recipe that was named, made tiny where that was asked for, which prints what shrinks."""
+    if not given.tiny:
+        return load_recipe(given.recipe, overrides)
+    from prefopt.tiny import tiny_recipe
+
+    recipe = tiny_recipe(given.recipe, overrides)
+    print("\n".join(recipe.notes), flush=True)
+    return recipe
+
+
 def overrides_of(
-    given: argparse.Namespace, rest: list[str], no_more: Callable[[list[str]], None]
+    given: argparse.Namespace, rest: Sequence[str], known: Sequence[str]
 ) -> dict[str, Any]:
     """Dotted keys with values, for ``load_recipe``.
 
@@ -41,7 +54,7 @@ def overrides_of(
 
     Args:
         given, rest: of ``parse_known_args``.
-        no_more: refuses words that nobody took.
+        known: the command's own options, for what is neither.
     """
     overrides = {
         key.removeprefix(OVERRIDE): _value(key.removeprefix(OVERRIDE), text)
@@ -53,7 +66,7 @@ def overrides_of(
         word = words.pop(0)
         name, equals, text = word.partition("=")
         if not re.match(r"--\w+\.\w", name):
-            no_more([word])
+            no_more([word], known)
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "null"
         overrides[name[2:]] = _value(name[2:], text)

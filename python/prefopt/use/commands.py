@@ -2,30 +2,22 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Run = Callable[[argparse.Namespace, list[str]], int]
-NewCommand = Callable[..., argparse.ArgumentParser]
-NoMore = Callable[[list[str], list[str]], None]
+from prefopt.command_line import new_command, no_more
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def add_use_commands(commands: Any, new_command: NewCommand, no_more: NoMore) -> None:
-    """Add the four commands.
-
-    Args:
-        commands: of argparse, where they belong.
-        new_command: makes one of a name, a function and a summary.
-        no_more: refuses words that no option took, with the nearest of the options given.
-    """
+def add_use_commands(commands: Any) -> None:
+    """Add the four commands."""
     for add in (_export_command, _chat_command, _classify_command, _bench_command):
-        add(commands, new_command, no_more)
+        add(commands)
 
 
-def _export_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> None:
+def _export_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(rest, "--format --quant --dtype --out --base --force".split())
         from prefopt.export.run import export_run
@@ -65,7 +57,7 @@ def _export_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> 
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
 
-def _chat_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> None:
+def _chat_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(rest, "--base --system --max-new-tokens --temperature --seed --device".split())
         from prefopt.use.chat import chat
@@ -103,7 +95,7 @@ def _chat_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> No
     _device_argument(chat)
 
 
-def _classify_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> None:
+def _classify_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
@@ -160,7 +152,7 @@ def _classify_command(commands: Any, new_command: NewCommand, no_more: NoMore) -
     _device_argument(classify)
 
 
-def _bench_command(commands: Any, new_command: NewCommand, no_more: NoMore) -> None:
+def _bench_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
