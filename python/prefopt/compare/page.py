@@ -9,9 +9,8 @@ import yaml
 from prefopt.compare.summary import TABLES, Line, Measure, learned_cell
 from prefopt.report.facts import hub_id
 from prefopt.report.figures import Picture
-from prefopt.report.html import bullets, fold, gallery, grid, mapping, section, text
+from prefopt.report.html import bullets, document, fold, gallery, grid, mapping, section, text
 from prefopt.report.score import BASE
-from prefopt.report.style import STYLE
 
 # Narrow columns: a range goes below its median, and a head may break.
 OWN_STYLE = """
@@ -41,14 +40,8 @@ def page(
         section("Runs", _runs(content)),
         section("Settings", _settings(content)),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}{OWN_STYLE}</style>\n</head>\n<body>\n<main>\n<header>\n"
-        f"{text(title, 'h1')}\n{text(f'Base model: {model}', 'p', 'soft')}\n</header>\n"
-        + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
-    )
+    header = f"{text(title, 'h1')}\n{text(f'Base model: {model}', 'p', 'soft')}"
+    return document(title, header, sections, OWN_STYLE)
 
 
 def title_of(content: dict) -> str:

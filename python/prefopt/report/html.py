@@ -7,12 +7,30 @@ from typing import Any
 from prefopt.report.facts import shown
 from prefopt.report.figures import Picture
 from prefopt.report.read import is_number
+from prefopt.report.style import STYLE
 
 
 def text(value: Any, tag: str = "span", css: str = "") -> str:
     """A text from data: escaped, in its own direction."""
     attribute = f' class="{css}"' if css else ""
     return f'<{tag}{attribute} dir="auto">{escape(str(value))}</{tag}>'
+
+
+def document(title: str, header: str, sections: Iterable[str], style: str = "") -> str:
+    """A page that needs no other file.
+
+    Args:
+        title: of the browser's tab, as it is.
+        header: the elements on top.
+        sections: of ``section``.
+        style: further CSS, behind the house's.
+    """
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n<header>\n"
+        f"{header}\n</header>\n{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, body: str) -> str:

@@ -6,12 +6,11 @@ from typing import Any
 
 from prefopt.report import components
 from prefopt.report.figures import Picture
-from prefopt.report.html import bullets, fold, gallery, grid, section, text
+from prefopt.report.html import bullets, document, fold, gallery, grid, section, text
 from prefopt.report.metadata import title
 from prefopt.report.page_evaluation import evaluations
 from prefopt.report.page_facts import data, memory, settings, versions
 from prefopt.report.read import Run
-from prefopt.report.style import STYLE
 from prefopt.report.words import Story, judgement, percent
 
 SHOWN_SAMPLES, MOST_SAMPLES = 10, 200
@@ -41,15 +40,8 @@ def page(
         section("Memory", memory(run)),
         section("Versions", versions(run)),
     )
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(name)}: report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n<header>\n"
-        f'<h1 dir="auto">{escape(name)}</h1>\n'
-        f'<p class="verdict {story.tone}">{escape(story.verdict)}</p>\n</header>\n'
-        + "".join(sections)
-        + "</main>\n</body>\n</html>\n"
-    )
+    verdict = f'<p class="verdict {story.tone}">{escape(story.verdict)}</p>'
+    return document(f"{name}: report", f"{text(name, 'h1')}\n{verdict}", sections)
 
 
 def _story(run: Run, story: Story) -> str:

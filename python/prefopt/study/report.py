@@ -6,7 +6,7 @@ from pathlib import Path
 
 from prefopt.files import write_whole
 from prefopt.report.figures import Picture, for_page
-from prefopt.report.style import STYLE
+from prefopt.report.html import document, section, text
 from prefopt.study.findings import find
 from prefopt.study.grid import Config
 from prefopt.study.plots import draw_all, label
@@ -53,9 +53,9 @@ def write_report(out: Path) -> Path:
 def markdown(rows: list[dict]) -> str:
     """The answers alone, to be read where Markdown is shown."""
     lines = ["# " + TITLE, find(rows).verdict]
-    for section in sections(rows):
-        lines += ["## " + section.title, *section.sentences]
-        for table in section.tables:
+    for part in sections(rows):
+        lines += ["## " + part.title, *part.sentences]
+        for table in part.tables:
             grid = [table.head, ["---"] * len(table.head), *table.body]
             lines += [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in grid)]
     lines += ["## Definitions", "\n".join(f"- {one}" for one in DEFINITIONS), SCALE]
@@ -76,14 +76,12 @@ def page(rows: list[dict], drawings: list[Picture]) -> str:
         ("All cells", _all(rows)),
         ("Runs and versions", _list(_origin(rows))),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(TITLE)}</title>\n<style>{STYLE}.plots {{ grid-template-columns: 1fr; }}</style>\n</head>\n"
-        f"<body>\n<main>\n<header>\n<h1>{escape(TITLE)}</h1>\n"
-        f'<p class="verdict {findings.tone}">{escape(findings.verdict)}</p>\n</header>\n'
-        + "".join(f"<section>\n<h2>{name}</h2>\n{body}\n</section>\n" for name, body in parts)
-        + "</main>\n</body>\n</html>\n"
+    verdict = f'<p class="verdict {findings.tone}">{escape(findings.verdict)}</p>'
+    return document(
+        TITLE,
+        f"{text(TITLE, 'h1')}\n{verdict}",
+        (section(name, body) for name, body in parts),
+        ".plots { grid-template-columns: 1fr; }",
     )
 
 
