@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.train import PreferenceConfig, PreferenceTrainer, TrainingWarning
 from prefopt.train.methods import METHODS, OPTIONS, in_force
-from prefopt.train.spread import refuse_unsupported
 from prefopt_testing import make_dataset, make_rows
 from trainer_testing import make_trainer, make_world, train
 
@@ -178,22 +177,6 @@ def test_rows_come_in_every_form_and_give_the_same_ids(world, tmp_path):
     other = tokenize_rows(loaded, world.tokenizer, max_length=64)
     with pytest.raises(ValueError, match="tokenised with max_length 64, the configuration says 96"):
         make_trainer(world, tmp_path, data=other)
-
-
-def test_ways_of_spreading_a_model_that_nobody_has_tried_are_refused(world, tmp_path):
-    trainer = make_trainer(world, tmp_path)
-    for attribute, name in (
-        ("is_deepspeed_enabled", "DeepSpeed"),
-        ("is_fsdp_enabled", "FSDP"),
-        ("is_distributed_loading_by_transformers", "a model sharded while loading"),
-    ):
-        setattr(trainer, attribute, True)
-        with pytest.raises(ValueError, match=f"{name} is not supported yet"):
-            refuse_unsupported(trainer)
-        setattr(trainer, attribute, False)
-    trainer.args._n_gpu = 2
-    with pytest.raises(ValueError, match="several GPUs are visible"):
-        refuse_unsupported(trainer)
 
 
 def test_a_mixture_of_experts_is_told_that_its_balancing_loss_is_left_out(world, tmp_path):

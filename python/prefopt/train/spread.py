@@ -84,6 +84,14 @@ class Spread:
             model = model.to(dtypes[0]) if dtypes else model
         return model
 
+    def check_prepared(self, model: nn.Module) -> None:
+        """Raise ``ValueError`` for a model that accelerate should have sharded, and has not yet."""
+        if self.kind == FSDP2 and not isinstance(model, FSDPModule):
+            raise ValueError(
+                "evaluate was called before train: accelerate shards a model only together with its optimizer; train "
+                "first, or evaluate on one process"
+            )
+
     def _deepspeed_config(self) -> dict:
         return self.accelerator.state.deepspeed_plugin.deepspeed_config
 

@@ -342,6 +342,7 @@ class PreferenceTrainer(RecordedTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Trainer's, for rows in any form that ``train_dataset`` takes."""
+        self.spread.check_prepared(self.model)
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
             rows = prepare_rows(eval_dataset, self.processing_class, self.args, "eval_dataset")
             eval_dataset = self._scored(rows, self.args.per_device_eval_batch_size)
