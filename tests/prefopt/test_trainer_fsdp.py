@@ -34,28 +34,34 @@ from distributed_testing import (
     trained,
     whole_weights,
 )
-from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS
+from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
 from prefopt_testing import make_rows
 from trainer_testing import make_trainer, train
 
 CONFIG = Path(__file__).parents[2] / "python/prefopt/recipes/distributed/fsdp2.yaml"
 
+WHOLE_CASES = ("full-dpo", "lora-bco")  # under DDP
 RESUMED = ("full-kto", "lora-bco")
-LAYOUTS = {"norm-and-head": None, "head-alone": {"lm_head": "free_full_weight"}}
+LAYOUTS = {  # case, what is different from the model's own plan
+    "norm-and-head": ("full-dpo", None),
+    "head-alone": ("full-dpo", {"lm_head": "free_full_weight"}),
+    "adapter-of-shards": ("lora-bco", None),
+}
 
 
 def run_in_layout(world, folder: Path, layout: str) -> dict:
     """A model and a reference that transformers puts into shards while loading them."""
+    case, plan = LAYOUTS[layout]
     parts = {}
-    for name in ("model", "ref"):
+    for name in ("model", "ref") if case == "full-dpo" else ("model",):
         if os.environ["RANK"] == "0":
             getattr(world, name).save_pretrained(folder / name)
         dist.barrier()
-        config = DistributedConfig(fsdp_size=2, fsdp_plan=LAYOUTS[layout])
+        config = DistributedConfig(fsdp_size=2, fsdp_plan=plan)
         parts[name] = AutoModelForCausalLM.from_pretrained(
             folder / name, distributed_config=config, dtype=torch.float32
         )
-    trainer = built(world, folder, "full-dpo", 2, **parts)
+    trainer = built(world, folder, case, 2, **parts)
     before = whole_weights(trainer)
     logs = train(trainer)
     after = whole_weights(trainer)
@@ -88,12 +94,15 @@ def rank_main(folder: Path) -> None:
     seen = {}
     use_fsdp = os.environ.pop("ACCELERATE_USE_FSDP")
     seen["whole"] = run_with_pairs_of_the_window(world, folder / "whole")
+    seen["ddp"] = {name: run_case(world, folder / f"{name}-ddp", name, 2) for name in WHOLE_CASES}
     seen["layouts"] = {name: run_in_layout(world, folder / name, name) for name in LAYOUTS}
     os.environ["ACCELERATE_USE_FSDP"] = use_fsdp
     shard_on_the_cpu()
     seen["shards"] = run_with_pairs_of_the_window(world, folder / "shards")
     seen["cases"] = {name: run_case(world, folder / name, name, 2) for name in CASES}
     seen["resumed"] = {name: run_resumed(world, folder / f"{name}-again", name) for name in RESUMED}
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
+    seen["kept"] = run_case(world, folder / "kept", "lora-bco", 2)
     leave(folder, seen)
     dist.destroy_process_group()
 
@@ -126,11 +135,27 @@ def test_shards_take_the_steps_of_one_process(ranks, alone, name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE_CASES)
+def test_whole_models_on_two_processes_take_the_steps_of_one(ranks, alone, name):
+    (first, _), _ = ranks
+    assert first["ddp"][name]["kind"] == WHOLE
+    assert_same_run(first["ddp"][name], alone[name])
+    evaluation = first["ddp"][name]["evaluation"]
+    assert evaluation == pytest.approx(alone[name]["evaluation"], abs=1e-4, rel=0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_of_shards_takes_the_steps_of_one_process(ranks, alone, layout):
     (first, _), _ = ranks
     assert first["layouts"][layout]["kind"] == LOADED_IN_SHARDS
-    assert_same_run(first["layouts"][layout], alone["full-dpo"])
+    assert_same_run(first["layouts"][layout], alone[LAYOUTS[layout][0]])
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_where_its_layers_stay_whole_after_the_reference_ran(ranks, alone):
+    (first, _), _ = ranks
+    assert_same_run(first["kept"], alone["lora-bco"])
 
 
 @pytest.mark.slow
