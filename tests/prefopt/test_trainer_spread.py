@@ -39,6 +39,7 @@ def a_trainer(model=None, *, gpus=1, parallel=None, fsdp=None, zero=None, layout
         accelerator=SimpleNamespace(
             parallelism_config=parallel, state=state, device=torch.device("cpu")
         ),
+        place_model_on_device=fsdp is zero is layout is None,
         is_fsdp_enabled=fsdp is not None,
         is_deepspeed_enabled=zero is not None,
         is_distributed_loading_by_transformers=layout is not None,
@@ -126,6 +127,15 @@ def test_a_reference_beside_an_engine_has_the_dtype_of_the_policy():
     assert frozen.weight.dtype == torch.bfloat16
     config["bf16"]["enabled"] = "auto"
     assert Spread(a_trainer(zero=config)).frozen(nn.Linear(2, 2)).weight.dtype == torch.float32
+
+
+def test_a_reference_is_moved_where_the_policy_would_be():
+    placed, kept = a_trainer(), a_trainer()
+    kept.place_model_on_device = False
+    engine = a_trainer(zero={})
+    for trainer, device in ((placed, "meta"), (kept, "cpu"), (engine, "meta")):
+        trainer.accelerator.device = torch.device("meta")
+        assert Spread(trainer).frozen(nn.Linear(2, 2)).weight.device.type == device
 
 
 @pytest.mark.parametrize(

@@ -135,11 +135,11 @@ class RecordedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; whole also where FSDP's checkpoints are in shards, of which Trainer would save nothing."""
-        super().save_model(output_dir, _internal_call)
         if self.is_fsdp_enabled and not _internal_call:
             plugin = self.accelerator.state.fsdp_plugin
             if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
                 self._save(output_dir, self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -42,6 +42,8 @@ class Spread:
             self.kind = ZERO_3 if stage == 3 else ZERO
         else:
             self.kind = WHOLE
+        # an engine places the policy itself; otherwise Trainer says whether anybody should
+        self._moves = trainer.place_model_on_device or self.by_engine
 
     @property
     def in_lockstep(self) -> bool:
@@ -75,9 +77,8 @@ class Spread:
             config = _without_training(self._deepspeed_config())
             engine, *_ = deepspeed.initialize(model=model, config=config)
             return engine
-        if self.kind == LOADED_IN_SHARDS:
-            return model
-        model = model.to(self.accelerator.device)
+        if self._moves:
+            model = model.to(self.accelerator.device)
         if self.kind == ZERO:  # the engine casts the policy's weights, so equal models stay equal
             config = self._deepspeed_config()
             dtypes = [HALF[name] for name in HALF if config.get(name, {}).get("enabled") is True]
