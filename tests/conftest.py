@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     # Read when triton is first imported: its kernels then run in the interpreter, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed says aloud that it found no GPU
 
 OPS = Path(__file__).parent / "ops"
 

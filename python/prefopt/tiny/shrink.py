@@ -1,10 +1,15 @@
 """A recipe made tiny: what must shrink is overridden, said and written down; all else is the recipe's own."""
 
 import dataclasses
+import hashlib
 import json
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import load_recipe
@@ -78,18 +83,23 @@ def _inputs(folder: str) -> Path:
 
 
 def _write_inputs(whole: Recipe, folder: Path) -> None:
-    """Model, sources and plan; found again by a second start, so that a run can be resumed."""
+    """Model, sources and plan; found again by a second start, so that a run can be resumed, and by further processes."""
     said = {"model": whole.model.path, "plan": whole.data.plan, "seed": whole.training.seed}
-    if folder.exists():
-        if _read(folder / MARKER) != said:
-            raise RecipeError(
-                f"{folder} is there and not what --tiny makes for {whole.name}; remove it, or choose another "
-                "training.output_dir"
-            )
-        return
-    from prefopt.tiny.inputs import write_inputs  # torch and transformers take seconds to import
+    named = hashlib.sha256(os.fsencode(folder)).hexdigest()
+    # torchrun starts all processes at once: the first one here writes, the others wait
+    with FileLock(Path(tempfile.gettempdir()) / f"prefopt-{named[:16]}.lock"):
+        if folder.exists():
+            if _read(folder / MARKER) != said:
+                raise RecipeError(
+                    f"{folder} is there and not what --tiny makes for {whole.name}; remove it, or choose another "
+                    "training.output_dir"
+                )
+            return
+        from prefopt.tiny.inputs import (
+            write_inputs,
+        )  # torch and transformers take seconds to import
 
-    write_inputs(whole, folder, {MARKER: json.dumps(said, indent=2) + "\n"})
+        write_inputs(whole, folder, {MARKER: json.dumps(said, indent=2) + "\n"})
 
 
 def _read(path: Path) -> Any:
