@@ -31,13 +31,11 @@ TRAIN = [
     "safetensors>=0.6",
 ]
 EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
-# Exactly this one, because its task definitions are part of what a score means. It has no line in constraints.txt: current
-# releases of what it needs (typepy) want an older python-dateutil than the one pinned there.
+# Exactly this one: its task definitions are part of what a score means. Not in constraints.txt, for typepy, which it needs,
+# wants an older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
 TEST = [
-    "pytest>=8",
-    "pytest-benchmark>=5",
-    "pytest-xdist>=3.8",
+    *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8"),
     "hypothesis>=6",
     "trl==1.16.0",
     "liger-kernel==0.8.5",
