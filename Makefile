@@ -23,7 +23,7 @@ demo: .venv/.train .venv/.built
 	$(BIN)/prefopt demo $(ARGS)
 
 test: .venv/.dev .venv/.built
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(ARGS)
 
 bench: .venv/.dev .venv/.built
 	$(BIN)/python -m pytest benchmarks $(ARGS)
