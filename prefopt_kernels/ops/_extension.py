@@ -65,6 +65,9 @@ _load_once._dynamo_marked_constant = True
 
 def _find_and_load() -> tuple[Path | None, str | None]:
     """The library loaded and None, or None and the reason."""
+    if hasattr(torch.ops.prefopt_kernels_cpu, "isas"):
+        # by Hugging Face kernels, in another version: torch ends the process when a name is registered again
+        return None, "another copy of the C++ kernels is loaded in this process"
     installed = installed_library()
     if installed is not None and (not _sources.sources() or _sources.is_current(installed)):
         try:

@@ -108,6 +108,38 @@ def test_without_the_package_the_library_is_found_and_the_numbers_are_the_same(f
     assert any(map(any, alone["numbers"][backend][4]))
 
 
+TWICE = """
+import sys, warnings
+from pathlib import Path
+import torch
+from kernels import get_local_kernel
+
+ones, targets = torch.ones(2, 3), torch.tensor([0, 1])
+for folder in sys.argv[1:]:
+    kernel = get_local_kernel(Path(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        print(kernel.explain(ones, torch.ones(4, 3))["cpu"])
+        print(kernel.linear_logprob(ones, torch.ones(4, 3), targets).logp.exp().tolist())
+"""
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="no C++ library to load twice")
+def test_a_second_copy_goes_without_the_library_and_says_why(folder, tmp_path):
+    """torch takes one registration of a name, and ends the process at the second."""
+    second = tmp_path / "second"
+    hub_kernels.export(second, version=4)
+    words = [sys.executable, "-c", TWICE, str(folder), str(second)]
+    path = str(Path(prefopt_kernels.__file__).parents[1])
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    first_says, first, second_says, second_numbers = done.stdout.splitlines()
+    assert first_says == "None" and first == second_numbers == "[0.25, 0.25]"
+    assert "another copy of the C++ kernels is loaded in this process" in second_says
+
+
 def test_the_variant_without_a_library_has_the_definition_and_triton(folder, tmp_path):
     plain = tmp_path / "kernel"
     shutil.copytree(folder / "build" / "torch-cpu", plain / "build" / "torch-cpu")
