@@ -180,6 +180,16 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE", "TRAINING | TORCH_COMPILE"])
 def test_a_layer_is_kernelized_for_training_too(mode, folder):
+    # in a process of its own, into which no other test has loaded another version
+    words = [sys.executable, __file__, mode, str(folder)]
+    path = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
+def kernelized(mode: str, folder: Path) -> None:
+    """What that process does: the kernel in the place of somebody's layer, against the installed package."""
     mode = {
         "TRAINING": kernels.Mode.TRAINING,
         "INFERENCE": kernels.Mode.INFERENCE,
@@ -261,3 +271,7 @@ def test_refusals(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         hub_kernels.export(tmp_path / "kernel", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+if __name__ == "__main__":
+    kernelized(sys.argv[1], Path(sys.argv[2]))
