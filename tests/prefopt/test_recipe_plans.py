@@ -62,6 +62,20 @@ def test_rows_built_with_other_arguments_are_refused(content, tmp_path):
         with_plan(make_recipe(content))
 
 
+def test_rows_built_from_a_file_that_has_changed_are_refused(content, tmp_path):
+    recipe = make_recipe(content)
+    with_plan(recipe)
+    rows = tmp_path / "rows.jsonl"
+    before = rows.read_text(encoding="utf-8")
+    rows.write_text(before.replace("No idea", "None", 1), encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl has changed since .*built was built from it"):
+        with_plan(recipe)
+    rows.write_text(before, encoding="utf-8")
+    assert with_plan(recipe).data.eval_split == "validation"
+    rows.unlink()  # what was built from it is still there
+    assert with_plan(recipe).data.eval_split == "validation"
+
+
 def test_a_folder_that_nobody_built_is_refused(content, tmp_path):
     (tmp_path / "built").mkdir()
     (tmp_path / "built" / "notes.txt").write_text("mine", encoding="utf-8")

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from prefopt.cli import main
 from recipes_tiny_testing import counts, train_tiny
@@ -24,6 +25,10 @@ def test_s3_kto_on_a_base_in_four_bits(capsys):
     )
     record = run.json("run.json")
     assert record["config"]["optim"] == "adamw_bnb_8bit" and run.own.model.quantization == "nf4"
+    base = AutoModelForCausalLM.from_pretrained(run.own.model.path)
+    # what is packed in 4 bits is counted by the numbers it stands for
+    told = record["model"]["parameters"] - record["model"]["trainable"]
+    assert told == sum(parameter.numel() for parameter in base.parameters())
     # R1-Distill's template opens an answer with a thought that no rendered row has
     assert record["data"]["train"]["prompt_cut"] == record["data"]["train"]["rows"]
     assert run.logs("loss")[0] == 0.5  # with the adapter at 0, in 4 bits too

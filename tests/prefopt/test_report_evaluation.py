@@ -7,7 +7,9 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from peft import LoraConfig, get_peft_model
 
+from prefopt.demo.model import build_model, build_tokenizer
 from prefopt.report import write_report
 from prefopt.report.facts import commands
 from prefopt.report.figures import figure
@@ -149,6 +151,35 @@ def test_no_path_of_this_machine_in_the_card(run_dir):
         "prefopt eval NEW_RUN --suite thesis",
         "prefopt eval NEW_RUN --suite classify --data rows.jsonl --limit 4",
     ]
+
+
+def test_a_card_that_was_changed_by_hand_is_kept(run_dir, caplog):
+    card = run_dir / "README.md"
+    card.write_text("my own words\n", encoding="utf-8")
+    write_report(run_dir)
+    ours = card.read_bytes()
+    assert (run_dir / "README.edited.md").read_text(encoding="utf-8") == "my own words\n"
+    assert "README.md was changed by hand; it is kept as README.edited.md" in caplog.text
+    write_report(run_dir)  # nobody touched it
+    card.write_bytes(ours.replace(b"\n", b"\r\n"))  # nor here, for a reader
+    write_report(run_dir)
+    assert card.read_bytes() == ours and not (run_dir / "README.edited-2.md").exists()
+    changed = ours.replace(b"## ", b"## My ", 1)
+    card.write_bytes(changed)
+    write_report(run_dir)
+    assert card.read_bytes() == ours and (run_dir / "README.edited-2.md").read_bytes() == changed
+
+
+def test_the_empty_form_that_comes_with_an_adapter_is_not_kept(run_dir):
+    model = get_peft_model(
+        build_model(build_tokenizer(), seed=0), LoraConfig(target_modules=["q_proj"])
+    )
+    model.create_or_update_model_card(str(run_dir))
+    assert "[More Information Needed]" in (run_dir / "README.md").read_text(encoding="utf-8")
+    write_report(run_dir)
+    assert not list(run_dir.glob("README.edited*"))
+    form = (run_dir / "README.md").read_text(encoding="utf-8")
+    assert "[More Information Needed]" not in form
 
 
 def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):

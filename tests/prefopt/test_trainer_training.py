@@ -142,7 +142,10 @@ def test_what_is_saved_is_what_was_trained(world, tmp_path, adapter):
     )
     train(trainer)
     folder = tmp_path / "final"
+    folder.mkdir()
+    (folder / "README.md").write_text("my own words\n", encoding="utf-8")
     trainer.save_model(str(folder))
+    assert (folder / "README.md").read_text(encoding="utf-8") == "my own words\n"
     assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.pt"))
     kind = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     if adapter:  # the base was loaded from the world's folder, which its name says

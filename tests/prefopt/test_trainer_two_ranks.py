@@ -238,7 +238,10 @@ def test_defect_09_one_collective_per_estimate_and_one_per_log(ranks, estimator,
     counts = ranks[0][0][estimator]["collectives"]
     ours = {name: count for name, count in counts.items() if name.startswith("prefopt")}
     logs = len(ranks[0][0][estimator]["logs"])
-    assert ours == {"prefopt_kernels.reference_point": estimates, "prefopt.train.metrics": logs}
+    assert ours == {
+        "prefopt_kernels.reference_point.estimator": estimates,
+        "prefopt.train.metrics": logs,
+    }
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from prefopt.data.language import is_in
 from prefopt.data.plan import Plan, Source
 from prefopt.data.read import KNOWN_FIELDS
 from prefopt.data.rows import BadRow, DataError, RowError, bad_rows_error, folded_turns
-from prefopt.data.sources import FILES, commit_of, open_rows
-from prefopt.data.write import Spool
+from prefopt.data.sources import FILES, commit_of, local_file, open_rows
+from prefopt.data.write import Spool, file_digest
 
 REMEDY = "--on-bad-row skip (on_bad_row: skip), which lists them in bad_rows.jsonl"
 
@@ -82,6 +82,7 @@ class Intake:
         if problems:
             reading.left_out[BAD] = len(problems)
         self.bad += problems
+        file = local_file(source.path, source.split)
         return reading, {
             "name": source.name,
             "kind": source.kind,
@@ -90,6 +91,7 @@ class Intake:
             "revision": source.revision,
             "rows": reading.read,
             "sha256_of_rows": content.hexdigest(),
+            "sha256_of_file": None if file is None else file_digest(file)[0],
         }
 
     def _keep(self, number: int, line: int, answer: Answer) -> None:

@@ -97,6 +97,14 @@ def split_file(folder: Path, split: str) -> Path:
     return folder / splits[split]["file"]
 
 
+def local_file(path: str, split: str | None) -> Path | None:
+    """The file of this machine that a source is read from; None for one on the hub."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return split_file(place, split or "train")
+    return place if place.exists() else None
+
+
 def commit_of(name: str, revision: str | None) -> str:
     """The commit that a revision of a hub dataset stands for, so that what is loaded is what is recorded.
 

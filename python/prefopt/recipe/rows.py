@@ -11,8 +11,9 @@ from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_g
 from prefopt.data.build import build
 from prefopt.data.choose import VALIDATION
 from prefopt.data.pairs import tokenize_pairs
-from prefopt.data.plan import make_plan
-from prefopt.data.sources import MANIFEST, read_manifest
+from prefopt.data.plan import Plan, make_plan
+from prefopt.data.sources import MANIFEST, local_file, read_manifest
+from prefopt.data.write import file_digest
 from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import METHODS, PAIRS, RATED
 
@@ -56,24 +57,19 @@ def has_eval(recipe: Recipe) -> bool:
 def with_plan(recipe: Recipe) -> Recipe:
     """The recipe with the rows of its plan in place: built into ``data.path``, or found there.
 
-    A folder that is there is used as it is if it was built with the same arguments; its sources are not read again. The
-    plan's validation split becomes ``data.eval_path`` where the recipe names no other rows to evaluate on.
+    A folder that is there is used as it is if it was built with the same arguments from the same files. The plan's
+    validation split becomes ``data.eval_path`` where the recipe names no other rows to evaluate on.
 
     Raises:
-        DataError: the folder was built with other arguments, or is none that was built; whatever ``build`` raises.
+        DataError: the folder was built with other arguments or from a file that has changed, or is none that was built;
+            whatever ``build`` raises.
     """
     data = recipe.data
     if data.plan is None:
         return recipe
     plan, folder = make_plan([data.plan]), Path(data.path).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
-        built = read_manifest(folder)["arguments"]
-        # as JSON, for a tuple comes back as a list
-        if built != json.loads(json.dumps(plan.described())):
-            raise DataError(
-                f"{folder} was built with other arguments than data.plan {data.plan} has now (see its {MANIFEST}); remove "
-                "the folder, or choose another data.path"
-            )
+        _refuse_outdated(folder, plan, data.plan)
     else:
         print(f"data: building {data.plan} into {folder}", flush=True)
         print(build(plan, folder).table, flush=True)
@@ -81,6 +77,24 @@ def with_plan(recipe: Recipe) -> Recipe:
         return recipe
     found = dataclasses.replace(data, eval_path=data.path, eval_split=VALIDATION)
     return dataclasses.replace(recipe, data=found)
+
+
+def _refuse_outdated(folder: Path, plan: Plan, name: str) -> None:
+    """Refuse a folder that the plan would not build again as it is."""
+    manifest = read_manifest(folder)
+    remedy = "remove the folder, or choose another data.path"
+    # as JSON, for a tuple comes back as a list
+    if manifest["arguments"] != json.loads(json.dumps(plan.described())):
+        raise DataError(
+            f"{folder} was built with other arguments than data.plan {name} has now (see its {MANIFEST}); {remedy}"
+        )
+    for source, read in zip(plan.sources, manifest["sources"], strict=True):
+        file, digest = local_file(source.path, source.split), read.get("sha256_of_file")
+        if file is not None and digest is not None and file_digest(file)[0] != digest:
+            raise DataError(
+                f"{file} has changed since {folder} was built from it; {remedy}, or set data.plan to null to use the "
+                "folder as it is"
+            )
 
 
 def _validates(recipe: Recipe) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from prefopt.files import write_whole
 from prefopt.report.card import card
 from prefopt.report.charts import draw_suite
+from prefopt.report.edited import keep_if_edited, marked
 from prefopt.report.figures import placed
 from prefopt.report.page import page
 from prefopt.report.plots import draw, drawable
@@ -22,7 +23,7 @@ def write_report(run_dir: str | Path) -> Path:
 
     Reads run.json and metrics.jsonl and, if there, eval.json, samples.json, summary.json, memory.json, adapter_config.json,
     bad_rows.jsonl and recipe.yaml. What is missing or broken is said in the report. Each file is written beside its place
-    and renamed.
+    and renamed; a README.md that was changed by hand is kept as README.edited.md, with a warning.
 
     Returns:
         Path of report.html.
@@ -44,7 +45,10 @@ def write_report(run_dir: str | Path) -> Path:
     if summary and not (run.path / "eval.json").is_file():
         write_whole(run.path / "eval_summary.csv", summary, ERRORS)
     pictures = [one for some in evaluated.values() for one in some]
-    write_whole(run.path / "README.md", card(run, story, plots, pictures), ERRORS)
+    readme = run.path / "README.md"
+    text = marked(card(run, story, plots, pictures), ERRORS)
+    keep_if_edited(readme)
+    write_whole(readme, text, ERRORS)
     report = run.path / "report.html"
     write_whole(report, page(run, story, plots, evaluated), ERRORS)
     return report

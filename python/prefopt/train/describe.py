@@ -1,5 +1,7 @@
 """What run.json says of a run before it starts, and what is told about its data and its model."""
 
+from torch import Tensor
+
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.inputs import Prepared
 from prefopt.train.methods import RATED
@@ -35,7 +37,7 @@ def describe(
         config=args.to_dict(),
         model={
             "class": type(model).__name__,
-            "parameters": sum(parameter.numel() for parameter in parameters),
+            "parameters": sum(map(_numbers, parameters)),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
             "logit_scale": head.logit_scale,
             "softcap": head.softcap,
@@ -46,6 +48,12 @@ def describe(
         world_size=args.world_size,
         diagnostics=trainer.diagnostics.state_dict()["findings"],
     )
+
+
+def _numbers(parameter: Tensor) -> int:
+    """How many numbers a parameter stands for: bitsandbytes packs two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
 
 
 def _observe_labels(diagnostics: Diagnostics, args, counts: dict[str, int]) -> None:

@@ -133,6 +133,14 @@ class RecordedTrainer(Trainer):
             (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         super()._save_checkpoint(model, trial)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's; a model card that is there already stays as it is, where PEFT would write into it."""
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        before = card.read_bytes() if self.args.should_save and card.is_file() else None
+        super()._save(output_dir, state_dict)
+        if before is not None:
+            card.write_bytes(before)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's; whole also where FSDP's checkpoints are in shards, of which Trainer would save nothing."""
         if self.is_fsdp_enabled and not _internal_call:
