@@ -11,7 +11,7 @@ PASS_TITLES = {
 
 def table(header: list[str], lines: list[list[str]]) -> str:
     """Markdown; columns of words to the left, numbers to the right."""
-    words = {"head", "dtype", "pass", "model", "layout"}
+    words = {"head", "dtype", "pass", "model", "layout", "trainer"}
     rule = ["---" if title in words else "--:" for title in header]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 

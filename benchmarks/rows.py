@@ -1,6 +1,7 @@
 """Result rows: appended to results/<device>/<date>.jsonl, one JSON object a line, and read back."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.origin import ROOT
@@ -17,8 +18,10 @@ def keep(rows: list[dict], results: Path = RESULTS) -> Path:
     return path
 
 
-def newest(results: Path = RESULTS) -> dict[str, dict[tuple, dict]]:
-    """By device, the newest row of every (case, T, dtype, variant)."""
+def newest(
+    results: Path = RESULTS, fields: Sequence[str] = ("case", "T", "dtype", "variant")
+) -> dict[str, dict[tuple, dict]]:
+    """By device, the newest row of every combination of the fields."""
     devices = {}
     for path in sorted(results.glob("*/*.jsonl")):
         rows = devices.setdefault(path.parent.name, {})
@@ -27,7 +30,7 @@ def newest(results: Path = RESULTS) -> dict[str, dict[tuple, dict]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number} is not a JSON object: {error}") from None
-            key = (row["case"], row["T"], row["dtype"], row["variant"])
+            key = tuple(row[field] for field in fields)
             if key not in rows or rows[key]["time"] <= row["time"]:
                 rows[key] = row
     return devices

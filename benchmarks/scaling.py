@@ -6,16 +6,14 @@ python -m benchmarks.scaling --check     exits with 1 if they would change
 Everything here is arithmetic. tests/benchmarks/test_scaling.py holds it against what runs of two processes hold and send.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import cells
+from benchmarks import cells, pages
 from benchmarks.origin import ROOT
-from benchmarks.table import replace
 
 PAGE = ROOT / "docs" / "scaling.md"
 GPUS = (8, 64, 1024)
@@ -260,18 +258,7 @@ def _line(name: str, shape: Shape, step: Step) -> list[str]:
 
 
 def main(arguments: list[str] | None = None, page: Path = PAGE) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if it would change")
-    check = parser.parse_args(arguments).check
-    old = page.read_text(encoding="utf-8")
-    new = replace(old, tables(), page.name)
-    if new != old and check:
-        print(
-            f"{page.name}: its tables are not those of the formulas; run python -m benchmarks.scaling"
-        )
-    elif new != old:
-        page.write_text(new, encoding="utf-8")
-    return int(check and new != old)
+    return pages.run("benchmarks.scaling", arguments, page, tables(), "formulas")
 
 
 if __name__ == "__main__":

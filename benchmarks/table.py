@@ -4,11 +4,10 @@ python -m benchmarks.table             rewrites it
 python -m benchmarks.table --check     exits with 1 if it would change
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import cells
+from benchmarks import cells, pages
 from benchmarks.cases import (
     CASES,
     DTYPES,
@@ -22,7 +21,6 @@ from benchmarks.origin import ROOT
 from benchmarks.rows import RESULTS, newest
 
 README = ROOT / "README.md"
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 PEERS = ("torch", "trl", "liger")
 TITLES = {"torch": "plain torch", "trl": "TRL", "liger": "Liger"}
 
@@ -126,30 +124,10 @@ def _group_order(group: tuple[str, int, str]) -> tuple[int, int, int]:
     return list(CASES).index(case), list(DTYPES).index(dtype), T
 
 
-def replace(page: str, table: str, name: str = "README.md") -> str:
-    """The text of a page with ``table`` between the two markers."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
-        raise ValueError(f"{name} must have {BEGIN} and, after it, {END}, each exactly once")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table}{END}{after}"
-
-
 def main(
     arguments: list[str] | None = None, *, results: Path = RESULTS, readme: Path = README
 ) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if it would change")
-    check = parser.parse_args(arguments).check
-    old = readme.read_text(encoding="utf-8")
-    new = replace(old, render(newest(results)))
-    if new == old:
-        return 0
-    if check:
-        print(f"{readme.name}: the table is not that of the rows; run python -m benchmarks.table")
-        return 1
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    return pages.run("benchmarks.table", arguments, readme, render(newest(results)), "rows")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from benchmarks import scaling
+from benchmarks.pages import BEGIN, END
 from benchmarks.scaling import FP32, SHAPES, Shape, Step
-from benchmarks.table import BEGIN, END
 from distributed_testing import (
     WORLD_SIZE,
     launch_environment,

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from benchmarks import table
+from benchmarks.pages import BEGIN, END, replace
 from benchmarks.rows import keep, newest
 
-README = f"# Title\n\nBefore.\n\n{table.BEGIN}\n{table.END}\n\nAfter.\n"
+README = f"# Title\n\nBefore.\n\n{BEGIN}\n{END}\n\nAfter.\n"
 GROUP = ("qwen3-0.6b", 512, "bf16")
 
 
@@ -125,8 +126,8 @@ def test_the_newest_row_counts(written, tmp_path):
 
 def test_the_rest_of_the_readme_stays(written):
     _, text = written()
-    assert text.startswith(f"# Title\n\nBefore.\n\n{table.BEGIN}\n")
-    assert text.endswith(f"\n{table.END}\n\nAfter.\n")
+    assert text.startswith(f"# Title\n\nBefore.\n\n{BEGIN}\n")
+    assert text.endswith(f"\n{END}\n\nAfter.\n")
 
 
 def test_check_changes_nothing_and_fails_until_the_table_is_written(written):
@@ -144,16 +145,16 @@ def test_check_sees_a_typed_number(written, tmp_path):
 
 
 def test_no_rows_leave_nothing_between_the_markers(tmp_path):
-    assert table.replace(README, table.render(newest(tmp_path))) == README
+    assert replace(README, table.render(newest(tmp_path))) == README
 
 
 @pytest.mark.parametrize(
     "readme",
-    ["no markers", table.BEGIN, f"{table.END}\n{table.BEGIN}", f"{table.BEGIN * 2}{table.END}"],
+    ["no markers", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN * 2}{END}"],
 )
 def test_missing_markers_are_named(readme):
     with pytest.raises(ValueError, match="README.md must have <!-- benchmark:begin -->"):
-        table.replace(readme, "")
+        replace(readme, "")
 
 
 def test_rows_are_appended(tmp_path):

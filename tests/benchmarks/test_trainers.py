@@ -5,8 +5,10 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import trainers
+from benchmarks import trainers, trainers_table
 from benchmarks.cases import CASES
+from benchmarks.pages import BEGIN, END
+from benchmarks.rows import keep
 from prefopt_kernels.integrations import trl as integration
 
 OPTIONS = argparse.Namespace(
@@ -29,6 +31,47 @@ def test_a_row_for_trl_and_one_for_ours():
         assert (row["T"], row["rounds"], row["layers"]) == (48, 2, 1)
         assert row["tokens_per_second"] == pytest.approx(48e3 / row["median_ms"])
     assert rows[0]["ratio"] == 1.0 and 0.0 < rows[0]["loss"] < 1.0
+
+
+def test_the_page_has_the_newest_rows(tmp_path, capsys):
+    where = {
+        "run": "2026-11-21T10:00:00+00:00", "device": "cpu-x", "cpu": "Some CPU", "instruction_set": ["avx2"],
+        "versions": {"torch": "2.13.0", "trl": "1.16.0"}, "commit": "0123456789", "dirty": False,
+    }  # fmt: skip
+    speeds = {"kto": 10.0, "dpo": 20.0}
+    for name, speed in speeds.items():
+        for time, factor in (("2026-11-21T11:00:00", 4.0), ("2026-11-21T10:00:00", 3.0)):
+            shape = {
+                "op": f"trl_{name}_step",
+                "case": "qwen3-0.6b",
+                "T": 1024,
+                "dtype": "bf16",
+                "threads": 2,
+            }
+            row = where | shape | {"layers": 2, "rows": 4, "time": time}
+            trl = row | {"variant": "trl-trainable", "ratio": 1.0, "tokens_per_second": speed}
+            ours = row | {
+                "variant": "ours-trainable",
+                "ratio": 1 / factor,
+                "tokens_per_second": factor * speed,
+            }
+            keep([trl, ours], tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
+    assert trainers_table.main(["--check"], results=tmp_path, page=page) == 1
+    assert "page.md: its tables are not those of the rows" in capsys.readouterr().out
+    assert trainers_table.main([], results=tmp_path, page=page) == 0
+    text = page.read_text(encoding="utf-8")
+    assert (
+        "Some CPU (avx2), 2 threads; torch 2.13.0, trl 1.16.0; 2026-11-21, commit 0123456." in text
+    )
+    assert "| qwen3-0.6b | KTO | 2 | 4 | 1,024 | bf16 | 10 | 40 | 4.0 |" in text
+    assert "| qwen3-0.6b | DPO | 2 | 4 | 1,024 | bf16 | 20 | 80 | 4.0 |" in text
+    assert text.count("| qwen3-0.6b |") == 2  # the older rows are not shown
+
+
+def test_the_table_of_the_page_is_that_of_the_rows():
+    assert trainers_table.main(["--check"]) == 0
 
 
 def test_sequences_have_exactly_the_tokens_asked_for(tmp_path):

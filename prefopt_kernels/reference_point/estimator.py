@@ -1,0 +1,86 @@
+"""What every estimator has: its state, its one collective, and the checks of what it is given."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+class Estimator:
+    """The last estimate and what else it takes to go on, as fp32 tensors; the one collective."""
+
+    _shapes: dict[str, tuple[int, ...]] = {"value": ()}
+    value: Tensor  # 0-dim
+
+    def __init__(self, group: "dist.ProcessGroup | None" = None):
+        self.group = group
+        for name, shape in self._shapes.items():
+            setattr(self, name, torch.zeros(shape))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The estimator's tensors by name, copies; ``value`` is the last estimate, 0-dim fp32."""
+        return {name: getattr(self, name).clone() for name in self._shapes}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: a key is missing or unknown, or a value is not a tensor of the right shape.
+        """
+        if set(state) != set(self._shapes):
+            raise ValueError(
+                f"state has the keys {sorted(state)}; expected exactly {sorted(self._shapes)}"
+            )
+        for name, shape in self._shapes.items():
+            value = state[name]
+            if not isinstance(value, Tensor) or value.shape != shape:
+                got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                expected = f"tensor of shape {shape}" if shape else "0-dim tensor"
+                raise ValueError(f"state['{name}'] is {got}; expected a {expected}")
+        for name in self._shapes:
+            setattr(self, name, state[name].detach().to(torch.float32).clone())
+
+    def _follow(self, device: torch.device) -> None:
+        for name in self._shapes:
+            setattr(self, name, getattr(self, name).to(device))
+
+    def _over_ranks(self, packed: Tensor) -> Tensor:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(packed, group=self.group)
+        return packed
+
+
+def sums_and_counts(rows: Tensor, masks: Tensor) -> Tensor:
+    """(2, ...) sums of the rows under each mask, and how many there are; packed for one all-reduce."""
+    sums = torch.where(masks, rows, torch.zeros_like(rows)).sum(-1)
+    return torch.stack([sums, masks.sum(-1).to(rows.dtype)])
+
+
+def averaged(state: Estimator, sums: Tensor, counts: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator after one more window; unchanged where it has no rows."""
+    seen = counts > 0
+    numerator = decay * state.numerator + (1 - decay) * sums / counts.clamp(min=1.0)
+    denominator = decay * state.denominator + (1 - decay)
+    return (
+        torch.where(seen, numerator, state.numerator),
+        torch.where(seen, denominator, state.denominator),
+    )
+
+
+def checked(name: str, rows: Tensor, unit: str) -> Tensor:
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} is a {type(rows).__name__}; expected a tensor (n,)")
+    if not rows.is_floating_point():
+        raise TypeError(f"{name} has dtype {rows.dtype}; expected floating point ({unit})")
+    if rows.ndim != 1:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}; expected (n,)")
+    return rows.detach().to(torch.float32)
+
+
+def checked_decay(decay: float) -> float:
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise TypeError(f"decay is a {type(decay).__name__}; expected a number in [0, 1)")
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay is {decay}; expected a number in [0, 1)")
+    return decay
