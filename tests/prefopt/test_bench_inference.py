@@ -1,14 +1,17 @@
 """bench-inference: what is timed and what is not, and the arithmetic from times to the table."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 
 import prefopt.use.latency as latency
 from prefopt.cli import main
 from prefopt.recipe.load import RecipeError
 from prefopt.use.latency import Timing, bench_inference, distribution, summary, time_runs
+from prefopt.use.load import find_run, load_model
 from use_testing import make_run
 
 
@@ -137,6 +140,28 @@ def test_bad_arguments_are_named(run, options, said):
     with pytest.raises(RecipeError, match=said):
         bench_inference(run.folder, device="cpu", **options)
     assert not (run.folder / "inference.json").exists()
+
+
+def test_a_base_in_four_bits_needs_an_adapter_and_is_not_merged_into(run):
+    with pytest.raises(
+        RecipeError, match="nf4 and --merge is given, which would round the adapter"
+    ):
+        bench_inference(run.folder, merge=True, quantization="nf4")
+    with pytest.raises(RecipeError, match="--quantization is nf4, but .* holds all the weights"):
+        bench_inference(run.base, quantization="nf4")
+
+
+def test_without_bitsandbytes_a_run_can_be_loaded_whole(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run.folder, tmp_path / "run")
+    recipe = {"model": {"path": str(run.base), "quantization": "nf4"}}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    monkeypatch.setattr("prefopt.four_bits.find_spec", lambda name: None)
+    with pytest.raises(
+        RecipeError,
+        match="trained on a base in nf4, .* bitsandbytes: .*; or give --quantization none",
+    ):
+        load_model(find_run(copy))
+    assert load_model(find_run(copy), quantization="none").dtype == torch.float32
 
 
 def test_merge_needs_an_adapter(run):

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefopt.export.run as export
 from prefopt.cli import main
-from prefopt.export.merge import merged_model, refuse_broken_blocks, separate_tied_head
+from prefopt.export.merge import merged_model, separate_tied_head
 from prefopt.export.run import export_run
+from prefopt.four_bits import refuse_broken_blocks
 from prefopt.recipe.load import RecipeError
 from prefopt.use.load import find_run, load_tokenizer
 from use_testing import (
@@ -307,7 +308,11 @@ def test_four_bits_without_the_package_are_one_sentence_and_exit_2(
 
 def test_rows_that_bitsandbytes_loses_on_a_cpu_are_refused(run):
     with pytest.raises(RecipeError, match="rows of .*down_proj have 96 weights, no multiple of 64"):
-        refuse_broken_blocks(AutoModelForCausalLM.from_pretrained(run.base))
+        refuse_broken_blocks(
+            AutoModelForCausalLM.from_pretrained(run.base),
+            "--format merged-4bit",
+            "--format merged",
+        )
 
 
 def test_four_bits_are_read_back_within_the_rounding_of_nf4(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import prefopt.recipe.models as models
+import prefopt.four_bits as packing
 from prefopt.cli import main
 from prefopt.recipe import RecipeError, load_recipe, make_recipe
 from prefopt.recipe.models import load_model, quantize_for
@@ -51,9 +51,9 @@ def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
     "overrides", [{}, {"model.quantization": None, "training.optim": "adamw_bnb_8bit"}]
 )
 def test_without_bitsandbytes_it_says_how_to_get_it(overrides, monkeypatch):
-    find = models.find_spec
+    find = packing.find_spec
     monkeypatch.setattr(
-        models, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+        packing, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
     )
     with pytest.raises(RecipeError, match=r"needs the package bitsandbytes: pip install '.*quant"):
         preference_config(make_recipe(CONTENT, overrides))

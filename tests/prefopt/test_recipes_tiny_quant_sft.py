@@ -34,12 +34,33 @@ def test_s3_kto_on_a_base_in_four_bits(capsys):
     assert run.logs("loss")[0] == 0.5  # with the adapter at 0, in 4 bits too
     assert run.logs("rewards/margins")[-1] > 0.05
     assert "memory at its peak: " in run.printed
+    in_training = run.logs("eval_rewards/margins")[-1]
+    for quantization, same in ((None, True), ("none", False)):
+        margin, evaluated = margin_of(run.folder, quantization)
+        # bitsandbytes multiplies in bf16 in evaluation on some CPUs: 3e-4 here, and 7e-3 for whole weights
+        assert (abs(margin - in_training) < 1e-3) == same
+        assert (
+            any("weights that were not quantised" in one for one in evaluated["warnings"]) != same
+        )
     assert main(["export", str(run.folder), "--format", "merged-4bit"]) == 0
     config = json.loads(
         (run.folder / "export" / "merged-4bit" / "config.json").read_text(encoding="utf-8")
     )
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
     assert main(["export", str(run.folder), "--format", "gguf"]) == 0
+
+
+def margin_of(folder, quantization):
+    """The held-out margin by `prefopt eval`, and the evaluation."""
+    flags = [] if quantization is None else ["--quantization", quantization]
+    assert main(["eval", str(folder), "--suite", "preference", *flags]) == 0
+    suite = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["suites"]["preference"]
+    (margin,) = (
+        score["value"]
+        for score in suite["scores"]
+        if (score["task"], score["metric"], score["model"]) == ("rewards", "margin", "run")
+    )
+    return margin, suite
 
 
 def test_s4_a_classifier_by_supervised_fine_tuning(capsys, tmp_path):

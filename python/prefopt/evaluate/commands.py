@@ -45,6 +45,7 @@ def add_eval_command(commands: Any) -> None:
         ("--limit", int, "use the first N questions of each task, or rows"),
         ("--out", Path, "folder for the results (default: RUN)"),
         ("--base", str, "the starting model, where it is not what the run says"),
+        ("--quantization", str, "of the base's weights, nf4 or none (default: as in training)"),
         (
             "--rule",
             str,

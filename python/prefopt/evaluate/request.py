@@ -9,6 +9,7 @@ SUITES = {
     "preference": "margin, accuracy, KL and likelihoods on held-out rows, and wins of sampled answers by a rule",
     "classify": "one of 14 fields for each question: by likelihood, and by what is generated",
 }
+QUANTIZATIONS = ("nf4", "none")  # of the weights under an adapter
 # Which suites an option belongs to; the others refuse it rather than pass over it.
 OPTIONS = {
     "data": ("preference", "classify"),
@@ -44,6 +45,7 @@ class EvalRequest:
     data: str | None = None
     split: str | None = None
     base: str | None = None
+    quantization: str | None = None
     limit: int | None = None
     tasks_dir: Path | None = None
     out: Path | None = None
@@ -68,6 +70,10 @@ class EvalRequest:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EvalError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise EvalError(
+                f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}"
+            )
         if self.seed < 0:
             raise EvalError(f"--seed is {self.seed}; expected at least 0")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):

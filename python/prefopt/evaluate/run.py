@@ -67,12 +67,12 @@ def run(request: EvalRequest) -> Path:
 
 def _thesis(request: EvalRequest) -> tuple[Subject, Results]:
     asked = thesis.prepare_questions(request)
-    subject = load_subject(request.run, request.base)
+    subject = load_subject(request.run, request.base, request.quantization)
     return subject, thesis.evaluate(subject, asked, request)
 
 
 def _preference(request: EvalRequest) -> tuple[Subject, Results]:
-    subject = load_subject(request.run, request.base)
+    subject = load_subject(request.run, request.base, request.quantization)
     return subject, preference.evaluate(subject, read_rows(subject, request), request)
 
 
@@ -82,7 +82,7 @@ def _classify(request: EvalRequest) -> tuple[Subject, Results]:
             "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
         )
     questions = classify.read_questions(request)
-    subject = load_subject(request.run, request.base)
+    subject = load_subject(request.run, request.base, request.quantization)
     return subject, classify.evaluate(subject, questions, request)
 
 

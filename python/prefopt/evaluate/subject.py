@@ -11,10 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.evaluate.request import EvalError
+from prefopt.four_bits import KINDS
 from prefopt.recipe.load import RecipeError
 from prefopt.report.score import BASE, RUN
 from prefopt.use.load import (
     ADAPTER_CONFIG,
+    WHOLE,
     Source,
     choose_device,
     find_run,
@@ -41,6 +43,7 @@ class Subject:
     base: nn.Module | None  # a second model; None for an adapter, whose base is itself without it
     recipe: dict = field(default_factory=dict)  # recipe.yaml, as it is
     record: dict = field(default_factory=dict)  # run.json
+    quantization: str = WHOLE  # of the base's weights, as they are judged
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -80,7 +83,12 @@ class Subject:
 
     def about(self) -> dict:
         """For eval.json; no local path but the base's, which is the user's own name for it."""
-        return {"kind": self.kind, "base": self.base_name, "method": self.record.get("method")}
+        return {
+            "kind": self.kind,
+            "base": self.base_name,
+            "method": self.record.get("method"),
+            "quantization": self.quantization,
+        }
 
 
 def find_subject(folder: Path, base: str | None = None) -> Source:
@@ -95,12 +103,13 @@ def find_subject(folder: Path, base: str | None = None) -> Source:
         raise EvalError(str(error)) from None
 
 
-def load_subject(folder: Path, base: str | None = None) -> Subject:
+def load_subject(folder: Path, base: str | None = None, quantization: str | None = None) -> Subject:
     """Load run and base.
 
     Args:
         folder: of a run, or of any saved adapter or model.
         base: folder or hub id of the starting model, where it is not what the run says or the run does not say.
+        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
 
     Raises:
         EvalError: there is no model in the folder, or one of the two cannot be loaded.
@@ -112,7 +121,7 @@ def load_subject(folder: Path, base: str | None = None) -> Subject:
     try:
         record = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
         tokenizer = load_tokenizer(source)
-        model = load_model(source, device=device)
+        model = load_model(source, quantization=quantization, device=device)
     except RecipeError as error:
         raise EvalError(str(error)) from None
     kind = "weights" if source.base is None else "adapter"
@@ -125,7 +134,17 @@ def load_subject(folder: Path, base: str | None = None) -> Subject:
         except RecipeError as error:
             raise EvalError(f"the model before training: {error}; name it with --base") from None
         started.to(device)
-    subject = Subject(folder, kind, model, tokenizer, name, started, source.recipe, record)
+    subject = Subject(
+        folder,
+        kind,
+        model,
+        tokenizer,
+        name,
+        started,
+        source.recipe,
+        record,
+        quantization=quantization or source.quantization,
+    )
     subject.warnings += _warnings(subject)
     return subject
 
@@ -139,9 +158,10 @@ def _warnings(subject: Subject) -> list[str]:
         )
     if subject.models == [RUN]:
         found.append("No starting model is known, so the run stands alone; --base names one.")
-    if subject.option("model", "quantization") is not None:
+    trained = subject.option("model", "quantization") or WHOLE
+    if trained != subject.quantization:
+        names = {kind: f"in 4 bits ({kind})" for kind in KINDS} | {WHOLE: "that were not quantised"}
         found.append(
-            f"The run was trained on weights in 4 bits ({subject.option('model', 'quantization')}) and is evaluated on "
-            "those that they were made of."
+            f"The run was trained on weights {names[trained]} and is evaluated on weights {names[subject.quantization]}."
         )
     return found

@@ -15,10 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt.four_bits import quantization_options, refuse_broken_blocks
 from prefopt.recipe.load import RecipeError
-from prefopt.use.load import Source, load_model, stop_ids
-
-BLOCK = 64  # weights that share a scale in bitsandbytes' 4 bits
+from prefopt.use.load import WHOLE, Source, load_model, stop_ids
 
 
 def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -30,7 +29,7 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         RecipeError: the base is stored quantised, the adapter cannot be merged, or weights are not finite.
     """
     _refuse_quantised(source)
-    model = load_model(source, dtype="float32")
+    model = load_model(source, dtype="float32", quantization=WHOLE)
     if source.base is not None:
         separate_tied_head(model)
         try:
@@ -84,48 +83,19 @@ def save_four_bit(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
 ) -> None:
     """The merged weights in bitsandbytes' NF4 with doubly quantised scales; head and embedding are not quantised."""
-    from transformers import BitsAndBytesConfig
-
     model = merged_model(source, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        refuse_broken_blocks(model)
+        refuse_broken_blocks(model, "--format merged-4bit", "--format merged")
     model = _rounded(model, source, dtype)
     compute = torch.bfloat16 if model.dtype == torch.float32 else model.dtype
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-    )
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as scratch:
         _save(model, tokenizer, Path(scratch))
         del model
         quantised = AutoModelForCausalLM.from_pretrained(
-            scratch, dtype=compute, device_map={"": device}, quantization_config=config
+            scratch, dtype=compute, **quantization_options(compute, device)
         )
         _save(quantised, tokenizer, folder)
-
-
-def refuse_broken_blocks(
-    model: PreTrainedModel, asked: str = "--format merged-4bit", instead: str = "--format merged"
-) -> None:
-    """Refuse rows that bitsandbytes 0.50 does not quantise rightly on a CPU: it loses the weights without a word.
-
-    Args:
-        model: not quantised; its shapes alone matter.
-        asked, instead: what was asked for, and what to ask for instead, in the message.
-
-    Raises:
-        RecipeError: a linear layer's rows are no whole number of blocks.
-    """
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and module.in_features % BLOCK:
-            raise RecipeError(
-                f"{asked}: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which "
-                f"bitsandbytes quantises wrongly on a CPU; use a GPU, or {instead}"
-            )
 
 
 def _rounded(model: PreTrainedModel, source: Source, dtype: str) -> PreTrainedModel:

@@ -1,22 +1,24 @@
 """A recipe's model, tokenizer and adapter, from a folder or the hub."""
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from prefopt.export.merge import refuse_broken_blocks
+from prefopt.four_bits import (
+    check_blocks,
+    compute_dtype,
+    quantization_options,
+    refuse_without_bitsandbytes,
+)
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import Lora, Recipe
 
@@ -62,8 +64,8 @@ def load_model(
     if quantize_for is not None:
         device = _device(use_cpu)
         if device == "cpu":
-            _check_blocks(path, revision, key)
-        options = _four_bits(quantize_for, device)
+            check_blocks(path, revision, key, "model.quantization null")
+        options = quantization_options(getattr(torch, quantize_for), device)
     try:
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind, **options)
     except (OSError, ValueError, SafetensorError) as error:
@@ -86,7 +88,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def quantize_for(recipe: Recipe) -> str | None:
-    """The dtype in which the matrices of a 4-bit model are multiplied: that of autocast, or that of the other weights.
+    """The dtype in which the matrices of a 4-bit model are multiplied; None where there are none.
 
     Raises:
         RecipeError: 4 bits without an adapter, or without bitsandbytes.
@@ -100,17 +102,7 @@ def quantize_for(recipe: Recipe) -> str | None:
             "model.quantization null"
         )
     refuse_without_bitsandbytes(key)
-    if recipe.training.bf16 or recipe.training.fp16:
-        return "bfloat16" if recipe.training.bf16 else "float16"
-    return "float32" if recipe.model.dtype == "auto" else recipe.model.dtype
-
-
-def refuse_without_bitsandbytes(key: str) -> None:
-    """Say how to get it, before anything is downloaded."""
-    if find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            f"{key}, which needs the package bitsandbytes: pip install 'prefopt-kernels[train,quant]'"
-        )
+    return compute_dtype(vars(recipe.training), recipe.model.dtype)
 
 
 def adapter_config(lora: Lora) -> LoraConfig:
@@ -138,30 +130,6 @@ def located(path: str, key: str) -> str:
 def _device(use_cpu: bool) -> int | str:
     """Where this process will train: on a GPU the one that the trainer's arguments have chosen."""
     return "cpu" if use_cpu or not torch.cuda.is_available() else torch.cuda.current_device()
-
-
-def _four_bits(compute: str, device: int | str) -> dict:
-    """Arguments of ``from_pretrained`` for NF4, quantised on the device where it will be trained."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, compute),
-    )
-    return {"quantization_config": quantization, "device_map": {"": device}}
-
-
-def _check_blocks(path: str, revision: str | None, key: str) -> None:
-    """Rows that are no whole number of blocks lose weights on a CPU without a word; seen in the shapes, before loading."""
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{key}: cannot read the configuration of {path}: {_first(error)}"
-        ) from None
-    refuse_broken_blocks(model, key, "model.quantization null")
 
 
 def _template(recipe: Recipe) -> str:

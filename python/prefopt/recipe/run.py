@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, Tokenized
 from prefopt.files import write_whole
+from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import (
@@ -19,7 +20,6 @@ from prefopt.recipe.models import (
     load_model,
     load_tokenizer,
     quantize_for,
-    refuse_without_bitsandbytes,
 )
 from prefopt.recipe.rows import has_eval, load_data, with_plan
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of

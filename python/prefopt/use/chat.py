@@ -120,6 +120,7 @@ def chat(
     run: str | Path,
     *,
     base: str | None = None,
+    quantization: str | None = None,
     system: str | None = None,
     max_new_tokens: int = 512,
     temperature: float | None = None,
@@ -133,6 +134,7 @@ def chat(
     Args:
         run: run folder.
         base: base model, instead of the one that the adapter names.
+        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
         system: system prompt.
         max_new_tokens: of each answer, at most.
         temperature: 0 takes the likeliest token each time; as in the model's generation config if not given.
@@ -150,7 +152,7 @@ def chat(
     device = choose_device(device)
     found = find_run(run, base)
     tokenizer = load_tokenizer(found)
-    model = load_model(found, device=device)
+    model = load_model(found, quantization=quantization, device=device)
     if not tokenizer.chat_template:
         print("no chat template: each line is text that the model goes on with", file=sys.stderr)
     conversation = Conversation(

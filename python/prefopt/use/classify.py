@@ -58,6 +58,7 @@ def classify(
     plain: bool = False,
     split: str | None = None,
     base: str | None = None,
+    quantization: str | None = None,
     batch_size: int = 16,
     device: str = "auto",
 ) -> Classified:
@@ -77,6 +78,7 @@ def classify(
         plain: leave a text as it is; otherwise it becomes a user's message where the run has a chat template.
         split: of a folder or hub dataset.
         base: base model, instead of the one that the adapter names.
+        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
         batch_size: sequences (prompt and label) in one forward pass.
         device: "auto", "cpu" or "cuda".
 
@@ -100,7 +102,7 @@ def classify(
     chat = bool(tokenizer.chat_template) and not plain
     questions = read_questions(file, split, ask, chat)
     names = _labels(source) if labels is None else _checked(labels)
-    model = load_model(source, device=device)
+    model = load_model(source, quantization=quantization, device=device)
     scorer = LabelScorer(model, tokenizer, names, source.template_kwargs, batch_size)
     scores = scorer.score(questions)  # (questions, labels)
     table = _table(questions, names, scores)

@@ -59,12 +59,16 @@ def _export_command(commands: Any) -> None:
 
 def _chat_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, "--base --system --max-new-tokens --temperature --seed --device".split())
+        no_more(
+            rest,
+            "--base --quantization --system --max-new-tokens --temperature --seed --device".split(),
+        )
         from prefopt.use.chat import chat
 
         chat(
             given.run,
             base=given.base,
+            quantization=given.quantization,
             system=given.system,
             max_new_tokens=given.max_new_tokens,
             temperature=given.temperature,
@@ -92,6 +96,7 @@ def _chat_command(commands: Any) -> None:
         help="0 for the likeliest token each time (default: as in the model's generation config)",
     )
     chat.add_argument("--seed", type=int, help="of the sampling")
+    _quantization_argument(chat)
     _device_argument(chat)
 
 
@@ -99,7 +104,7 @@ def _classify_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
-            "--base --labels --out --ask --plain --split --batch-size --device".split(),
+            "--base --quantization --labels --out --ask --plain --split --batch-size --device".split(),
         )
         from prefopt.use.classify import classify
 
@@ -112,6 +117,7 @@ def _classify_command(commands: Any) -> None:
             plain=given.plain,
             split=given.split,
             base=given.base,
+            quantization=given.quantization,
             batch_size=given.batch_size,
             device=given.device,
         )
@@ -149,6 +155,7 @@ def _classify_command(commands: Any) -> None:
     classify.add_argument(
         "--batch-size", type=int, default=16, help="sequences at once (default: 16)"
     )
+    _quantization_argument(classify)
     _device_argument(classify)
 
 
@@ -156,7 +163,7 @@ def _bench_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
-            "--base --runs --warmup --prompt-tokens --new-tokens --batch-size --merge --dtype --out --device".split(),
+            "--base --quantization --runs --warmup --prompt-tokens --new-tokens --batch-size --merge --dtype --out --device".split(),
         )
         from prefopt.use.latency import bench_inference, table
 
@@ -169,6 +176,7 @@ def _bench_command(commands: Any) -> None:
             batch_size=given.batch_size,
             merge=given.merge,
             base=given.base,
+            quantization=given.quantization,
             dtype=given.dtype,
             device=given.device,
             out=given.out,
@@ -197,6 +205,7 @@ def _bench_command(commands: Any) -> None:
         help="of the weights (default: as in training)",
     )
     bench.add_argument("--out", type=Path, help=".json file (default: RUN/inference.json)")
+    _quantization_argument(bench)
     _device_argument(bench)
 
 
@@ -204,6 +213,14 @@ def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--base", metavar="MODEL", help="the base model, instead of the one that the adapter names"
+    )
+
+
+def _quantization_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantization",
+        choices=("nf4", "none"),
+        help="of the base's weights under an adapter (default: as in training)",
     )
 
 

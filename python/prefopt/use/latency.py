@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
 from prefopt.train.run_folder import versions
-from prefopt.use.load import check_length, choose_device, find_run, load_model
+from prefopt.use.load import WHOLE, check_length, choose_device, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
 OUT = "inference.json"
@@ -39,6 +39,7 @@ def bench_inference(
     batch_size: int = 1,
     merge: bool = False,
     base: str | None = None,
+    quantization: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
     out: str | Path | None = None,
@@ -56,6 +57,7 @@ def bench_inference(
         batch_size: sequences at once.
         merge: merge the adapter into the weights first.
         base: base model, instead of the one that the adapter names.
+        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
         dtype: of the weights; as in training if not given.
         device: "auto", "cpu" or "cuda".
         out: file of the result; inference.json in the run folder if not given.
@@ -80,7 +82,13 @@ def bench_inference(
     source = find_run(run, base)
     if merge and source.base is None:
         raise RecipeError(f"--merge is given, but {source.folder} has no adapter")
-    model = load_model(source, dtype=dtype, device=device)
+    if merge:
+        if quantization not in (None, WHOLE):
+            raise RecipeError(
+                f"--quantization is {quantization} and --merge is given, which would round the adapter; expected one of them"
+            )
+        quantization = WHOLE
+    model = load_model(source, dtype=dtype, quantization=quantization, device=device)
     check_length(model, prompt_tokens + new_tokens, "prompt and answer have")
     if merge:
         model = model.merge_and_unload(safe_merge=True)
@@ -89,6 +97,7 @@ def bench_inference(
         "run": source.folder.name,
         "adapter": "none" if source.base is None else "merged" if merge else "beside the weights",
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization or source.quantization,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),

@@ -18,8 +18,16 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from prefopt.four_bits import (
+    KINDS,
+    check_blocks,
+    compute_dtype,
+    quantization_options,
+    refuse_without_bitsandbytes,
+)
 from prefopt.recipe.load import RecipeError
 
+WHOLE = "none"  # as a quantization: the base's weights as they are
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -54,6 +62,12 @@ class Source:
         """Of ``started``, on the hub."""
         recipe = _section(self.recipe, "model")
         return recipe.get("revision") if self.base is None else self.revision
+
+    @property
+    def quantization(self) -> str:
+        """Of the weights under the adapter in training."""
+        said = _section(self.recipe, "model").get("quantization")
+        return said if self.base is not None and said in KINDS else WHOLE
 
     @property
     def weights(self) -> str:
@@ -109,20 +123,26 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    source: Source, *, dtype: str | None = None, device: str = "cpu", **options: Any
+    source: Source,
+    *,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel | PeftModel:
     """The trained model in eval mode, its adapter (if it has one) applied beside the base's weights.
 
     Args:
         source: of ``find_run``.
         dtype: "float32", "bfloat16", "float16" or "auto"; as in training if not given.
+        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
         device: of ``choose_device``.
-        options: passed to ``from_pretrained``.
 
     Raises:
-        RecipeError: the base or the adapter cannot be loaded.
+        RecipeError: the base or the adapter cannot be loaded, or not in 4 bits.
     """
     name = source.dtype if dtype is None else dtype
+    kind = quantization or source.quantization
+    options = {} if kind == WHOLE else _four_bits(source, name, device, kind, quantization)
     model = load_weights(source.weights, source.revision, name, **options)
     if source.base is not None:
         try:
@@ -134,7 +154,7 @@ def load_model(
             raise RecipeError(
                 f"the adapter in {source.folder} does not fit the base model {source.base}: {_first(error)}"
             ) from None
-    return model.to(device).eval()
+    return (model.to(device) if kind == WHOLE else model).eval()
 
 
 def load_weights(path: str, revision: str | None, dtype: str, **options: Any) -> PreTrainedModel:
@@ -225,6 +245,25 @@ def read_object(path: Path) -> dict:
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a JSON object")
     return content
+
+
+def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | None) -> dict:
+    """Arguments of ``from_pretrained`` for the base in 4 bits, multiplied as in training."""
+    key = (
+        f"--quantization is {kind}" if asked else f"{source.folder} was trained on a base in {kind}"
+    )
+    if source.base is None:
+        raise RecipeError(
+            f"{key}, but {source.folder} holds all the weights; expected a run with an adapter, or --quantization {WHOLE}"
+        )
+    try:
+        refuse_without_bitsandbytes(key)
+    except RecipeError as error:
+        raise RecipeError(f"{error}; or give --quantization {WHOLE}") from None
+    if device == "cpu":
+        check_blocks(source.weights, source.revision, key, f"--quantization {WHOLE}")
+    compute = compute_dtype(_section(source.recipe, "training"), dtype)
+    return quantization_options(getattr(torch, compute), device)
 
 
 def _located(named: str | None, folder: Path) -> str:
