@@ -76,6 +76,7 @@ def test_two_suites_in_one_run_folder(run, capsys):
             "kind": "adapter",
             "base": str(run.parent / "base"),
             "method": "kto",
+            "quantization": "none",
         }
         assert suite["settings"]["limit"] in (2, 4) and suite["versions"]["torch"]
         for picture in suite["pictures"]:
