@@ -8,12 +8,12 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from prefopt_kernels._chunked_head import PrecomputedGradients, chunked_head
+from prefopt_kernels._packed import check_packing, check_vector, sequence_logps
 from prefopt_kernels.losses import apo_zero_loss, kto_loss
 from prefopt_kernels.losses._checks import check_positive, check_weight
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
@@ -25,38 +25,6 @@ METHODS = ("kto", "apo_zero")
 REDUCTIONS = ("mean", "sum", "none")
 SCHEMES = ("auto", "op", "chunked")
 CHUNKS_PAY_FROM_H = 4096
-
-
-def sequence_logps(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
-    r"""Sum per-token log-probabilities over each sequence.
-
-    .. math:: \mathrm{logps}_i = \sum_{t = c_i}^{c_{i+1} - 1} \mathrm{logp}_t
-
-    Sums are taken in fp64 and rounded once, because KTO subtracts two sums of thousands of tokens; the
-    order is fixed, so runs repeat bit for bit. Differentiable in ``logp``; nothing waits for a device.
-
-    Args:
-        logp: (T,) floating point, nats per token, 0 where a token does not count.
-        cu_seqlens: (B + 1,) int32 or int64, non-decreasing from 0 to T. Row at which each sequence
-            begins, and T last. Checked on the CPU only, where reading it is free.
-
-    Returns:
-        (B,) fp32, nats. An empty sequence gives 0.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or, on the CPU, value.
-
-    Example:
-        >>> import torch
-        >>> from prefopt_kernels.modules import sequence_logps
-        >>> sequence_logps(torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([0, 2, 2, 3]))
-        tensor([-3.,  0., -4.])
-    """
-    _check_packing(logp, cu_seqlens)
-    offsets = cu_seqlens.long().clamp(0, logp.shape[0])  # a wrong one must not read past the end
-    # unsafe=True leaves out torch's own check, which would read the offsets back to the host.
-    sums = torch.segment_reduce(logp.double(), "sum", offsets=offsets, initial=0.0, unsafe=True)
-    return sums.float()
 
 
 @dataclass(frozen=True)
@@ -204,9 +172,9 @@ class FusedLinearKTOLoss(nn.Module):
             TypeError, ValueError: an argument is missing, superfluous or of the wrong type, dtype, shape
             or device; found before any product is computed.
         """
-        _check_packing(targets, cu_seqlens, name="targets")
+        check_packing(targets, cu_seqlens, name="targets")
         B = cu_seqlens.shape[0] - 1
-        _check_vector("labels", labels, B)
+        check_vector("labels", labels, B)
         if labels.dtype != torch.bool:
             raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool")
         z0 = self._reference_point(reference_point, kl_log_ratio, hidden)
@@ -338,7 +306,7 @@ class FusedLinearKTOLoss(nn.Module):
                 "expected exactly one of reference_point and kl_log_ratio for method 'kto'"
             )
         if kl_log_ratio is not None:
-            _check_vector("kl_log_ratio", kl_log_ratio)
+            check_vector("kl_log_ratio", kl_log_ratio)
             kl_log_ratio = kl_log_ratio.detach().float()
             return (kl_log_ratio.sum() / max(kl_log_ratio.shape[0], 1)).clamp(min=0.0)
         if not isinstance(reference_point, Tensor) or reference_point.ndim != 0:
@@ -389,7 +357,7 @@ def _check_reference(
         got = "neither" if ref_logps is None else "both"
         raise ValueError(f"{got} given; expected exactly one of ref_logps and ref_hidden")
     if ref_logps is not None:
-        _check_vector("ref_logps", ref_logps, B)
+        check_vector("ref_logps", ref_logps, B)
         for name, value in (("ref_weight", ref_weight), ("ref_bias", ref_bias)):
             if value is not None:
                 raise ValueError(f"{name} is given with ref_logps; expected it with ref_hidden")
@@ -409,42 +377,3 @@ def _check_reference(
     ):
         if value.shape != expected:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
-
-
-def _check_packing(tokens: Tensor, cu_seqlens: Tensor, name: str = "logp") -> None:
-    _check_vector(name, tokens)
-    _check_vector("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or int64")
-    if cu_seqlens.shape[0] < 2:
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B + 1,) with at least one sequence"
-        )
-    if cu_seqlens.device != tokens.device:
-        raise ValueError(
-            f"cu_seqlens is on {cu_seqlens.device}; expected {tokens.device}, as {name}"
-        )
-    # Only where reading values neither waits for a device nor breaks a traced graph.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        T, bounds = tokens.shape[0], cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != T:
-            raise ValueError(
-                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {T}, the "
-                f"rows of {name}"
-            )
-        for i, (begin, end) in enumerate(pairwise(bounds)):
-            if end < begin:
-                raise ValueError(
-                    f"cu_seqlens[{i + 1}] is {end}, below cu_seqlens[{i}] = {begin}; expected "
-                    "non-decreasing values"
-                )
-
-
-def _check_vector(name: str, value: Tensor, length: int | None = None) -> None:
-    expected = "(n,)" if length is None else f"({length},)"
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} is a {type(value).__name__}; expected a tensor of shape {expected}"
-        )
-    if value.ndim != 1 or (length is not None and value.shape[0] != length):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")

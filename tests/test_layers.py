@@ -17,8 +17,9 @@ KERNELS_MAY = {
     "reference_point": {"reference_point"},
     "vocab_parallel": {"ops"},
     "sharded_head": {"vocab_parallel", "ops"},
-    "_chunked_head": {"ops"},  # a part of modules, in a file of its own
-    "modules": {"_chunked_head", "sharded_head"} | BELOW_MODULES,
+    "_chunked_head": {"ops"},  # parts of modules, in files of their own
+    "_packed": set(),
+    "modules": {"_chunked_head", "_packed", "sharded_head"} | BELOW_MODULES,
     "integrations": {"modules", "sharded_head", "integrations"} | BELOW_MODULES,
     "info": {"", "ops"},  # a program, imported by nobody
     "": {"modules", "vocab_parallel"} | BELOW_MODULES,  # __init__.py: the public names
