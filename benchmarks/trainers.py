@@ -1,10 +1,10 @@
-"""TRL's trainers with and without the patch: tokens per second of forward and backward of one micro-batch.
+"""TRL's trainers with and without the patch, and ours: tokens per second of forward and backward of one micro-batch.
 
     python -m benchmarks.trainers                                          the required cases; about an hour on 2 cores
     python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        tries the harness, keeps no row
 
-One trainer of TRL, built once, takes the same micro-batch again and again, in interleaved rounds: patched, not patched.
-The model has a real head on a few random layers, because it is the head that differs; the share of the head in a step
+One trainer of TRL, built once, takes the same micro-batch again and again, in interleaved rounds, patched and not patched,
+and PreferenceTrainer takes the same rows with the same weights. The model has a real head on a few random layers, because it is the head that differs; the share of the head in a step
 falls with the number of layers, so a row names it. Tokens are those of the matched sequences, prompt and completion. A
 KTO step runs the policy and the reference on the mismatched ones too. Rows go to results/trainers/<device>/.
 """
@@ -26,9 +26,10 @@ from benchmarks.rows import RESULTS, keep
 from prefopt_kernels.integrations import trl as integration
 
 TRAINERS = ("kto", "dpo")
+WHO = ("trl", "ours", "prefopt")  # TRL as it is, patched, and PreferenceTrainer
 REQUIRED = ("smollm2-360m", "qwen3-0.6b")
 KEPT_ROUNDS = 5  # fewer show a number and keep no row
-GATE = ("tests/ops", "tests/integrations/test_trl.py")
+GATE = ("tests/ops", "tests/integrations/test_trl.py", "tests/prefopt/test_trainer_parity.py")
 # TRL rounds the logits of bf16 models: .1 nat in a completion's sum, of which the losses take a twentieth.
 LOSS_DIFFERENCE = {"bf16": 1e-2, "fp32": 1e-4}
 
@@ -84,11 +85,10 @@ def rows_of(trainer: str, case: Case, rows: int, tokens: int):
     return Dataset.from_list([row(i) for i in range(rows // 2 if trainer == "dpo" else rows)])
 
 
-def build(name: str, case: Case, options: argparse.Namespace, folder: str):
+def build(name: str, case: Case, data, options: argparse.Namespace, folder: str):
     """TRL's trainer, ready for ``training_step``, and its micro-batch."""
     import trl
 
-    data = rows_of(name, case, options.rows, options.tokens)
     config = getattr(trl, f"{name.upper()}Config")(
         output_dir=folder,
         per_device_train_batch_size=len(data),
@@ -113,11 +113,40 @@ def build(name: str, case: Case, options: argparse.Namespace, folder: str):
     return trainer, batch
 
 
+def build_own(name: str, theirs, data, folder: str):
+    """PreferenceTrainer on the weights of TRL's, ready for ``training_step``, and its micro-batch."""
+    from prefopt.train import PreferenceConfig, PreferenceTrainer
+
+    config = PreferenceConfig(
+        output_dir=folder,
+        method=name,
+        per_device_train_batch_size=len(data),
+        kl_estimator="microbatch" if name == "kto" else None,  # TRL's
+        sampler="sequential",
+        max_length=None,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = PreferenceTrainer(
+        theirs.model,
+        config,
+        data,
+        processing_class=theirs.processing_class,
+        ref_model=theirs.ref_model,
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, config.device)
+    return trainer, batches[0]
+
+
 def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> list[dict]:
-    """Two rows: TRL as it is, and patched."""
+    """Three rows: TRL as it is, patched, and our own trainer."""
     torch.set_num_threads(options.threads)
+    data = rows_of(name, case, options.rows, options.tokens)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, batch = build(name, case, options, folder)
+        trainer, batch = build(name, case, data, options, folder)
+        own, own_batch = build_own(name, trainer, data, f"{folder}/own")
 
         def step() -> Tensor:
             trainer.model.zero_grad(set_to_none=True)
@@ -129,8 +158,14 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
                 assert patch.calls > 0 and patch.passed_on == 0
             return loss
 
-        seconds, losses = interleaved({"trl": step, "ours": patched}, options.rounds)
-    difference = abs(losses["trl"] - losses["ours"]).item()
+        def ours() -> Tensor:
+            own.model.zero_grad(set_to_none=True)
+            return own.training_step(own.model, dict(own_batch)).detach()
+
+        seconds, losses = interleaved(
+            {"trl": step, "ours": patched, "prefopt": ours}, options.rounds
+        )
+    difference = max(abs(losses["trl"] - losses[who]).item() for who in WHO)
     if not difference <= LOSS_DIFFERENCE[options.dtype]:
         raise RuntimeError(f"the losses differ by {difference:.1e}: no numbers from a wrong kernel")
     T = options.rows * options.tokens
@@ -156,7 +191,7 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
             "tokens_per_second": T / statistics.median(seconds[who]),
             "loss": losses[who].item(),
         }
-        for who in ("trl", "ours")
+        for who in WHO
     ]
 
 

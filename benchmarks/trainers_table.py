@@ -10,10 +10,17 @@ from pathlib import Path
 from benchmarks import cells, pages
 from benchmarks.origin import ROOT
 from benchmarks.rows import RESULTS, newest
+from benchmarks.trainers import WHO
 
 PAGE = ROOT / "docs" / "integrations.md"
 HEAD = ["head", "trainer", "layers", "sequences", "tokens", "dtype"]
-HEAD += ["TRL, tokens/s", "patched, tokens/s", "times as fast"]
+HEAD += [
+    "TRL, tokens/s",
+    "patched",
+    "PreferenceTrainer",
+    "patched, times as fast",
+    "PreferenceTrainer",
+]
 
 
 def render(results: Path) -> str:
@@ -23,10 +30,13 @@ def render(results: Path) -> str:
 
 
 def _section(rows: dict[tuple, dict]) -> str:
+    steps = sorted({key[:-1] for key in rows})
+    heads = sorted({key[-1].split("-")[1] for key in rows}, reverse=True)
     lines = [
-        _line(row, rows[(*key[:-1], key[-1].replace("ours", "trl", 1))])
-        for key, row in sorted(rows.items())
-        if key[-1].startswith("ours")
+        _line(rows, step, head)
+        for step in steps
+        for head in heads
+        if (*step, f"trl-{head}") in rows
     ]
     ordered = sorted(rows.values(), key=lambda row: row["time"])
     last = ordered[-1]
@@ -42,15 +52,13 @@ def _section(rows: dict[tuple, dict]) -> str:
     )
 
 
-def _line(ours: dict, trl: dict) -> list[str]:
-    trainer = ours["op"].split("_")[1].upper()
-    head = "" if ours["variant"] == "ours-trainable" else ", head frozen"
-    shape = [f"{ours[field]:,}" for field in ("layers", "rows", "T")]
-    return [
-        *(ours["case"], f"{trainer}{head}", *shape, ours["dtype"]),
-        *(f"{row['tokens_per_second']:,.0f}" for row in (trl, ours)),
-        f"{1 / ours['ratio']:.1f}",
-    ]
+def _line(rows: dict[tuple, dict], step: tuple, head: str) -> list[str]:
+    trl, *others = (rows.get((*step, f"{who}-{head}")) for who in WHO)
+    trainer = trl["op"].split("_")[1].upper() + ("" if head == "trainable" else ", head frozen")
+    speeds = ["" if row is None else f"{row['tokens_per_second']:,.0f}" for row in (trl, *others)]
+    times = ["" if row is None else f"{1 / row['ratio']:.1f}" for row in others]
+    shape = [f"{trl[field]:,}" for field in ("layers", "rows", "T")]
+    return [trl["case"], trainer, *shape, trl["dtype"], *speeds, *times]
 
 
 def main(

@@ -25,7 +25,11 @@ def threads():
 
 def test_a_row_for_trl_and_one_for_ours():
     rows = trainers.measure("kto", CASES["smoke"], OPTIONS, {"device": "here"})
-    assert [row["variant"] for row in rows] == ["trl-trainable", "ours-trainable"]
+    assert [row["variant"] for row in rows] == [
+        "trl-trainable",
+        "ours-trainable",
+        "prefopt-trainable",
+    ]
     for row in rows:
         assert row["device"] == "here" and row["op"] == "trl_kto_step"
         assert (row["T"], row["rounds"], row["layers"]) == (48, 2, 1)
@@ -55,7 +59,12 @@ def test_the_page_has_the_newest_rows(tmp_path, capsys):
                 "ratio": 1 / factor,
                 "tokens_per_second": factor * speed,
             }
-            keep([trl, ours], tmp_path)
+            own = row | {
+                "variant": "prefopt-trainable",
+                "ratio": 0.2,
+                "tokens_per_second": 5 * speed,
+            }
+            keep([trl, ours, own] if name == "kto" else [trl, ours], tmp_path)
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\n{END}\nafter\n", encoding="utf-8")
     assert trainers_table.main(["--check"], results=tmp_path, page=page) == 1
@@ -65,8 +74,8 @@ def test_the_page_has_the_newest_rows(tmp_path, capsys):
     assert (
         "Some CPU (avx2), 2 threads; torch 2.13.0, trl 1.16.0; 2026-11-21, commit 0123456." in text
     )
-    assert "| qwen3-0.6b | KTO | 2 | 4 | 1,024 | bf16 | 10 | 40 | 4.0 |" in text
-    assert "| qwen3-0.6b | DPO | 2 | 4 | 1,024 | bf16 | 20 | 80 | 4.0 |" in text
+    assert "| qwen3-0.6b | KTO | 2 | 4 | 1,024 | bf16 | 10 | 40 | 50 | 4.0 | 5.0 |" in text
+    assert "| qwen3-0.6b | DPO | 2 | 4 | 1,024 | bf16 | 20 | 80 |  | 4.0 |  |" in text
     assert text.count("| qwen3-0.6b |") == 2  # the older rows are not shown
 
 
@@ -75,9 +84,19 @@ def test_the_table_of_the_page_is_that_of_the_rows():
 
 
 def test_sequences_have_exactly_the_tokens_asked_for(tmp_path):
-    _, batch = trainers.build("dpo", CASES["smoke"], OPTIONS, str(tmp_path))
+    data = trainers.rows_of("dpo", CASES["smoke"], OPTIONS.rows, OPTIONS.tokens)
+    theirs, batch = trainers.build("dpo", CASES["smoke"], data, OPTIONS, str(tmp_path))
     assert batch["input_ids"].shape == (4, 12) and batch["attention_mask"].all()
     assert batch["completion_mask"].sum() == 4 * 6
+    own, batch = trainers.build_own("dpo", theirs, data, str(tmp_path / "own"))
+    assert batch["attention_mask"].sum() == 4 * 12 and batch["cu_seqlens"].tolist() == [
+        0,
+        6,
+        12,
+        18,
+        24,
+    ]
+    assert own.model is theirs.model
 
 
 def test_no_numbers_from_a_wrong_kernel(monkeypatch):
