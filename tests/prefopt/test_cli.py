@@ -150,6 +150,7 @@ def test_all_problems_of_file_and_command_line_come_together(recipe, capsys):
             "there is no recipe s0-qwen-kto (did you mean s0-qwen3-kto?); expected a .yaml file, or a name that "
             "`prefopt train --list` shows",
         ),
+        (["train", "s3"], "there is no recipe s3 (did you mean s3-r1-distill-kto-4bit?)"),
         (["train", "missing.yaml", "--tiny"], "there is no recipe missing.yaml"),
         (["train", "missing.yaml", "--loss.beta", "["], "loss.beta is '['; expected a YAML value"),
         (["report", "nowhere"], "nowhere is not a run folder: it has no run.json"),

@@ -37,7 +37,8 @@ def find_recipe(name: str | Path) -> Path:
     known = recipe_names()
     if text in known:
         return RECIPES / f"{text}.yaml"
-    near = difflib.get_close_matches(text, known, n=1, cutoff=0.4)
+    longer = [one for one in known if one.startswith(text)]
+    near = longer or difflib.get_close_matches(text, known, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise RecipeError(
         f"there is no recipe {text}{hint}; expected a .yaml file, or a name that `prefopt train --list` shows"
