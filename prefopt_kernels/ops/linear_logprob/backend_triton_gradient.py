@@ -75,7 +75,7 @@ def part_gradients(
         place = tl.cast(block, tl.int64) * workspace_stride + (cols - first_column)
         tl.store(column_sums_ptr + place, tl.sum(dz, 0))
     if PEAK:
-        peak = tl.max(tl.max(tl.where(counts, p, 0.0), 1), 0)
+        peak = tl.max(tl.where(counts, p, 0.0))
         place = tl.cast(block, tl.int64) * tiles + column // WIDTH
         tl.store(peak_ptr + place, tl.where(has_target, 1.0, peak), mask=column < V)
     tile = dz.to(workspace.dtype if DESCRIPTOR else workspace.dtype.element_ty)
