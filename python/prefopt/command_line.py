@@ -7,6 +7,9 @@ from typing import Any
 
 from prefopt.recipe.error import RecipeError
 
+WHOLE = "none"
+QUANTIZATIONS = ("nf4", WHOLE)  # of the base's weights under an adapter
+
 
 def new_command(
     commands: Any,

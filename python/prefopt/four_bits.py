@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from prefopt.recipe.error import RecipeError
 
-KINDS = ("nf4",)
 BLOCK = 64  # weights that share a scale
 
 

@@ -4,12 +4,13 @@ import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from prefopt.command_line import QUANTIZATIONS
+
 SUITES = {
     "thesis": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
     "preference": "margin, accuracy, KL and likelihoods on held-out rows, and wins of sampled answers by a rule",
     "classify": "one of 14 fields for each question: by likelihood, and by what is generated",
 }
-QUANTIZATIONS = ("nf4", "none")  # of the weights under an adapter
 # Which suites an option belongs to; the others refuse it rather than pass over it.
 OPTIONS = {
     "data": ("preference", "classify"),

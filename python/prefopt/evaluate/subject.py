@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.command_line import WHOLE
 from prefopt.evaluate.request import EvalError
-from prefopt.four_bits import KINDS
 from prefopt.recipe.load import RecipeError
 from prefopt.report.score import BASE, RUN
 from prefopt.use.load import (
     ADAPTER_CONFIG,
-    WHOLE,
     Source,
     choose_device,
     find_run,
@@ -159,8 +158,8 @@ def _warnings(subject: Subject) -> list[str]:
     if subject.models == [RUN]:
         found.append("No starting model is known, so the run stands alone; --base names one.")
     trained = subject.option("model", "quantization") or WHOLE
-    if trained != subject.quantization:
-        names = {kind: f"in 4 bits ({kind})" for kind in KINDS} | {WHOLE: "that were not quantised"}
+    names = {"nf4": "in 4 bits (NF4)", WHOLE: "that were not quantised"}
+    if trained in names and trained != subject.quantization:
         found.append(
             f"The run was trained on weights {names[trained]} and is evaluated on weights {names[subject.quantization]}."
         )

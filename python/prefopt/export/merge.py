@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prefopt.command_line import WHOLE
 from prefopt.four_bits import quantization_options, refuse_broken_blocks
 from prefopt.recipe.load import RecipeError
-from prefopt.use.load import WHOLE, Source, load_model, stop_ids
+from prefopt.use.load import Source, load_model, stop_ids
 
 
 def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

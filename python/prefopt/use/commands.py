@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import new_command, no_more
+from prefopt.command_line import QUANTIZATIONS, new_command, no_more
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -219,7 +219,7 @@ def _run_argument(parser: argparse.ArgumentParser) -> None:
 def _quantization_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization",
-        choices=("nf4", "none"),
+        choices=QUANTIZATIONS,
         help="of the base's weights under an adapter (default: as in training)",
     )
 

@@ -12,10 +12,11 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from prefopt.command_line import WHOLE
 from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
 from prefopt.train.run_folder import versions
-from prefopt.use.load import WHOLE, check_length, choose_device, find_run, load_model
+from prefopt.use.load import check_length, choose_device, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
 OUT = "inference.json"

@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from prefopt.command_line import QUANTIZATIONS, WHOLE
 from prefopt.four_bits import (
-    KINDS,
     check_blocks,
     compute_dtype,
     quantization_options,
@@ -27,7 +27,6 @@ from prefopt.four_bits import (
 )
 from prefopt.recipe.load import RecipeError
 
-WHOLE = "none"  # as a quantization: the base's weights as they are
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -67,7 +66,7 @@ class Source:
     def quantization(self) -> str:
         """Of the weights under the adapter in training."""
         said = _section(self.recipe, "model").get("quantization")
-        return said if self.base is not None and said in KINDS else WHOLE
+        return said if self.base is not None and said in QUANTIZATIONS else WHOLE
 
     @property
     def weights(self) -> str:
@@ -142,6 +141,8 @@ def load_model(
     """
     name = source.dtype if dtype is None else dtype
     kind = quantization or source.quantization
+    if kind not in QUANTIZATIONS:
+        raise RecipeError(f"quantization is {kind!r}; expected {' or '.join(QUANTIZATIONS)}")
     options = {} if kind == WHOLE else _four_bits(source, name, device, kind, quantization)
     model = load_weights(source.weights, source.revision, name, **options)
     if source.base is not None:
