@@ -143,7 +143,8 @@ def score(
     That gradient serves a backward through ``logp`` alone; who goes on from ``lse`` would pay for it in vain.
     """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # meta has no autocast; torch.amp.is_autocast_available would say so, but torch 2.11 cannot trace it
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = (_autocast(operand, dtype) for operand in (hidden, weight, bias))
     check_call(hidden, weight, targets, bias, logit_scale, softcap, temperature, outputs)
