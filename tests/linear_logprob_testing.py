@@ -289,3 +289,13 @@ def check(problems: Problem | list[Problem], results: Results | list[Results]) -
             judge(name, lambda r, name=name: getattr(r.outputs, name))
     for name in results[0].grads:
         judge(name, lambda r, name=name: r.grads[name])
+
+
+def through_logp(**arguments) -> TokenLogprobs:
+    """What a training step takes: a gradient through logp, numbers to log from the rest.
+
+    An output that a compiled function returns with a gradient gets one, zeros if need be, and then the gradient that the
+    forward has made for a frozen head does not do: the backward recomputes.
+    """
+    out = linear_logprob(**arguments)  # torch 2.11 does not trace _replace
+    return TokenLogprobs(out.logp, out.lse.detach(), out.entropy.detach(), *out[3:])

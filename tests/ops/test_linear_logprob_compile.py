@@ -14,6 +14,7 @@ from linear_logprob_testing import (
     leaves,
     ours,
     problem,
+    through_logp,
 )
 from prefopt_kernels import TokenLogprobs, linear_logprob
 from prefopt_kernels.ops.linear_logprob import op
@@ -109,16 +110,6 @@ def same(results, expected):
     for name, grad in expected.grads.items():
         assert torch.equal(grad, results.grads[name]), name
         assert grad.dtype == results.grads[name].dtype, name
-
-
-def through_logp(**arguments) -> TokenLogprobs:
-    """What a training step takes: a gradient through logp, numbers to log from the rest.
-
-    An output that a compiled function returns with a gradient gets one, zeros if need be, and then the gradient that the
-    forward has made for a frozen head does not do: the backward recomputes.
-    """
-    out = linear_logprob(**arguments)  # torch 2.11 does not trace _replace
-    return TokenLogprobs(out.logp, out.lse.detach(), out.entropy.detach(), *out[3:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

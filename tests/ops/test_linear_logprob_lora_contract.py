@@ -20,6 +20,7 @@ from linear_logprob_testing import (
     check,
     formula,
     ours,
+    through_logp,
 )
 from numerics import assert_as_good_as_torch
 from prefopt_kernels import linear_logprob
@@ -71,10 +72,6 @@ def test_opcheck(adapter, name):
 def test_compiled_is_eager(wanted, name, fresh_compiler):
     """One graph, forward and backward; every bit of eager's numbers."""
     made = adapted(dtype=torch.bfloat16, adapter=torch.float32, through=("logp",))
-
-    def through_logp(**arguments):
-        out = linear_logprob(**arguments)
-        return out._replace(lse=out.lse.detach(), entropy=out.entropy.detach())
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(through_logp, fullgraph=True, backend=counter)
