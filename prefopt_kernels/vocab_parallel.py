@@ -158,8 +158,8 @@ class _Combine(torch.autograd.Function):
         target = _checked(target, owners, counts)
         log_share = shift - log_total  # (T,), log w_r
         out = [target - log_total, top + log_total]
-        out.append(None if entropy is None else rest.pop(0) / total + log_total)
-        out.append(None if mean_logit is None else rest[0] / rest[1])
+        out.append(None if entropy is None else rest[0] / total + log_total)
+        out.append(None if mean_logit is None else rest[-2] / rest[-1])
         out = [None if each is None else torch.where(counts, each, 0.0).float() for each in out]
         ctx.save_for_backward(inside, log_share.float(), entropy, out[2])
         ctx.set_materialize_grads(False)
