@@ -1,12 +1,6 @@
-"""Two processes that train together, and what a run of theirs has to agree on with a run of one.
-
-A file of such tests is both: pytest finds its tests, whose fixture starts the file itself as a script, once per process.
-"""
+"""Two processes that train together, and what a run of theirs has to agree on with a run of one."""
 
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
@@ -19,11 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
 from prefopt.train.spread import LOADED_IN_SHARDS
+from rank_scripts import WORLD_SIZE
 from trainer_testing import data_for, make_trainer, make_world, train
-
-TESTS = Path(__file__).parent
-WORLD_SIZE = 2
-PATIENCE = 240  # seconds; a hang is a failure
 
 # 11 rows, 8 a step: the second and the last have 3; the dataloader repeats others to fill up.
 # SGD, so that what a weight has moved by is its gradients; Adam would divide rounding by rounding where they are 0.
@@ -41,54 +32,6 @@ CASES = {  # method, options, adapter
     "lora-bco": ("bco", {"ref": False}, True),
     "lora-kto": ("kto", {"ref": False, "precompute_ref_logps": True}, True),
 }
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """For processes on this machine that need no network."""
-    paths = (TESTS, TESTS.parent, TESTS.parent / "python")
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # no name look-up, which fails on isolated machines
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        **extra,
-    }
-
-
-def rank_environment(rank: int, port: int, extra: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would set for one of the processes."""
-    return environment(extra) | {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD_SIZE),
-        "LOCAL_WORLD_SIZE": str(WORLD_SIZE),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_as_ranks(script: str, folder: Path, **extra: str) -> list[dict]:
-    """Start ``script folder`` once per process; returns what each has left in its ``rank{n}.pt``."""
-    port, processes = free_port(), []
-    for rank in range(WORLD_SIZE):
-        env = rank_environment(rank, port, extra)
-        log = (folder / f"rank{rank}.log").open("w", encoding="utf-8")
-        command = [sys.executable, script, str(folder)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    outputs = [(folder / f"rank{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
-    assert codes == [0, 0], "\n".join(text[-6000:] for text in outputs)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
 def shard_on_the_cpu() -> None:
@@ -283,8 +226,3 @@ def assert_saved_whole(folder: Path, world: Path, cases: Mapping[str, dict]) -> 
     expected = cases["lora-bco"]["weights"]
     pairs = [name for name in expected if "lora_" in name]
     assert len(pairs) == 28 and all(torch.equal(adapted[name], expected[name]) for name in pairs)
-
-
-def leave(folder: Path, seen: dict) -> None:
-    """Where ``run_as_ranks`` finds it."""
-    torch.save(seen, folder / f"rank{os.environ['RANK']}.pt")

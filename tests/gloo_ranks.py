@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from rank_scripts import leave_group
+
 
 def run_ranks(work, folder: Path, world_size: int = 2) -> list:
     """``[work(0), work(1), ...]``, each called in a process of its own inside one gloo group.
@@ -24,7 +26,7 @@ def _rank(work, folder: str, world_size: int, rank: int) -> None:
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     torch.save(work(rank), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def reference_points(rank: int) -> list[dict]:

@@ -31,13 +31,11 @@ from benchmarks import scaling
 from benchmarks.pages import BEGIN, END
 from benchmarks.scaling import FP32, SHAPES, Shape, Step
 from distributed_testing import (
-    WORLD_SIZE,
     launch_environment,
-    leave,
-    run_as_ranks,
     shard_on_the_cpu,
 )
 from prefopt_kernels import vocab_parallel_linear_logprob
+from rank_scripts import WORLD_SIZE, leave, leave_group, run_as_ranks
 from trainer_testing import data_for, make_trainer, make_world, train
 
 CONFIG = Path(__file__).parents[2] / "python/prefopt/recipes/distributed/fsdp2.yaml"
@@ -201,7 +199,6 @@ def rank_main(folder: Path) -> None:
     seen["shape"] += [config.num_attention_heads, config.num_key_value_heads, config.vocab_size]
     seen["vocab parallel"] = vocab_parallel_bytes()
     leave(folder, seen)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +276,4 @@ def test_the_page_has_the_formulas_tables(tmp_path, capsys):
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+    leave_group()

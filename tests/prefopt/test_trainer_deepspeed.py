@@ -11,7 +11,6 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  no network
 
 import pytest
-import torch.distributed as dist
 
 from distributed_testing import (
     assert_ends_like,
@@ -20,12 +19,11 @@ from distributed_testing import (
     deepspeed_on_the_cpu,
     drifted_world,
     launch_environment,
-    leave,
-    run_as_ranks,
     run_case,
     run_resumed,
 )
 from prefopt.train.spread import ZERO, ZERO_3
+from rank_scripts import leave, leave_group, run_as_ranks
 
 CONFIGS = Path(__file__).parents[2] / "python/prefopt/recipes/distributed"
 STAGES = {"zero2": ZERO, "zero3": ZERO_3}
@@ -47,7 +45,6 @@ def rank_main(folder: Path) -> None:
         again = run_resumed(world, place / "again", RESUMED[stage], use_cpu=False)
         seen[stage]["again"] = again
     leave(folder, seen)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +91,4 @@ def test_the_model_is_saved_whole(ranks, stage):
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+    leave_group()

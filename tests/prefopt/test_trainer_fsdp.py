@@ -25,9 +25,7 @@ from distributed_testing import (
     built,
     drifted_world,
     launch_environment,
-    leave,
     movements,
-    run_as_ranks,
     run_case,
     run_resumed,
     shard_on_the_cpu,
@@ -36,6 +34,7 @@ from distributed_testing import (
 )
 from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
 from prefopt_testing import make_rows
+from rank_scripts import leave, leave_group, run_as_ranks
 from trainer_testing import make_trainer, train
 
 CONFIG = Path(__file__).parents[2] / "python/prefopt/recipes/distributed/fsdp2.yaml"
@@ -104,7 +103,6 @@ def rank_main(folder: Path) -> None:
     os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
     seen["kept"] = run_case(world, folder / "kept", "lora-bco", 2)
     leave(folder, seen)
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +179,4 @@ def test_the_model_is_saved_whole(ranks):
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+    leave_group()

@@ -15,18 +15,15 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers.trainer_utils import get_last_checkpoint
 
 from distributed_testing import (
-    WORLD_SIZE,
     assert_ends_like,
     drifted_world,
-    environment,
-    leave,
     trained,
 )
 from prefopt.train import PreferenceTrainer
+from rank_scripts import WORLD_SIZE, environment, leave, leave_group
 from trainer_testing import data_for, make_trainer
 
 STEPS, SAVED, KILLED = (
@@ -71,7 +68,6 @@ def rank_main(folder: Path) -> None:
         )
         whole = trained(make_trainer(world, folder / "whole", **OPTIONS))
         leave(folder, {"from": Path(checkpoint).name, "resumed": resumed, "whole": whole})
-    dist.destroy_process_group()
 
 
 def torchrun(folder: Path, **extra: str) -> subprocess.CompletedProcess:
@@ -106,3 +102,4 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_from_its_checkpoint(tmp_pa
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+    leave_group()

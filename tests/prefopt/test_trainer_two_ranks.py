@@ -1,25 +1,22 @@
-"""Defects 5 and 9, and resume, with two gloo processes: this file is the test and, run as a script, one of the ranks."""
+"""Defects 5 and 9, resume and the end, with two gloo processes; the file is the test and, as a script, one of them."""
 
-import json
+import contextlib
 import os
-import socket
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
-if __name__ == "__main__":  # pytest sets both for the test itself
-    sys.path[:0] = [str(TESTS), str(TESTS.parent), str(TESTS.parent / "python")]
+if __name__ == "__main__":
     import conftest  # noqa: F401  no network
 
 import pytest
 import torch.distributed as dist
 
+from prefopt.train.group import leave_process_group
 from prefopt_testing import make_rows
+from rank_scripts import leave, run_as_ranks
 from trainer_testing import data_for, make_trainer, make_world, train
 
-WORLD_SIZE = 2
 COLLECTIVES = (
     "all_reduce",
     "all_gather",
@@ -166,39 +163,30 @@ def rank_main(folder: Path) -> None:
         trainer.compute_loss = keep
         logs = train(trainer, resume_from_checkpoint=checkpoint)
         seen["epochs"][name] = {"rows": rows, "logs": logs}
-    (folder / f"rank{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
-    dist.destroy_process_group()
+    leave(folder, seen)
+
+
+def assert_leaves_no_thread() -> None:
+    """Leave the group as a run does. A thread of gloo that it left could abort the process as the interpreter ends."""
+    there = threads()
+    leave_process_group()
+    assert any("gloo" in name for name in there) and not any("gloo" in name for name in threads())
+
+
+def threads() -> list[str]:
+    """The names of this process's threads."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it ended since it was listed
+            names.append((task / "comm").read_text(encoding="utf-8"))
+    return names
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> tuple[list[dict], Path]:
     """What the two processes saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(WORLD_SIZE):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(WORLD_SIZE),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-        }
-        log = (folder / f"rank{rank}.log").open("w", encoding="utf-8")
-        command = [sys.executable, __file__, str(folder)]
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    outputs = [(folder / f"rank{rank}.log").read_text(encoding="utf-8") for rank in range(2)]
-    assert codes == [0, 0], "\n".join(outputs)[-4000:]
-    files = [folder / f"rank{rank}.json" for rank in range(WORLD_SIZE)]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files], folder
+    return run_as_ranks(__file__, folder), folder
 
 
 @pytest.mark.slow
@@ -276,3 +264,4 @@ def test_two_ranks_share_the_rows_and_resume_where_they_were(ranks):
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]))
+    assert_leaves_no_thread()

@@ -22,8 +22,10 @@ def add_train_command(commands: Any) -> None:
             train.error("the following arguments are required: RECIPE")
         recipe = recipe_of(given, overrides_of(given, rest, FLAGS))
         from prefopt.recipe import run_recipe
+        from prefopt.train.group import leave_process_group
 
         folder = run_recipe(recipe, resume=given.resume)
+        leave_process_group()
         print(folder / "report.html")
         return 0
 
