@@ -39,6 +39,16 @@ def commits(rows: list[dict]) -> str:
     return f"{every(rows, lambda row: row['time'][:10])}, commit {every(rows, commit)}"
 
 
+def heading(rows: list[dict]) -> str:
+    """A processor's: machine, threads, backend, versions, days and commits, each of them that a row names."""
+    rows = sorted(rows, key=lambda row: row["time"])
+    last, backends = rows[-1], every(rows, lambda row: row.get("backend"))
+    machine = f"{last['cpu']} ({', '.join(last['instruction_set'])})"
+    threads = every(rows, lambda row: str(row["threads"]))
+    backend = f", backend {backends}" if backends else ""
+    return f"{machine}, {threads} threads{backend}; {versions(last)}; {commits(rows)}."
+
+
 def against(target: float | None, reached: float | None, write, met: str = "") -> str:
     """What was reached; ", missed" behind it where it is above the target, ``met`` where it is not."""
     if reached is None:

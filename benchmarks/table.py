@@ -52,7 +52,7 @@ def _cpu_section(rows: dict[tuple, dict]) -> str:
     peers = [TITLES[peer] for peer in PEERS]
     return "\n".join(
         [
-            _heading(list(rows.values())),
+            cells.heading(list(rows.values())),
             "",
             "Time in units of the bare `hidden @ weight.T` of the same rounds, whose own time stands in the",
             "fourth column.",
@@ -70,17 +70,6 @@ def _cpu_section(rows: dict[tuple, dict]) -> str:
             "",
             *cells.skipped(rows),
         ]
-    )
-
-
-def _heading(rows: list[dict]) -> str:
-    """Machine, threads, backend, versions, days and commits, each of them that a row names."""
-    rows = sorted(rows, key=lambda row: row["time"])
-    machine = f"{rows[-1]['cpu']} ({', '.join(rows[-1]['instruction_set'])})"
-    return (
-        f"{machine}, {cells.every(rows, lambda row: str(row['threads']))} threads, "
-        f"backend {cells.every(rows, lambda row: row.get('backend'))}; {cells.versions(rows[-1])}; "
-        f"{cells.commits(rows)}."
     )
 
 

@@ -4,9 +4,10 @@
     python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        tries the harness, keeps no row
 
 One trainer of TRL, built once, takes the same micro-batch again and again, in interleaved rounds, patched and not patched,
-and PreferenceTrainer takes the same rows with the same weights. The model has a real head on a few random layers, because it is the head that differs; the share of the head in a step
-falls with the number of layers, so a row names it. Tokens are those of the matched sequences, prompt and completion. A
-KTO step runs the policy and the reference on the mismatched ones too. Rows go to results/trainers/<device>/.
+and PreferenceTrainer takes the same rows with the same weights. The model has a real head on a few random layers, because
+it is the head that differs; its share of a step falls with the number of layers, so a row names it. Tokens are those of
+the matched sequences, prompt and completion. A KTO step runs the policy and the reference on the mismatched ones too.
+Rows go to results/trainers/<device>/.
 """
 
 import argparse

@@ -38,18 +38,7 @@ def _section(rows: dict[tuple, dict]) -> str:
         for head in heads
         if (*step, f"trl-{head}") in rows
     ]
-    ordered = sorted(rows.values(), key=lambda row: row["time"])
-    last = ordered[-1]
-    return "\n".join(
-        [
-            f"{last['cpu']} ({', '.join(last['instruction_set'])}), "
-            f"{cells.every(ordered, lambda row: str(row['threads']))} threads; {cells.versions(last)}; "
-            f"{cells.commits(ordered)}.",
-            "",
-            cells.table(HEAD, lines),
-            "",
-        ]
-    )
+    return "\n".join([cells.heading(list(rows.values())), "", cells.table(HEAD, lines), ""])
 
 
 def _line(rows: dict[tuple, dict], step: tuple, head: str) -> list[str]:

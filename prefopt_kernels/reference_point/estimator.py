@@ -51,21 +51,30 @@ class Estimator:
         return packed
 
 
+class AveragingEstimator(Estimator):
+    """An exponential average over windows, kept as numerator and denominator, which correct the start."""
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def __init__(self, group: "dist.ProcessGroup | None" = None, *, decay: float = 0.9):
+        super().__init__(group)
+        self.decay = checked_decay(decay)
+
+    def _average(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """Take one more window in, which changes nothing where it has no rows; the average, 0 before the first row."""
+        seen = counts > 0
+        numerator = self.decay * self.numerator + (1 - self.decay) * sums / counts.clamp(min=1.0)
+        denominator = self.decay * self.denominator + (1 - self.decay)
+        self.numerator = torch.where(seen, numerator, self.numerator)
+        self.denominator = torch.where(seen, denominator, self.denominator)
+        return self.numerator / self.denominator.clamp(min=TINY)
+
+
 def sums_and_counts(rows: Tensor, masks: Tensor) -> Tensor:
     """(2, ...) sums of the rows under each mask, and how many there are; packed for one all-reduce."""
     sums = torch.where(masks, rows, torch.zeros_like(rows)).sum(-1)
     return torch.stack([sums, masks.sum(-1).to(rows.dtype)])
-
-
-def averaged(state: Estimator, sums: Tensor, counts: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator after one more window; unchanged where it has no rows."""
-    seen = counts > 0
-    numerator = decay * state.numerator + (1 - decay) * sums / counts.clamp(min=1.0)
-    denominator = decay * state.denominator + (1 - decay)
-    return (
-        torch.where(seen, numerator, state.numerator),
-        torch.where(seen, denominator, state.denominator),
-    )
 
 
 def checked(name: str, rows: Tensor, unit: str) -> Tensor:

@@ -1,15 +1,12 @@
 """Estimates of KTO's reference point z0: per micro-batch, per window, and an average over windows."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from prefopt_kernels.reference_point.estimator import (
-    TINY,
+    AveragingEstimator,
     Estimator,
-    averaged,
     checked,
-    checked_decay,
     sums_and_counts,
 )
 
@@ -106,7 +103,7 @@ class WindowKL(_MeanKL):
         return self._mean_over_ranks(log_ratios.sum(), log_ratios.shape[0], update)
 
 
-class EMAKL(Estimator):
+class EMAKL(AveragingEstimator):
     r"""An exponential average of the window means, clamped at 0 after the averaging.
 
     .. math:: N \leftarrow \rho N + (1 - \rho) \, \bar r, \quad D \leftarrow \rho D + (1 - \rho), \quad
@@ -129,12 +126,6 @@ class EMAKL(Estimator):
     """
 
     _shapes = {"value": (), "numerator": (), "denominator": ()}
-    numerator: Tensor
-    denominator: Tensor
-
-    def __init__(self, group: "dist.ProcessGroup | None" = None, *, decay: float = 0.9):
-        super().__init__(group)
-        self.decay = checked_decay(decay)
 
     def estimate(self, log_ratios: Tensor, *, update: bool = True) -> Tensor:
         """Average the window's log-ratios, over all ranks, into the earlier ones.
@@ -154,6 +145,5 @@ class EMAKL(Estimator):
         self._follow(log_ratios.device)
         if update:
             sums, counts = self._over_ranks(sums_and_counts(log_ratios, log_ratios.isfinite()))
-            self.numerator, self.denominator = averaged(self, sums, counts, self.decay)
-            self.value = (self.numerator / self.denominator.clamp(min=TINY)).clamp(min=0.0)
+            self.value = self._average(sums, counts).clamp(min=0.0)
         return self.value

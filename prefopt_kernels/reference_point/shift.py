@@ -1,15 +1,12 @@
 """Estimates of BCO's shift: over everything ever seen, per window, and an average per class."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from prefopt_kernels.reference_point.estimator import (
-    TINY,
+    AveragingEstimator,
     Estimator,
-    averaged,
     checked,
-    checked_decay,
     sums_and_counts,
 )
 
@@ -110,7 +107,7 @@ class WindowShift(Estimator):
         return estimate
 
 
-class EMAShift(Estimator):
+class EMAShift(AveragingEstimator):
     r"""An exponential average per class, bias-corrected, and half the sum of the two.
 
     .. math:: N_c \leftarrow \rho N_c + (1 - \rho) \, \overline{\beta r}_c, \quad
@@ -134,13 +131,7 @@ class EMAShift(Estimator):
         tensor(1.5000)
     """
 
-    _shapes = {"value": (), "numerator": (2,), "denominator": (2,)}
-    numerator: Tensor  # (2,) desirable, undesirable
-    denominator: Tensor
-
-    def __init__(self, group: "dist.ProcessGroup | None" = None, *, decay: float = 0.9):
-        super().__init__(group)
-        self.decay = checked_decay(decay)
+    _shapes = {"value": (), "numerator": (2,), "denominator": (2,)}  # (2,) desirable, undesirable
 
     def estimate(self, rewards: Tensor, labels: Tensor, *, update: bool = True) -> Tensor:
         """Average the window's rewards, over all ranks, into the earlier ones.
@@ -161,8 +152,7 @@ class EMAShift(Estimator):
         self._follow(rewards.device)
         if update:
             sums, counts = self._over_ranks(sums_and_counts(rewards, classes))  # (2,), (2,)
-            self.numerator, self.denominator = averaged(self, sums, counts, self.decay)
-            balanced = (self.numerator / self.denominator.clamp(min=TINY)).mean()
+            balanced = self._average(sums, counts).mean()
             seen = (self.denominator > 0).all()
             self.value = torch.where(seen, balanced, torch.zeros_like(balanced))
         return self.value
