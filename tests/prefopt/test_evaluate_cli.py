@@ -49,13 +49,15 @@ def test_help_and_refusals_need_no_heavy_import(tmp_path):
         (["RUN", "--suite", "classify", "--data", "no.jsonl"], "there is no file no.jsonl"),
         (["RUN", "--suite", "preference", "--rule", "nice"], "--rule is 'nice'; expected demo"),
         (["RUN", "--suite", "preference", "--out", "FILE"], "is a file; expected a folder"),
+        (["RUN", "--suite", "preference", "--data", "no.jsonl"], "there is no file no.jsonl"),
         (["RUN", "--suite", "preference", "--data", QUESTIONS], "mmlu_pro.jsonl:1: field 'prompt' is"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_message_and_exit_code_2(
+def test_what_is_wrong_is_one_message_and_exit_code_2_before_a_model_is_loaded(
     run, words, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prefopt.evaluate.run.load_subject", lambda *_: pytest.fail("loads"))
     (tmp_path / "FILE").write_text("", encoding="utf-8")
     before = sorted(run.iterdir())
     assert main(["eval", *(str(run) if word == "RUN" else word for word in words)]) == 2

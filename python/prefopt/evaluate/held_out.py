@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import Dataset
 
@@ -9,6 +10,7 @@ from prefopt.data.read import LoadedRows, load_rows, split_by_group
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.evaluate.request import EvalError, EvalRequest
 from prefopt.evaluate.subject import Subject
+from prefopt.use.load import Source, section
 
 MAX_LENGTH = 1024  # where the run does not say another
 
@@ -29,57 +31,75 @@ class HeldOut:
         return self.tokens.dataset
 
 
-def read_rows(subject: Subject, request: EvalRequest) -> HeldOut:
+class Texts(NamedTuple):
+    """Rows in text, and what they were asked for as."""
+
+    loaded: LoadedRows
+    source: str
+    split: str | None
+    revision: str | None
+
+
+def read_rows(run: Source, request: EvalRequest) -> Texts:
     """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
 
     Raises:
         EvalError: neither names rows.
-        DataError: they cannot be used.
+        DataError: they cannot be read.
     """
-    path, split, revision, fraction = _named(subject, request)
+    path, split, revision, fraction = _named(run, request)
     loaded = load_rows(path, split=split, revision=revision)
     if fraction:
-        loaded = split_by_group(loaded, fraction, subject.option("training", "seed", 0))[1]
+        loaded = split_by_group(loaded, fraction, _seed(run.recipe))[1]
     if request.limit is not None and request.limit < len(loaded.rows):
         loaded = _first(loaded, request.limit)
+    return Texts(loaded, path, split, revision)
+
+
+def tokenized(texts: Texts, subject: Subject) -> HeldOut:
+    """The rows as the run was trained to read them.
+
+    Raises:
+        DataError: none of them can be used.
+    """
     tokens = tokenize_rows(
-        loaded,
+        texts.loaded,
         subject.tokenizer,
         max_length=subject.option("data", "max_length", MAX_LENGTH),
         chat_template_kwargs=subject.option("data", "chat_template_kwargs"),
     )
-    return HeldOut(loaded, tokens, path, split, revision)
+    return HeldOut(texts.loaded, tokens, texts.source, texts.split, texts.revision)
 
 
-def trained_on(subject: Subject) -> set[int]:
-    """Groups of the rows that the run's recipe trained on, as far as they are files here; empty where not."""
-    data = subject.recipe.get("data")
-    path = data.get("path") if isinstance(data, dict) else None
+def trained_on(recipe: dict) -> set[int]:
+    """Groups of the rows that a run's recipe trained on, as far as they are files here; empty where not."""
+    data = section(recipe, "data")
+    path = data.get("path")
     if not path or not Path(path).expanduser().exists():
         return set()
     loaded = load_rows(path, split=data.get("split"), on_bad_row=data.get("on_bad_row", "stop"))
     if data.get("eval_fraction"):
-        seed = subject.option("training", "seed", 0)
-        loaded = split_by_group(loaded, data["eval_fraction"], seed)[0]
+        loaded = split_by_group(loaded, data["eval_fraction"], _seed(recipe))[0]
     return set(loaded.rows["group"])
 
 
-def _named(
-    subject: Subject, request: EvalRequest
-) -> tuple[str, str | None, str | None, float | None]:
+def _named(run: Source, request: EvalRequest) -> tuple[str, str | None, str | None, float | None]:
     """Path, split and revision of the rows, and the share of the prompts that is theirs, where they are not all."""
     if request.data is not None:
         return request.data, request.split, None, None
-    data = subject.recipe.get("data")
-    data = data if isinstance(data, dict) else {}
+    data = run.data
     if data.get("eval_path"):
         split = request.split or data.get("eval_split")
         return data["eval_path"], split, data.get("eval_revision"), None
     if data.get("eval_fraction"):
         return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
     raise EvalError(
-        f"{subject.folder} set no rows aside; name a file of rows that were not trained on with --data"
+        f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data"
     )
+
+
+def _seed(recipe: dict) -> int:
+    return section(recipe, "training").get("seed", 0)
 
 
 def _first(loaded: LoadedRows, limit: int) -> LoadedRows:

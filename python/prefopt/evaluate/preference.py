@@ -83,7 +83,7 @@ class _Judge:
             self.warnings.append(
                 "The rows have one label alone, so there is neither a margin nor an accuracy of all."
             )
-        seen = len(set(self.groups) & trained_on(subject))
+        seen = len(set(self.groups) & trained_on(subject.recipe))
         if seen:
             self.warnings.append(
                 f"{seen} of {len(set(self.groups))} prompts were trained on, so this is not a held-out evaluation."

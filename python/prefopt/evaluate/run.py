@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from prefopt.evaluate import classify, preference, thesis
-from prefopt.evaluate.held_out import read_rows
+from prefopt.evaluate.held_out import read_rows, tokenized
 from prefopt.evaluate.request import EvalError, EvalRequest
 from prefopt.evaluate.results import (
     Results,
@@ -72,8 +72,9 @@ def _thesis(request: EvalRequest) -> tuple[Subject, Results]:
 
 
 def _preference(request: EvalRequest) -> tuple[Subject, Results]:
+    texts = read_rows(find_subject(request.run, request.base), request)
     subject = load_subject(request.run, request.base, request.quantization)
-    return subject, preference.evaluate(subject, read_rows(subject, request), request)
+    return subject, preference.evaluate(subject, tokenized(texts, subject), request)
 
 
 def _classify(request: EvalRequest) -> tuple[Subject, Results]:

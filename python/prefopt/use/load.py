@@ -49,23 +49,23 @@ class Source:
     @property
     def data(self) -> dict:
         """The recipe's section of that name."""
-        return _section(self.recipe, "data")
+        return section(self.recipe, "data")
 
     @property
     def started(self) -> str | None:
         """Folder or hub id of the model before training; None where nothing says it."""
-        return self.base or _section(self.recipe, "model").get("path")
+        return self.base or section(self.recipe, "model").get("path")
 
     @property
     def started_revision(self) -> str | None:
         """Of ``started``, on the hub."""
-        recipe = _section(self.recipe, "model")
+        recipe = section(self.recipe, "model")
         return recipe.get("revision") if self.base is None else self.revision
 
     @property
     def quantization(self) -> str:
         """Of the weights under the adapter in training."""
-        said = _section(self.recipe, "model").get("quantization")
+        said = section(self.recipe, "model").get("quantization")
         return said if self.base is not None and said in QUANTIZATIONS else WHOLE
 
     @property
@@ -88,8 +88,8 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
     if not folder.is_dir():
         raise RecipeError(f"there is no run folder {folder}")
     recipe = _recipe(folder)
-    model = _section(recipe, "model")
-    kwargs = _section(recipe, "data").get("chat_template_kwargs")
+    model = section(recipe, "model")
+    kwargs = section(recipe, "data").get("chat_template_kwargs")
     said = {
         "dtype": model["dtype"] if isinstance(model.get("dtype"), str) else "auto",
         "template_kwargs": kwargs if isinstance(kwargs, dict) else {},
@@ -263,7 +263,7 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
         raise RecipeError(f"{error}; or give --quantization {WHOLE}") from None
     if device == "cpu":
         check_blocks(source.weights, source.revision, key, f"--quantization {WHOLE}")
-    compute = compute_dtype(_section(source.recipe, "training"), dtype)
+    compute = compute_dtype(section(source.recipe, "training"), dtype)
     return quantization_options(getattr(torch, compute), device)
 
 
@@ -309,7 +309,8 @@ def _recipe(folder: Path) -> dict:
     return {}
 
 
-def _section(recipe: dict, name: str) -> dict:
+def section(recipe: dict, name: str) -> dict:
+    """A section of a recipe.yaml as it is; empty where it has none."""
     content = recipe.get(name)
     return content if isinstance(content, dict) else {}
 
