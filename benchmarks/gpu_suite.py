@@ -33,7 +33,7 @@ from benchmarks.rows import RESULTS, keep, newest
 from benchmarks.variants import sequences
 
 # Files that need nothing but pytest, torch and triton. The first must be there.
-GATE = ("tests/ops/test_linear_logprob_triton*.py", "tests/ops/test_sequence_loss_triton*.py")
+GATE = ("tests/ops/test_linear_logprob_triton*.py", "tests/ops/test_sequence_loss*.py")
 GATE_SHARE = 0.5  # of the time
 GATE_PROCESSES = 8  # compiling the kernels takes most of the tests' time
 LAST_SECONDS = 15  # kept for ending the measuring process and for the tables

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 
-from benchmarks.gpu_suite import Gate, environment, main, options, plan, run_tests, spawn
+from benchmarks.gpu_suite import GATE, Gate, environment, main, options, plan, run_tests, spawn
 from benchmarks.gpu_worker import work
 from benchmarks.origin import ROOT
 from benchmarks.rows import RESULTS, newest
@@ -309,6 +309,10 @@ def test_red_tests_have_a_reason(tmp_path, tests, reason):
 def test_tests_that_do_not_end_are_red(tmp_path):
     slow = {TRITON: "import time\ndef test_slow():\n    time.sleep(60)\n"}
     assert run_tests(1, checkout(tmp_path, **slow)).reason == "the tests did not end within 1 s"
+
+
+def test_every_part_of_the_gate_is_there():
+    assert all(any(ROOT.glob(pattern)) for pattern in GATE)
 
 
 def test_nothing_but_torch_triton_and_pytest_is_needed():
