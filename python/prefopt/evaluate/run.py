@@ -2,9 +2,10 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from prefopt.evaluate import classify, preference, thesis
-from prefopt.evaluate.held_out import read_rows, tokenized
+from prefopt.evaluate.held_out import Texts, read_rows, tokenized
 from prefopt.evaluate.request import EvalError, EvalRequest
 from prefopt.evaluate.results import (
     Results,
@@ -22,6 +23,7 @@ from prefopt.report.charts import draw_suite
 from prefopt.report.figures import placed
 from prefopt.report.score import Suite
 from prefopt.train.run_folder import versions
+from prefopt.use.load import Source
 
 
 def run(request: EvalRequest) -> Path:
@@ -34,11 +36,13 @@ def run(request: EvalRequest) -> Path:
         EvalError: the run folder, the request or the questions are not as needed.
         DataError: rows that cannot be used.
     """
-    find_subject(request.run, request.base)
+    source = find_subject(request.run, request.base)
     check_writable(request.out)
     if request.rule is not None:
         make_rule(request.rule)
-    subject, results = _SUITES[request.suite](request)
+    asked = _asked(source, request)
+    subject = load_subject(request.run, request.base, request.quantization)
+    results = _SUITES[request.suite](subject, asked, request)
     warnings = subject.warnings + results.warnings + chance_sentences(results.scores)
     if request.limit is not None and request.suite != "thesis":
         warnings.insert(0, f"Only the first {request.limit} rows were used.")
@@ -65,29 +69,24 @@ def run(request: EvalRequest) -> Path:
     return path
 
 
-def _thesis(request: EvalRequest) -> tuple[Subject, Results]:
-    asked = thesis.prepare_questions(request)
-    subject = load_subject(request.run, request.base, request.quantization)
-    return subject, thesis.evaluate(subject, asked, request)
-
-
-def _preference(request: EvalRequest) -> tuple[Subject, Results]:
-    texts = read_rows(find_subject(request.run, request.base), request)
-    subject = load_subject(request.run, request.base, request.quantization)
-    return subject, preference.evaluate(subject, tokenized(texts, subject), request)
-
-
-def _classify(request: EvalRequest) -> tuple[Subject, Results]:
+def _asked(source: Source, request: EvalRequest) -> Any:
+    """What the suite asks: everything about it that can be missing or wrong."""
+    if request.suite == "thesis":
+        return thesis.prepare_questions(request)
+    if request.suite == "preference":
+        return read_rows(source, request)
     if request.data is None:
         raise EvalError(
             "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
         )
-    questions = classify.read_questions(request)
-    subject = load_subject(request.run, request.base, request.quantization)
-    return subject, classify.evaluate(subject, questions, request)
+    return classify.read_questions(request)
 
 
-_SUITES = {"thesis": _thesis, "preference": _preference, "classify": _classify}
+def _preference(subject: Subject, texts: Texts, request: EvalRequest) -> Results:
+    return preference.evaluate(subject, tokenized(texts, subject), request)
+
+
+_SUITES = {"thesis": thesis.evaluate, "preference": _preference, "classify": classify.evaluate}
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:
