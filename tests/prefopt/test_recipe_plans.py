@@ -43,7 +43,7 @@ def write_plan(folder, **arguments):
 def test_a_plan_is_built_once_and_its_splits_are_used(content, tmp_path, capsys):
     recipe = make_recipe(content)
     tokenizer = load_tokenizer(recipe)
-    train, held_out = load_data(recipe, tokenizer)
+    train, held_out = load_data(with_plan(recipe), tokenizer)
     assert "rows used" in capsys.readouterr().out
     assert (train.counts["rows"], held_out.counts["rows"]) == (60, 20)
     written = (tmp_path / "built" / "manifest.json").stat().st_mtime_ns
@@ -89,7 +89,7 @@ def test_rows_to_evaluate_on_that_the_recipe_names_win(content, tmp_path):
     del content["data"]["eval_path"]
     recipe = make_recipe(content, {"data.eval_fraction": 0.1})
     assert with_plan(recipe).data.eval_path is None
-    held_out = load_data(recipe, load_tokenizer(recipe))[1]
+    held_out = load_data(with_plan(recipe), load_tokenizer(recipe))[1]
     assert 0 < held_out.counts["rows"] < 20
 
 
@@ -98,7 +98,8 @@ def test_evaluation_by_epoch_knows_of_the_validation_split(content, tmp_path):
     write_plan(tmp_path, validation=0.0)
     with pytest.raises(RecipeError, match="training.eval_strategy needs rows"):
         preference_config(make_recipe(content, {"training.eval_strategy": "epoch"}))
-    assert load_data(make_recipe(content), load_tokenizer(make_recipe(content)))[1] is None
+    recipe = make_recipe(content)
+    assert load_data(with_plan(recipe), load_tokenizer(recipe))[1] is None
 
 
 def test_an_unknown_plan_is_one_message(content, tmp_path, capsys):

@@ -13,7 +13,7 @@ from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs, desirable_only
 from prefopt.evaluate.held_out import HeldOut
 from prefopt.recipe.error import RecipeError
-from prefopt.recipe.run import load_data
+from prefopt.recipe.rows import load_data, with_plan
 from prefopt.recipe.schema import Loss, Recipe
 from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
 
@@ -48,7 +48,8 @@ def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenize
     """
     wanted = paired(methods) or [method for method in methods if METHODS[method].data == RATED]
     try:
-        train, held_out = load_data(replace(recipe, loss=Loss(method=wanted[0])), tokenizer)
+        built = with_plan(replace(recipe, loss=Loss(method=wanted[0])))
+        train, held_out = load_data(built, tokenizer)
     except DataError as error:
         raise DataError(f"for {', '.join(wanted)}: {error}", error.bad) from None
     if held_out is None:

@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 def load_data(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Tokenized, Tokenized | None]:
-    """Training rows and, if the recipe has any, evaluation rows; a plan is built first where it has not been yet."""
-    data = with_plan(recipe).data
+    """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
+    data = recipe.data
     train = load_rows(
         data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
     )
