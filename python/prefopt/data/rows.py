@@ -64,7 +64,7 @@ def bad_rows_error(
     bad: Sequence[BadRow],
     total: int,
     name: str,
-    remedy: str = "--data.on_bad_row skip, which lists them in the run folder",
+    remedy: str = "--data.on_bad_row skip in training, which lists them in the run folder",
 ) -> DataError:
     """The error that stops before any work: how many rows are bad, and the first ten of them."""
     shown = "\n".join(f"  {row}" for row in bad[:10])
