@@ -15,6 +15,7 @@ from prefopt import __version__
 from prefopt.command_line import new_command, no_more
 from prefopt.compare.commands import add_compare_command
 from prefopt.data.commands import add_data_commands
+from prefopt.errors import UserError
 from prefopt.evaluate.commands import add_eval_command
 from prefopt.recipe.commands import add_train_command
 from prefopt.recipe.error import RecipeError
@@ -150,15 +151,9 @@ def _study_bco(given: argparse.Namespace, rest: list[str]) -> int:
 
 def _user_errors() -> tuple[type[Exception], ...]:
     """What ends in one message: OSError for full disks and lost permissions, the rest are ours."""
-    errors = [RecipeError, OSError]
-    for module, name in (
-        ("prefopt.data.rows", "DataError"),
-        ("prefopt.evaluate.request", "EvalError"),
-        ("prefopt.train.finite", "NonFiniteError"),
-    ):
-        if module in sys.modules:  # what was not imported was not raised
-            errors.append(getattr(sys.modules[module], name))
-    return tuple(errors)
+    errors = [UserError, OSError]
+    finite = sys.modules.get("prefopt.train.finite")  # what was not imported was not raised
+    return (*errors, finite.NonFiniteError) if finite else tuple(errors)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prefopt.errors import UserError
+
 ROLES = ("system", "user", "assistant")
 RATED_FIELDS = ("prompt", "completion", "label")
 PAIRED_FIELDS = ("prompt", "chosen", "rejected")
@@ -40,7 +42,7 @@ class BadRow(NamedTuple):
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The data cannot be trained on; the message is meant for the person who wrote it. ``bad`` lists the rows."""
 
     def __init__(self, message: str, bad: Sequence[BadRow] = ()):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from prefopt.command_line import QUANTIZATIONS
+from prefopt.errors import UserError
 
 SUITES = {
     "thesis": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
@@ -22,7 +23,7 @@ OPTIONS = {
 }
 
 
-class EvalError(ValueError):
+class EvalError(UserError):
     """A run that cannot be evaluated as asked; the message is one sentence for the person who asked."""
 
 
