@@ -7,7 +7,8 @@ from linear_logprob_testing import backends
 from prefopt_kernels.ops.linear_logprob import backend_cpu
 from triton_testing import ON_GPU
 
-# Test files whose every test is also for the Triton kernels in the interpreter, which is too slow for all of them.
+# Test files that also run the Triton kernels in the interpreter, which is too slow for all of them. A test marked
+# `compiled_only` is too slow for it, or is not about Triton; its reason says what covers the kernels instead.
 INTERPRETED = ("special", "layouts", "values", "autograd")
 
 
@@ -18,6 +19,7 @@ def pytest_generate_tests(metafunc):
     )
     if "backend" in metafunc.fixturenames and not own:
         interpreted = module.__name__.endswith(INTERPRETED) and not ON_GPU
+        interpreted &= metafunc.definition.get_closest_marker("compiled_only") is None
         names = [*backends(), "triton"] if interpreted else backends()
         metafunc.parametrize("backend", names, indirect=True)
 

@@ -20,6 +20,7 @@ from linear_logprob_testing import (
 from numerics import assert_as_good_as_torch
 from prefopt_kernels import linear_logprob
 from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from triton_testing import ON_GPU
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -199,6 +200,8 @@ def test_every_format_is_written_exactly(dtype, backend):
     values = (special_values(dtype).float()[:, None] * (1 + steps)).flatten()
     normal = values.abs() >= 4 * torch.finfo(torch.float32).smallest_normal
     upstream = values[normal & values.isfinite()]
+    if backend == "triton" and not ON_GPU:  # a launch in the interpreter takes milliseconds
+        upstream = upstream[::11]  # 11 and the 5 steps have no common factor: every step is met
     # hidden is 1 and both logits are 0: the gradients of the head and the bias are half of the upstream gradient
     hidden, targets = torch.ones(1, 1, dtype=dtype), torch.tensor([0])
     for u in upstream:

@@ -52,16 +52,31 @@ def test_every_flag(through, transform, dtype):
         check(made, triton_results(made, wanted))
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [(1, 1, 1), (1, 72, 1), (2, 1, 300), (129, 65, 257), (257, 40, 1025), (128, 64, 256)],
-    ids=str,
-)
+SMALL = [(1, 1, 1), (1, 1, 2), (1, 72, 1), (2, 1, 300), (2, 3, 1), (15, 1, 3), (16, 65, 300)]
+RAGGED = [
+    (17, 65, 7),
+    (17, 130, 129),
+    (33, 1, 513),
+    (113, 65, 255),
+    (129, 65, 257),
+    (257, 40, 1025),
+]
+
+
+@pytest.mark.parametrize("shape", [*SMALL, *RAGGED, (128, 64, 256)], ids=str)
 @pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_shapes_that_no_tile_divides(shape, dtype):
-    made = problem("normal", *shape, dtype=dtype, bias=True)
-    for wanted in ((), ("hidden",), OPERANDS):
-        check(made, triton_results(made, wanted))
+    """Few rows are judged together with those of other seeds."""
+    for wanted, through in (
+        ((), ("logp",)),
+        (("hidden",), ("logp",)),
+        (OPERANDS, DIFFERENTIABLE),
+    ):
+        problems = [
+            problem("normal", *shape, dtype=dtype, bias=True, through=through, seed=seed)
+            for seed in range(1 + 6 // shape[0])
+        ]
+        check(problems, [triton_results(made, wanted) for made in problems])
 
 
 def test_no_rows_and_no_rows_that_count():
