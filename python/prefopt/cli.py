@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from prefopt import __version__
-from prefopt.command_line import new_command, no_more
+from prefopt.command_line import disable_hub_kernels, new_command, no_more
 from prefopt.compare.commands import add_compare_command
 from prefopt.data.commands import add_data_commands
 from prefopt.errors import UserError
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    disable_hub_kernels()
     # where it is installed it is imported by peft, whether used or not, and then misses an optional package aloud
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

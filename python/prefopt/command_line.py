@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +11,21 @@ from prefopt.recipe.error import RecipeError
 
 WHOLE = "none"
 QUANTIZATIONS = ("nf4", WHOLE)  # of the base's weights under an adapter
+
+BNB_KERNEL = "kernels-community/quantization-bitsandbytes"
+
+
+def disable_hub_kernels() -> None:
+    """Keep libraries from downloading compiled kernels from the hub; call it before they are imported.
+
+    Where the package kernels is installed, transformers downloads kernels for some architectures, and bitsandbytes one for
+    CPUs with AVX512-BF16 whenever it is imported. Both have implementations of their own. Variables that are set already
+    are kept.
+    """
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    # bitsandbytes has no switch, so its kernel is looked up in a place that has none
+    os.environ.setdefault("LOCAL_KERNELS", f"{BNB_KERNEL}={os.devnull}")
 
 
 def new_command(

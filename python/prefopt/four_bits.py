@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from prefopt.pretrained import first_line, from_pretrained
 from prefopt.recipe.error import RecipeError
 
 BLOCK = 64  # weights that share a scale
@@ -48,15 +49,18 @@ def quantization_options(compute: torch.dtype, device: int | str) -> dict[str, A
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_blocks(path: str, revision: str | None, asked: str, instead: str) -> None:
+def check_blocks(
+    path: str, asked: str, instead: str, *, revision: str | None, trust_remote_code: bool
+) -> None:
     """``refuse_broken_blocks`` for a model that is not loaded yet: its shapes are enough."""
+    failure = f"{asked}: cannot read the configuration of {path}"
+    options = {"trust_remote_code": trust_remote_code}
+    config = from_pretrained(AutoConfig, path, failure, revision=revision, **options)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, **options)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"{asked}: cannot read the configuration of {path}: {first}") from None
+        raise RecipeError(f"{failure}: {first_line(error)}") from None
     refuse_broken_blocks(model, asked, instead)
 
 

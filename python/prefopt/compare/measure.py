@@ -127,7 +127,8 @@ def _subject(job: Job, trainer: PreferenceTrainer, tokenizer) -> Subject:
     base, options = None, recipe.model
     if recipe.lora is None:
         key = f"{recipe.name}: model.path"
-        base = load_model(options.path, options.revision, options.dtype, key)
+        trust = {"trust_remote_code": options.trust_remote_code}
+        base = load_model(options.path, options.revision, options.dtype, key, **trust)
         base.to(trainer.args.device)
     return Subject(
         folder=job.folder,

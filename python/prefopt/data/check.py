@@ -12,6 +12,7 @@ from prefopt.data.read import LoadedRows, load_rows
 from prefopt.data.rows import BadRow, DataError
 from prefopt.data.scored import not_in_row, scored_tokens, template_notes
 from prefopt.data.tokenize import Tokenized, tokenize_rows
+from prefopt.pretrained import from_pretrained
 
 SHOWN = 10
 
@@ -95,11 +96,7 @@ def check(
 
 
 def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"cannot load a tokenizer from {path}: {first}") from None
+    return from_pretrained(AutoTokenizer, path, f"cannot load a tokenizer from {path}")
 
 
 def _index(tokenized: Tokenized, row: int) -> int:

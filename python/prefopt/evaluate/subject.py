@@ -129,7 +129,12 @@ def load_subject(folder: Path, base: str | None = None, quantization: str | None
     if kind == "weights" and name is not None:
         revision = None if base else source.started_revision
         try:
-            started = load_weights(str(Path(name).expanduser()), revision, source.dtype)
+            started = load_weights(
+                str(Path(name).expanduser()),
+                revision,
+                source.dtype,
+                trust_remote_code=source.trust_remote_code,
+            )
         except RecipeError as error:
             raise EvalError(f"the model before training: {error}; name it with --base") from None
         started.to(device)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.export.gguf_model import (
     add_metadata,
@@ -15,7 +15,7 @@ from prefopt.export.gguf_model import (
     tensors,
 )
 from prefopt.export.gguf_tokenizer import Vocabulary, read_tokenizer
-from prefopt.recipe.load import RecipeError
+from prefopt.export.merge import config_of
 from prefopt.use.load import Source, end_of_turn
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
@@ -27,11 +27,7 @@ def check_gguf(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     Raises:
         RecipeError: with the reason.
     """
-    try:
-        config = AutoConfig.from_pretrained(source.weights, revision=source.revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"cannot read the configuration of {source.weights}: {first}") from None
+    config = config_of(source)
     check_config(config)
     read_tokenizer(tokenizer, config.vocab_size)
 

@@ -17,6 +17,7 @@ from transformers import (
 
 from prefopt.command_line import WHOLE
 from prefopt.four_bits import quantization_options, refuse_broken_blocks
+from prefopt.pretrained import from_pretrained
 from prefopt.recipe.load import RecipeError
 from prefopt.use.load import Source, load_model, stop_ids
 
@@ -94,14 +95,17 @@ def save_four_bit(
         _save(model, tokenizer, Path(scratch))
         del model
         quantised = AutoModelForCausalLM.from_pretrained(
-            scratch, dtype=compute, **quantization_options(compute, device)
+            scratch,
+            dtype=compute,
+            trust_remote_code=source.trust_remote_code,
+            **quantization_options(compute, device),
         )
         _save(quantised, tokenizer, folder)
 
 
 def _rounded(model: PreTrainedModel, source: Source, dtype: str) -> PreTrainedModel:
     """The model in the dtype it is to be kept in."""
-    kind = getattr(torch, dtype) if dtype != "auto" else _config(source).dtype or torch.float32
+    kind = getattr(torch, dtype) if dtype != "auto" else config_of(source).dtype or torch.float32
     model.to(kind)
     _check_finite(model, f"--dtype {str(kind).removeprefix('torch.')} gives weights")
     return model
@@ -117,7 +121,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def _refuse_quantised(source: Source) -> None:
-    config = _config(source)
+    config = config_of(source)
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(
             f"{source.weights} is stored quantised, and an adapter merged into that would be rounded with it; name the base "
@@ -125,12 +129,15 @@ def _refuse_quantised(source: Source) -> None:
         )
 
 
-def _config(source: Source) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(source.weights, revision=source.revision)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise RecipeError(f"cannot read the configuration of {source.weights}: {first}") from None
+def config_of(source: Source) -> PretrainedConfig:
+    """The configuration of the base, or of the whole model."""
+    return from_pretrained(
+        AutoConfig,
+        source.weights,
+        f"cannot read the configuration of {source.weights}",
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
 
 
 def _check_finite(model: nn.Module, what: str) -> None:

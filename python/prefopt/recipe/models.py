@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -19,6 +18,7 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.pretrained import from_pretrained
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import Lora, Recipe
 
@@ -44,6 +44,7 @@ def load_model(
     *,
     quantize_for: str | None = None,
     use_cpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A causal language model from a folder or the hub.
 
@@ -54,34 +55,34 @@ def load_model(
         quantize_for: the dtype in which matrices of NF4 are multiplied; None leaves the weights as they are. Head and
             embedding are not quantised.
         use_cpu: quantise on the CPU even where there is a GPU.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         RecipeError: it cannot be loaded, or not in 4 bits.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     path = located(path, key)
-    options = {}
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
     if quantize_for is not None:
         device = _device(use_cpu)
         if device == "cpu":
-            check_blocks(path, revision, key, "model.quantization null")
-        options = quantization_options(getattr(torch, quantize_for), device)
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=kind, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise RecipeError(
-            f"{key}: cannot load a causal language model from {path}: {_first(error)}"
-        ) from None
+            check_blocks(path, key, "model.quantization null", **options)
+        options |= quantization_options(getattr(torch, quantize_for), device)
+    failure = f"{key}: cannot load a causal language model from {path}"
+    return from_pretrained(AutoModelForCausalLM, path, failure, dtype=kind, **options)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with the recipe's chat template if it names one."""
     key = f"{recipe.name}: model.path"
     path = located(recipe.model.path, key)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=recipe.model.revision)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{key}: cannot load a tokenizer from {path}: {_first(error)}") from None
+    tokenizer = from_pretrained(
+        AutoTokenizer,
+        path,
+        f"{key}: cannot load a tokenizer from {path}",
+        revision=recipe.model.revision,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
     if recipe.data.chat_template is not None:
         tokenizer.chat_template = _template(recipe)
     return tokenizer
@@ -147,8 +148,3 @@ def _template(recipe: Recipe) -> str:
         raise RecipeError(
             f"{recipe.name}: data.chat_template {path} is not UTF-8: {error}"
         ) from None
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -146,11 +146,16 @@ def make_trainer(
         f"{recipe.name}: model.path",
         quantize_for=quantize_for(recipe),
         use_cpu=recipe.training.use_cpu,
+        trust_remote_code=chosen.trust_remote_code,
     )
     reference = None
     if chosen.ref_path is not None:
         reference = load_model(
-            chosen.ref_path, None, chosen.dtype, f"{recipe.name}: model.ref_path"
+            chosen.ref_path,
+            None,
+            chosen.dtype,
+            f"{recipe.name}: model.ref_path",
+            trust_remote_code=chosen.trust_remote_code,
         )
     try:
         return PreferenceTrainer(

@@ -43,6 +43,9 @@ class Model:
     ref_path: str | None = option(
         "folder or hub id of the reference model; null: the model as it is before training", None
     )
+    trust_remote_code: bool = option(
+        "run the Python code that comes with the model; read it first", False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

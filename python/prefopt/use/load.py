@@ -25,6 +25,7 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.pretrained import first_line, from_pretrained
 from prefopt.recipe.load import RecipeError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,6 +62,11 @@ class Source:
         """Of ``started``, on the hub."""
         recipe = section(self.recipe, "model")
         return recipe.get("revision") if self.base is None else self.revision
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the recipe allows Python code that comes with the model."""
+        return section(self.recipe, "model").get("trust_remote_code") is True
 
     @property
     def quantization(self) -> str:
@@ -115,10 +121,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     path, revision = str(source.folder), None
     if not own and source.started is not None:
         path, revision = source.started, source.started_revision
-    try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot load a tokenizer from {path}: {_first(error)}") from None
+    failure = f"cannot load a tokenizer from {path}"
+    options = {"revision": revision, "trust_remote_code": source.trust_remote_code}
+    return from_pretrained(AutoTokenizer, path, failure, **options)
 
 
 def load_model(
@@ -144,6 +149,7 @@ def load_model(
     if kind not in QUANTIZATIONS:
         raise RecipeError(f"quantization is {kind!r}; expected {' or '.join(QUANTIZATIONS)}")
     options = {} if kind == WHOLE else _four_bits(source, name, device, kind, quantization)
+    options["trust_remote_code"] = source.trust_remote_code
     model = load_weights(source.weights, source.revision, name, **options)
     if source.base is not None:
         try:
@@ -153,7 +159,7 @@ def load_model(
                 model = PeftModel.from_pretrained(model, source.folder)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise RecipeError(
-                f"the adapter in {source.folder} does not fit the base model {source.base}: {_first(error)}"
+                f"the adapter in {source.folder} does not fit the base model {source.base}: {first_line(error)}"
             ) from None
     return (model.to(device) if kind == WHOLE else model).eval()
 
@@ -164,20 +170,15 @@ def load_weights(path: str, revision: str | None, dtype: str, **options: Any) ->
     Args:
         path, revision: where it is.
         dtype: the name of one of torch's, or "auto".
-        options: passed to ``from_pretrained``.
+        options: passed to ``from_pretrained``, such as ``trust_remote_code``.
 
     Raises:
         RecipeError: it cannot be loaded.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=kind, **options
-        ).eval()
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(
-            f"cannot load a causal language model from {path}: {_first(error)}"
-        ) from None
+    failure = f"cannot load a causal language model from {path}"
+    options |= {"revision": revision, "dtype": kind}
+    return from_pretrained(AutoModelForCausalLM, path, failure, **options).eval()
 
 
 def choose_device(name: str) -> str:
@@ -262,7 +263,13 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
     except RecipeError as error:
         raise RecipeError(f"{error}; or give --quantization {WHOLE}") from None
     if device == "cpu":
-        check_blocks(source.weights, source.revision, key, f"--quantization {WHOLE}")
+        check_blocks(
+            source.weights,
+            key,
+            f"--quantization {WHOLE}",
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
     compute = compute_dtype(section(source.recipe, "training"), dtype)
     return quantization_options(getattr(torch, compute), device)
 
@@ -304,7 +311,9 @@ def _recipe(folder: Path) -> dict:
         except FileNotFoundError:
             continue
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{place / 'recipe.yaml'} cannot be read: {_first(error)}") from None
+            raise RecipeError(
+                f"{place / 'recipe.yaml'} cannot be read: {first_line(error)}"
+            ) from None
         return content if isinstance(content, dict) else {}
     return {}
 
@@ -313,8 +322,3 @@ def section(recipe: dict, name: str) -> dict:
     """A section of a recipe.yaml as it is; empty where it has none."""
     content = recipe.get(name)
     return content if isinstance(content, dict) else {}
-
-
-def _first(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
