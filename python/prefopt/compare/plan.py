@@ -6,6 +6,7 @@ from pathlib import Path
 
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import SECTIONS, Loss, Recipe
+from prefopt.redact import redacted
 from prefopt.train.methods import METHODS, OPTIONS, PAIRS, RATED, in_force
 
 WARMUP = 10  # steps at the start that are not timed: caches, compilation, the first allocations
@@ -154,7 +155,7 @@ def settings_of(plan: Plan, fingerprints: dict[str, str]) -> dict:
         f"{name}.{key}": value
         for name in SECTIONS
         if (section := getattr(plan.recipe, name)) is not None
-        for key, value in asdict(section).items()
+        for key, value in redacted(asdict(section)).items()
     }
     options.pop("training.output_dir")
     return {"methods": list(plan.methods), "steps": plan.steps, "rows": fingerprints, **options}

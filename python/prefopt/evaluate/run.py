@@ -18,6 +18,7 @@ from prefopt.evaluate.results import (
 )
 from prefopt.evaluate.rules import make_rule
 from prefopt.evaluate.subject import Subject, find_subject, load_subject
+from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.charts import draw_suite
 from prefopt.report.figures import placed
@@ -49,7 +50,7 @@ def run(request: EvalRequest) -> Path:
     entry = {
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "model": subject.about(),
-        "settings": request.settings(),
+        "settings": redacted(request.settings()),
         "versions": versions(),
         "how": results.how,
         "warnings": warnings,

@@ -23,6 +23,7 @@ from prefopt.recipe.models import (
 )
 from prefopt.recipe.rows import has_eval, load_data, with_plan
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of
+from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.train import PreferenceConfig, PreferenceTrainer
 from prefopt.train.methods import METHODS
@@ -115,7 +116,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
 
 
 def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
-    """The recipe with every default and override spelled out, as a recipe that can be run again."""
+    """The recipe with every default and override spelled out, without secrets, as a recipe that can be run again."""
     sections = {name: getattr(recipe, name) for name in SECTIONS}
     content = {
         name: None if one is None else dataclasses.asdict(one) for name, one in sections.items()
@@ -125,7 +126,7 @@ def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path
     content["training"]["sampler"] = config.sampler
     path = folder / RECIPE_NAME
     head = "".join(f"# {line}\n" for note in recipe.notes for line in note.splitlines())
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(redacted(content), sort_keys=False, allow_unicode=True)
     write_whole(path, head + text)
     return path
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from prefopt.redact import redacted
 from prefopt.report.score import Suite, suite_of
 
 MOST_BAD_ROWS = 20
@@ -74,14 +75,17 @@ def read_run(run_dir: str | Path) -> Run:
             f"{path} is not a run folder: it has neither run.json nor metrics.jsonl"
         )
     run = Run(path)
-    run.record = _object(run, "run.json", expected=True)
+    run.record = redacted(_object(run, "run.json", expected=True))
     run.logs = _lines(run, "metrics.jsonl", expected=True)
     run.summary = _object(run, "summary.json")
     run.adapter = _object(run, "adapter_config.json")
     run.samples = _samples(run)
     run.bad_rows = _lines(run, "bad_rows.jsonl")[:MOST_BAD_ROWS]
     run.recipe = _text(run, "recipe.yaml") or ""
-    run.options = sections(run.recipe)
+    options = sections(run.recipe)
+    run.options = redacted(options)
+    if run.options != options:  # written by hand, or by a version that kept secrets
+        run.recipe = yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True)
     run.suites = _suites(run)
     run.memory = _object(run, "memory.json")
     _read_built(run)

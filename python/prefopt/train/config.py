@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from prefopt.redact import redacted
 from prefopt.train.checks import problems, unknown
 from prefopt.train.methods import METHODS, RATED, Method, in_force
 
@@ -134,6 +135,10 @@ class PreferenceConfig(TrainingArguments):
         if self.sampler != "label_balanced":
             self.train_sampling_strategy = self.sampler
         super().__post_init__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: Trainer saves its arguments as training_args.bin, where a token has no place."""
+        return redacted(vars(self))
 
     def check(self) -> None:
         """Raise ``ValueError`` with every option that does not make sense, alone or beside the others."""

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from prefopt.data import BadRow
+from prefopt.redact import redacted
 
 PACKAGES = ("prefopt-kernels", "torch", "transformers", "accelerate", "peft", "datasets")
 
@@ -28,7 +29,7 @@ class RunFolder:
         self.record.update(entries)
         if self.active:
             self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(self.record, indent=2, ensure_ascii=False, default=str)
+            text = json.dumps(redacted(self.record), indent=2, ensure_ascii=False, default=str)
             (self.path / "run.json").write_text(text + "\n", encoding="utf-8")
 
     def bad_rows(self, bad: Iterable[BadRow]) -> None:
