@@ -23,8 +23,10 @@ from prefopt.evaluate.scores import (
     mean_of,
     share,
     share_change,
+    wins,
 )
-from prefopt.report.score import BASE, CHANGE, RUN, Score
+from prefopt.report.score import BASE, CHANGE, RUN, Score, number, with_error
+from prefopt.report.statistics import wilson
 
 LABELS = {"task": "t", "metric": "m"}
 
@@ -45,6 +47,70 @@ def test_one_outcome_has_no_error():
     assert share([1.0], model=RUN, **LABELS).stderr is None
     alone = bootstrap(mean_of(np.array([3.0])), [0], seed=0, model=RUN, **LABELS)
     assert (alone.value, alone.stderr, alone.low, alone.high) == (3.0, None, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("value", "ends"), [(1.0, (0.7225, 1.0)), (0.0, (0.0, 0.2775))])
+def test_equal_outcomes_have_wilsons_interval_and_no_error(value, ends):
+    outcomes, groups = np.full(10, value), range(10)
+    one = share(outcomes, model=RUN, **LABELS)
+    other = bootstrap(mean_of(outcomes), groups, seed=0, model=RUN, **LABELS)
+    for score in (one, other):
+        assert (score.value, score.stderr) == (value, None)
+        assert (score.low, score.high) == pytest.approx(ends, abs=5e-5)
+    # four answers to each of ten prompts are ten outcomes, not forty
+    outcomes, groups = np.full(40, value), np.repeat(range(10), 4)
+    assert bootstrap(mean_of(outcomes), groups, seed=0, model=RUN, **LABELS).low == other.low
+
+
+def test_a_perfect_ranking_rests_on_the_rarer_label():
+    labels = np.array([True] * 4 + [False] * 12)
+    statistic = auc_of(np.arange(16.0)[::-1], labels)
+    score = bootstrap(statistic, range(16), seed=0, independent=4, model=RUN, **LABELS)
+    assert (score.value, score.stderr) == (1.0, None)
+    assert score.low == pytest.approx(4 / (4 + 1.959964**2), abs=1e-6)  # Wilson at 4 of 4
+
+
+@pytest.mark.parametrize("labels", [{"model": RUN, "unit": "nats"}, {"model": CHANGE}])
+def test_what_is_no_share_has_an_unknown_interval_where_nothing_varies(labels):
+    score = bootstrap(mean_of(np.zeros(10)), range(10), seed=0, **LABELS, **labels)
+    assert (score.value, score.stderr) == (0.0, None)
+    assert (score.low, score.high) == (-math.inf, math.inf)
+
+
+def test_no_change_at_all_has_no_error_and_an_interval():
+    outcomes = [1.0] * 5 + [0.0] * 5
+    score = share_change(outcomes, outcomes, **LABELS)
+    assert (score.value, score.stderr) == (0.0, None)
+    assert -score.low == pytest.approx(score.high) and score.high == pytest.approx(0.1666, abs=5e-5)
+
+
+def test_wins_are_the_paired_change_on_another_scale():
+    before, after = [1.0] * 20 + [0.0] * 20, [1.0] * 24 + [0.0] * 16
+    change = share_change(before, after, **LABELS)
+    score = wins(before, after, **LABELS)
+    assert (score.model, score.chance, score.value) == (RUN, 0.5, pytest.approx(0.55))
+    assert score.stderr == pytest.approx(change.stderr / 2)
+    assert (score.low, score.high) == ((1 + change.low) / 2, (1 + change.high) / 2)
+    tied = wins([1.0] * 8, [1.0] * 8, **LABELS)
+    assert tied.value == 0.5 and tied.low < 0.4 < 0.6 < tied.high
+
+
+def test_ties_count_half():
+    score = share([1.0, 1.0, 0.5, 0.0], model=RUN, **LABELS)
+    assert (score.value, score.n) == (0.625, 4)
+    assert (score.low, score.high) == wilson(2.5, 4)
+
+
+def test_small_numbers_and_shares_of_1_are_shown_with_what_is_known():
+    assert [number(one) for one in (0.00002, -0.0004, 0.0005, 0.0)] == [
+        "2.0e-05",
+        "-4.0e-04",
+        "0.001",
+        "0.000",
+    ]
+    assert with_error(share([1.0] * 10, model=RUN, **LABELS)) == "1.000 (0.722 to 1.000)"
+    nothing = bootstrap(mean_of(np.zeros(3)), range(3), seed=0, model=CHANGE, **LABELS)
+    assert with_error(nothing) == "0.000"
 
 
 def test_a_change_is_paired():
@@ -131,7 +197,8 @@ def test_the_table_shows_every_score():
     table = text_table([score(), score(model=BASE, low=-math.inf, high=math.inf, n_shot=5)])
     lines = table.splitlines()
     assert lines[2].split() == "task metric run 0.500 0.050 0.400 to 0.600 100".split()
-    assert "task, 5-shot" in lines[3] and "unknown to unknown" in lines[3]
+    assert lines[3].split() == "task, 5-shot metric base 0.500 0.050 unknown 100".split()
+    assert "task, temperature 0.7" in text_table([score(temperature=0.7)])
 
 
 def entry(*scores) -> dict:

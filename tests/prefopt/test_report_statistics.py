@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from prefopt.report.statistics import Z, mean_interval, paired_difference, wilson
+from prefopt.report.statistics import Z, mean_interval, paired_difference, student_t, wilson
 
 
 def is_close(a: float, b: float) -> bool:
@@ -27,6 +27,9 @@ def test_wilson_at_the_edges():
     assert wilson(0, 10)[0] == 0.0 and 0.2 < wilson(0, 10)[1] < 0.3
     assert is_close(wilson(10, 10)[1], 1.0) and 0.7 < wilson(10, 10)[0] < 0.8
     assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(10, 10)
+    assert (round(low, 4), round(high, 4)) == (0.7225, 1.0)
+    assert [round(end, 4) for end in wilson(1, 1)] == [0.2065, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,15 @@ def test_paired_difference_without_variation():
     assert change == 1.0 and 0 < low < 1 and high == 1.0
 
 
+@pytest.mark.parametrize(("n", "ups"), [(1, 1), (2, 1), (10, 5), (10, 0), (10, 10), (400, 200)])
+def test_no_change_at_all_still_has_an_interval(n, ups):
+    outcomes = [place < ups for place in range(n)]
+    change, low, high = paired_difference(outcomes, outcomes)
+    assert change == 0.0 and low < -0.002 and high > 0.002
+    if (n, ups) == (10, 5):  # phi is (25 - 5) / 25, and both arms of Wilson's interval are 0.2634
+        assert is_close(high, (0.5 - wilson(5, 10)[0]) * math.sqrt(2 * (1 - 0.8)))
+
+
 @pytest.mark.parametrize("sides", [([], []), ([True], [True, False])])
 def test_paired_difference_refuses_unequal_sides(sides):
     with pytest.raises(ValueError, match="same length from 1"):
@@ -79,7 +91,25 @@ def test_mean_interval():
     values = [0.2, -0.4, 1.1, 0.7, 0.05]
     mean, low, high = mean_interval(values)
     assert is_close(mean, statistics.mean(values))
-    assert is_close(high - mean, Z * statistics.stdev(values) / math.sqrt(5))
+    error = statistics.stdev(values) / math.sqrt(5)
+    assert (high - mean) / error == pytest.approx(2.776445105, abs=1e-8)
     assert is_close(mean - low, high - mean)
     with pytest.raises(ValueError, match="two or more, got 1"):
         mean_interval([1.0])
+
+
+def test_equal_values_have_no_interval():
+    assert mean_interval([0.1] * 3) == (pytest.approx(0.1), -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "quantile"),  # from published tables of Student's t
+    [(1, 12.70620474), (2, 4.30265273), (3, 3.18244631), (9, 2.26215716), (30, 2.04227246)],
+)
+def test_quantiles_of_students_t(degrees, quantile):
+    assert student_t(degrees) == pytest.approx(quantile, abs=5e-9)
+
+
+def test_student_t_becomes_normal():
+    # the first term of its expansion in 1 / degrees
+    assert student_t(10_000) - Z == pytest.approx((Z**3 + Z) / 4 / 10_000, rel=1e-3)

@@ -30,7 +30,8 @@ def samples(before: int, after: int, n: int):
         ([0.0, 0.1, 0.5, 0.9, 1.0, 1.1, 1.0, 1.1], "good", "learned to prefer desirable"),
         ([0.0, 1e-4, -1e-4, 2e-4, 1e-4], "bad", "learned next to nothing"),
         ([0.0, -0.4, -0.5, -0.5, -0.6], "bad", "learned the opposite"),
-        ([0.0, 0.9, -0.7, 0.8, -0.6], "unclear", "interval includes 0"),
+        ([0.0, 0.9, -0.7, 0.8, -0.6], "unclear", "smaller than it varies from log to log"),
+        ([0.0, 0.3, 0.3, 0.3, 0.3], "good", "learned to prefer desirable"),
         ([0.5, 0.6, 0.7], "unclear", "Too little was logged"),
         ([], "unclear", "Too little was logged"),
     ],
@@ -58,6 +59,14 @@ def test_the_interval_is_told():
     told = " ".join(tell(run_with(samples=samples(40, 80, 100))).sentences)
     assert "40.0 % before (30.9 % to 49.8 %) and 80.0 % after (71.1 % to 86.7 %), n = 100" in told
     assert "change of +40.0 points" in told
+
+
+def test_logs_of_training_have_a_spread_and_no_interval():
+    # of the last four, 1.0, 1.1, 1.0 and 1.1: mean 1.05, standard deviation 0.1 / sqrt(3)
+    told = " ".join(tell(run_with([0.0, 0.5, 1.0, 1.1, 1.0, 1.1])).sentences)
+    assert "was on average 1.05 above an undesirable one's" in told
+    assert "varied with a standard deviation of 0.0577" in told
+    assert "interval" not in told
 
 
 def test_rewards_that_part_without_better_answers_are_remarked():

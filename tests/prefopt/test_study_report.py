@@ -19,7 +19,8 @@ EVERY = "+".join(COMPONENTS)
 
 
 def rows_of(config, outcomes, margin=1.0, accuracy=0.8):
-    """A row for each outcome, with the seeds 0, 1, ..."""
+    """A row for each outcome, with the seeds 0, 1, ...; with components, every other one is 0.02 better or worse."""
+    wobble = 0.02 if config.components else 0.0
     return [
         config.fields()
         | {
@@ -28,8 +29,8 @@ def rows_of(config, outcomes, margin=1.0, accuracy=0.8):
             "outcome": outcome,
             "at": None,
             "ratio": 1.0,
-            "accuracy": accuracy,
-            "margin": margin + 0.01 * seed,
+            "accuracy": accuracy + wobble * (-1) ** seed,
+            "margin": margin + 0.01 * seed + wobble * (-1) ** seed,
             "versions": "prefopt-kernels 0, torch 0",
             "commit": "0",
         }
@@ -84,7 +85,11 @@ def test_csv_has_a_line_for_each_configuration():
 def test_a_paired_difference_is_over_what_both_have():
     ours = rows_of(Config("ours", COMPONENTS, "fp32", 0.01), ["stable"] * 5, 2.0)
     others = rows_of(Config("ours", (), "fp32", 0.01), ["stable"] * 3, 1.5)
-    assert paired(ours, others, "margin") == pytest.approx((0.5, 0.5, 0.5))
+    # 0.52, 0.48 and 0.52: Student's t for two degrees of freedom is 4.30265
+    reach = 4.30265 * 0.02 * (4 / 3) ** 0.5 / 3**0.5
+    mean = 1.52 / 3
+    expected = (mean, mean - reach, mean + reach)
+    assert paired(ours, others, "margin") == pytest.approx(expected, abs=1e-6)
     assert paired(ours, rows_of(Config("ours", (), "fp32", 0.02), ["stable"] * 3), "margin") is None
 
 
@@ -145,7 +150,8 @@ def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
     assert variants(rows)[0].cell.unstable == Share(0, 12)  # on the runs that all of them share
     said = find(rows).price[-1]
     assert "(12 runs each), the one with win weighting and loss aversion 1.5" in said
-    assert "+0.200 (+0.200 to +0.200) against KTO's" in said
+    # 12 differences of 0.18 and 0.22: 2.201 (Student's t) * 0.02 * sqrt(12 / 11) / sqrt(12) = 0.0133
+    assert "+0.200 (+0.187 to +0.213) against KTO's" in said
 
 
 def test_a_variant_run_often_enough_gets_its_own_sentence():

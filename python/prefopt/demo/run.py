@@ -216,7 +216,7 @@ def _summary(samples: list[dict], title: str) -> dict:
     n = len(samples)
     return {
         "title": f"{title} demo",
-        "metric": "share of thumbs-up answers to held-out questions",
+        "metric": f"share of thumbs-up answers to held-out questions, sampled at temperature {TEMPERATURE}",
         "kind": "share",
         "before": sum(sample["before_ok"] for sample in samples) / n,
         "after": sum(sample["after_ok"] for sample in samples) / n,
@@ -231,7 +231,8 @@ def _closing(samples: list[dict]) -> str:
     """What the terminal shows at the end: the result and one sample of each language, one text a line."""
     n = len(samples)
     ups = {key: sum(sample[f"{key}_ok"] for sample in samples) for key in ("before", "after")}
-    lines = ["", f"Thumbs-up answers to {n} held-out questions (95 % intervals):"]
+    asked = f"{n} held-out questions, sampled at temperature {TEMPERATURE}"
+    lines = ["", f"Thumbs-up answers to {asked} (95 % intervals):"]
     for key, count in ups.items():
         low, high = wilson(count, n)
         lines.append(f"  {key:<6} {count / n:6.1%}   ({low:.1%} to {high:.1%})")

@@ -22,6 +22,7 @@ from prefopt.evaluate.scores import (
     mean_of,
     share,
     share_change,
+    wins,
 )
 from prefopt.evaluate.subject import Subject
 from prefopt.report.score import BASE, CHANGE, RUN, Score
@@ -121,7 +122,8 @@ class _Judge:
             )
         scores += self._pair_accuracy(rewards)
         if len(set(self.labels.tolist())) == 2:
-            scores.append(self._boot(auc_of(rewards, self.labels), "accuracy, all", "share", 0.5))
+            auc = self._boot(auc_of(rewards, self.labels), "accuracy, all", "share", 0.5)
+            scores.append(auc)
         scores += self._kl(limit)
         scores += self._likelihoods(logps, limit)
         details = {
@@ -136,10 +138,14 @@ class _Judge:
         return scores, details
 
     def _boot(self, statistic, metric: str, unit: str, chance: float | None) -> Score:
+        # The variance of an AUC is at most A (1 - A) / min(desirable, undesirable) (Birnbaum and Klose 1957), that of a
+        # share of so many.
+        sides = (set(np.asarray(self.groups)[side]) for side in (self.labels, ~self.labels))
         return bootstrap(
             statistic,
             self.groups,
             seed=self.request.seed,
+            independent=min(map(len, sides)),
             task=REWARDS,
             metric=metric,
             model=RUN,
@@ -155,16 +161,11 @@ class _Judge:
             return []
         better = rewards[first] - rewards[first + 1]
         outcomes = np.where(better > 0, 1.0, np.where(better == 0, 0.5, 0.0))
-        score = bootstrap(
-            mean_of(outcomes),
-            [self.groups[place] for place in first],
-            seed=self.request.seed,
-            task=REWARDS,
-            metric="accuracy, pairs",
-            model=RUN,
-            chance=0.5,
-        )
-        return [score]
+        groups = [self.groups[place] for place in first]
+        labels = {"task": REWARDS, "metric": "accuracy, pairs", "model": RUN, "chance": 0.5}
+        if len(set(groups)) == len(groups):  # every pair has a prompt of its own
+            return [share(outcomes, **labels)]
+        return [bootstrap(mean_of(outcomes), groups, seed=self.request.seed, **labels)]
 
     def _kl(self, limit: int | None) -> list[Score]:
         """On each prompt with the answer to another one, where there is room for it."""
@@ -248,16 +249,11 @@ class _Judge:
             who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)]
             for who, made in texts.items()
         }
-        scores = [
-            share(one, task=ANSWERS, metric="pass the rule", model=who)
-            for who, one in passed.items()
-        ]
-        scores.append(share_change(passed[BASE], passed[RUN], task=ANSWERS, metric="pass the rule"))
-        wins = (1 + np.subtract(passed[RUN], passed[BASE])) / 2
-        labels = {"task": ANSWERS, "model": RUN, "seed": self.request.seed}
-        scores.append(
-            bootstrap(mean_of(wins), range(len(wins)), metric="wins", chance=0.5, **labels)
-        )
+        labels = {"task": ANSWERS, "temperature": self.temperature}
+        named = labels | {"metric": "pass the rule"}
+        scores = [share(one, model=who, **named) for who, one in passed.items()]
+        scores.append(share_change(passed[BASE], passed[RUN], **named))
+        scores.append(wins(passed[BASE], passed[RUN], metric="wins", **labels))
         if self.temperature == 1.0:
             own = [
                 {"prompt_ids": prompt, "completion_ids": answer}
@@ -269,7 +265,9 @@ class _Judge:
                 bootstrap(
                     mean_of(ratios),
                     range(len(ratios)),
+                    seed=self.request.seed,
                     metric="KL, own answers",
+                    model=RUN,
                     unit="nats",
                     **labels,
                 )

@@ -13,7 +13,7 @@ from typing import Any
 from prefopt.evaluate.request import EvalError
 from prefopt.files import write_whole
 from prefopt.report.facts import hub_id
-from prefopt.report.score import CHANGE, RUN, Score, number
+from prefopt.report.score import CHANGE, RUN, Score, interval, number
 
 FORMAT = 1  # of eval.json
 JSON_NAME, CSV_NAME = "eval.json", "eval_summary.csv"
@@ -41,7 +41,7 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
         if score.model == RUN and score.at_chance and score.chance:
             said.append(
                 f"{score.task}, {score.metric}: {number(score.value)} is indistinguishable from chance "
-                f"({number(score.chance)}); its 95 % interval is {number(score.low)} to {number(score.high)}."
+                f"({number(score.chance)}); its 95 % interval is {interval(score)}."
             )
         elif score.model == RUN and score.chance and score.high < score.chance:
             said.append(
@@ -52,7 +52,7 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
             what = "the change from base to run" if score.model == CHANGE else number(score.value)
             said.append(
                 f"{score.task}, {score.metric}: {what} is indistinguishable from 0 "
-                f"(95 % interval {number(score.low)} to {number(score.high)})."
+                f"(95 % interval {interval(score)})."
             )
     return said
 
@@ -130,12 +130,12 @@ def text_table(scores: Sequence[Score]) -> str:
     for score in scores:
         rows.append(
             (
-                score.task if score.n_shot is None else f"{score.task}, {score.n_shot}-shot",
+                score.asked,
                 score.metric,
                 score.model,
                 number(score.value),
                 "-" if score.stderr is None else number(score.stderr),
-                f"{number(score.low)} to {number(score.high)}",
+                interval(score),
                 "" if score.chance is None else number(score.chance),
                 str(score.n),
             )

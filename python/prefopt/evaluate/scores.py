@@ -1,46 +1,64 @@
-"""Scores with their uncertainty: shares by the binomial, everything else by a seeded bootstrap over questions or prompts."""
+"""Scores with their uncertainty: shares by Wilson, everything else by a seeded bootstrap over questions or prompts.
+
+Values that are all equal show no spread. They get no standard error, and the interval of a share is then Wilson's, that of
+anything else unknown (infinite): an interval of width 0 would claim certainty.
+"""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from prefopt.report.score import CHANGE, Score
+from prefopt.report.score import CHANGE, RUN, Score
 from prefopt.report.statistics import paired_difference, wilson
 
 RESAMPLES = 2000
 
 
 def share(outcomes: Sequence[float], **labels) -> Score:
-    """The share of successes among outcomes of 0 and 1, with the binomial's standard error and Wilson's interval.
+    """The share of successes among independent outcomes of 0, 1/2 (a tie) or 1, with Wilson's interval.
 
-    The standard error is ``sqrt(p (1 - p) / (n - 1))``, as lm-evaluation-harness has it; None for a single outcome.
+    The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as lm-evaluation-harness has
+    it; None where all outcomes are equal.
 
     Example:
         >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model="run", chance=0.25)
-        >>> score.value, score.stderr, score.at_chance
+        >>> score.value, round(score.stderr, 12), score.at_chance
         (0.2, 0.2, True)
     """
-    n, ups = len(outcomes), round(sum(outcomes))
-    value = ups / n
-    stderr = math.sqrt(value * (1 - value) / (n - 1)) if n > 1 else None
+    n, ups = len(outcomes), float(sum(outcomes))
     low, high = wilson(ups, n)
-    return Score(value=value, stderr=stderr, low=low, high=high, n=n, **labels)
+    return Score(value=ups / n, stderr=_error(outcomes), low=low, high=high, n=n, **labels)
 
 
 def share_change(before: Sequence[float], after: Sequence[float], **labels) -> Score:
     """Difference of two shares on the same items, with Newcombe's paired interval; the chance line is no change."""
     change, low, high = paired_difference([x > 0 for x in before], [x > 0 for x in after])
-    differences = np.subtract(after, before)
-    n = len(differences)
-    stderr = float(differences.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+    stderr, n = _error(np.subtract(after, before)), len(after)
     return Score(
         model=CHANGE, value=change, stderr=stderr, low=low, high=high, n=n, chance=0.0, **labels
     )
 
 
+def wins(before: Sequence[float], after: Sequence[float], **labels) -> Score:
+    """The share of items on which ``after`` succeeds and ``before`` does not, both alike counting half.
+
+    It is ``(1 + change) / 2`` of ``share_change``, and so are its error and interval; the chance line is 0.5.
+    """
+    change = share_change(before, after, **labels)
+    stderr = None if change.stderr is None else change.stderr / 2
+    ends = {name: (1 + getattr(change, name)) / 2 for name in ("value", "low", "high")}
+    return replace(change, model=RUN, stderr=stderr, chance=0.5, **ends)
+
+
 def bootstrap(
-    statistic: Callable[[np.ndarray], float], groups: Sequence[int], *, seed: int, **labels
+    statistic: Callable[[np.ndarray], float],
+    groups: Sequence[int],
+    *,
+    seed: int,
+    independent: int | None = None,
+    **labels,
 ) -> Score:
     """A statistic of weighted rows, with standard error and 95 % percentile interval from resampling whole groups.
 
@@ -50,6 +68,8 @@ def bootstrap(
         statistic: (n,) int64 weights, how often each row was drawn -> value; may give NaN where the draw has none.
         groups: (n,) group of each row.
         seed: of the ``RESAMPLES`` draws.
+        independent: how many independent outcomes a share rests on, for Wilson's interval where all draws are equal;
+            the number of groups if not given.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 4.0])
@@ -68,19 +88,23 @@ def bootstrap(
         ]
     )
     drawn = drawn[np.isfinite(drawn)]
-    if len(drawn) < 2:  # a single group, or none that has the statistic: no spread to be seen
-        return Score(
-            value=value, stderr=None, low=-math.inf, high=math.inf, n=len(places), **labels
-        )
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Score(
-        value=value,
-        stderr=float(drawn.std(ddof=1)),
-        low=float(low),
-        high=float(high),
-        n=len(places),
-        **labels,
-    )
+    stderr = _error(drawn, of_mean=False)
+    if stderr is not None:
+        low, high = map(float, np.quantile(drawn, [0.025, 0.975]))
+    elif labels.get("unit", "share") == "share" and labels["model"] != CHANGE and 0 <= value <= 1:
+        count = count if independent is None else independent
+        low, high = wilson(value * count, count)
+    else:
+        low, high = -math.inf, math.inf
+    return Score(value=value, stderr=stderr, low=low, high=high, n=len(places), **labels)
+
+
+def _error(values: Sequence[float], of_mean: bool = True) -> float | None:
+    """The standard deviation of the values, or of their mean; None for fewer than two, or if all are equal."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
+        return None
+    return float(values.std(ddof=1) / math.sqrt(len(values) if of_mean else 1))
 
 
 def mean_of(values: np.ndarray, sizes: np.ndarray | None = None) -> Callable[[np.ndarray], float]:

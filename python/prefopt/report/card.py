@@ -51,7 +51,9 @@ def _evaluations(run: Run, pictures: Sequence[Picture]) -> list[str]:
     for suite in run.suites:
         parts.append(f"### {_plain(evaluation.title(suite))}")
         parts.append(_table(evaluation.HEAD, evaluation.table(suite)))
-        parts.append("Values with their standard errors.")
+        parts.append(
+            "Values with their standard errors, or in brackets the 95 % interval where all outcomes are equal."
+        )
         parts.append("\n".join(f"- {_plain(sentence)}" for sentence in suite.warnings))
         head, body = evaluation.by_category(suite)
         if body:

@@ -61,7 +61,7 @@ def _bars(suite: Suite, folder: Path) -> list[Picture]:
             if line.chance is not None:
                 ends = [place - 0.46, place + 0.46]
                 axes.plot(ends, [line.chance] * 2, color=INK, ls="--", lw=1, label=once(LEGEND[2]))
-        labels = [f"{line.task}\n{line.metric}" for line in shown]
+        labels = ["\n".join([*line.any.asked.split(", "), line.metric]) for line in shown]
         axes.set_xticks(range(len(shown)), labels, fontsize=9)
         axes.set_ylim(0, 1)
         axes.set_ylabel("share")

@@ -65,6 +65,5 @@ def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _label(line: Line) -> str:
     """HellaSwag, 10-shot: acc_norm; the unit where it is no share."""
-    shots = "" if line.any.n_shot is None else f", {line.any.n_shot}-shot"
     unit = "" if line.any.unit == "share" else f" ({line.any.unit})"
-    return f"{line.task}{shots}: {line.metric}{unit}"
+    return f"{line.any.asked}: {line.metric}{unit}"

@@ -83,4 +83,5 @@ def _metric(score: Score) -> str:
     unit = "" if score.unit == "share" else f", {score.unit}"
     error = "" if score.stderr is None else f", standard error {score.stderr:.4f}"
     chance = "" if score.chance is None else f", chance {score.chance:.4f}"
-    return f"{score.task}: {score.metric}{unit}{error}{chance}, n {score.n}"
+    heat = "" if score.temperature is None else f", temperature {score.temperature:g}"
+    return f"{score.task}: {score.metric}{unit}{heat}{error}{chance}, n {score.n}"

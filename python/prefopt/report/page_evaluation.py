@@ -43,7 +43,8 @@ def _about(suite: Suite) -> str:
     on = f" On {', '.join(names)}." if names else ""
     made = f" Measured on {suite.made[:10]}." if suite.made else ""
     return (
-        f"Values with their standard errors; n counts questions, rows or answers.{text(on + made)}"
+        "Values with their standard errors, or in brackets the 95 % interval where all outcomes are equal; n counts "
+        f"questions, rows or answers.{text(on + made)}"
     )
 
 

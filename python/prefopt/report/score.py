@@ -15,7 +15,7 @@ class Score:
 
     ``low`` and ``high`` end its 95 % interval. ``chance`` is what knowing nothing scores: a guess, the base model's own
     value where that is known beforehand (a margin of 0), or no change; None where there is no such line. ``n`` counts
-    questions, rows, pairs or answers.
+    questions, rows, pairs or answers. ``n_shot`` and ``temperature``, that of sampled answers, say how it was measured.
     """
 
     task: str
@@ -29,6 +29,14 @@ class Score:
     chance: float | None = None
     n_shot: int | None = None
     unit: str = "share"
+    temperature: float | None = None
+
+    @property
+    def asked(self) -> str:
+        """The task with its settings: "HellaSwag, 10-shot", "sampled answers, temperature 1"."""
+        shots = "" if self.n_shot is None else f", {self.n_shot}-shot"
+        heat = "" if self.temperature is None else f", temperature {self.temperature:g}"
+        return f"{self.task}{shots}{heat}"
 
     @property
     def at_chance(self) -> bool:
@@ -109,23 +117,35 @@ def beside_chance(score: Score) -> str:
 
 
 def number(value: float) -> str:
-    """Three places after the point, four significant digits above 1,000; "unknown" for what is not finite.
+    """Three places after the point, four significant digits above 1,000, two of what would round to 0.
 
     Example:
-        >>> number(0.26449), number(-1234.567), number(float("inf"))
-        ('0.264', '-1,235', 'unknown')
+        >>> number(0.26449), number(-1234.567), number(0.00002), number(float("inf"))
+        ('0.264', '-1,235', '2.0e-05', 'unknown')
     """
     if not math.isfinite(value):
         return "unknown"
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
+def interval(score: Score) -> str:
+    """The 95 % interval: 0.722 to 1.000; "unknown" where its ends are."""
+    if not (math.isfinite(score.low) and math.isfinite(score.high)):
+        return "unknown"
+    return f"{number(score.low)} to {number(score.high)}"
+
+
 def with_error(score: Score | None, sign: bool = False) -> str:
-    """A value and its standard error: 0.264 ± 0.018."""
+    """A value and its standard error, or else its 95 % interval: 0.264 ± 0.018, 1.000 (0.722 to 1.000)."""
     if score is None:
         return ""
     plus = "+" if sign and score.value > 0 else ""
-    error = "" if score.stderr is None else f" ± {number(score.stderr)}"
+    known = interval(score)
+    error = "" if known == "unknown" else f" ({known})"
+    if score.stderr is not None:
+        error = f" ± {number(score.stderr)}"
     return plus + number(score.value) + error
 
 
@@ -150,7 +170,8 @@ def _score(entry: Any) -> Score | None:
     for name, end in (("low", -math.inf), ("high", math.inf)):
         given[name] = end if given[name] is None else given[name]
     numbers = [given[name] for name in ("value", "low", "high", "n")]
-    numbers += [given[name] for name in ("stderr", "chance") if given[name] is not None]
+    optional = ("stderr", "chance", "n_shot", "temperature")
+    numbers += [given[name] for name in optional if given[name] is not None]
     texts = [given[name] for name in ("task", "metric", "model", "unit")]
     good = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers)
     return Score(**given) if good and all(isinstance(one, str) for one in texts) else None

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from statistics import fmean, stdev
 
 Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share (Wilson 1927); (0, 1) where n is 0.
+
+    ``successes`` may count an outcome as a half: the variance of a mean of values from 0 to 1 is at most that of a share.
 
     Example:
         >>> low, high = wilson(5, 10)
@@ -27,7 +31,8 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     """Difference of two shares measured on the same items, with Newcombe's 95 % score interval.
 
     Both Wilson intervals are combined by squaring and adding, with the correlation of the pairs (Newcombe 1998,
-    Statistics in Medicine 17:2635, method 8). Where an outcome never varies, the correlation counts as 0.
+    Statistics in Medicine 17:2635, method 8). Where an outcome never varies, the correlation counts as 0. Where no item
+    changes it would be 1, and the interval could have width 0; there it has the continuity correction of his method 10.
 
     Args:
         before, after: (n,) outcomes of the same n items; n from 1.
@@ -49,7 +54,10 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     neither = n - ups_before - ups_after + both
     spread = ups_before * (n - ups_before) * ups_after * (n - ups_after)
     crossed = (ups_before - both) * (ups_after - both)
-    phi = (both * neither - crossed) / math.sqrt(spread) if spread else 0.0
+    covariance = both * neither - crossed
+    if ups_before == both == ups_after:
+        covariance = max(0.0, covariance - n / 2)
+    phi = covariance / math.sqrt(spread) if spread else 0.0
     p, q = ups_after / n, ups_before / n
     (p_low, p_high), (q_low, q_high) = wilson(ups_after, n), wilson(ups_before, n)
     difference = p - q
@@ -65,15 +73,47 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of two values or more, with the ends of its 95 % interval by the normal approximation.
+    """Mean of two independent values or more, with the ends of its 95 % interval by Student's t.
+
+    The ends are infinite where all values are equal: their spread says nothing about the error of the mean.
 
     Example:
-        >>> mean_interval([1.0, 1.0, 1.0])
-        (1.0, 1.0, 1.0)
+        >>> mean_interval([1.0, 2.0, 3.0])[0], mean_interval([1.0, 1.0, 1.0])
+        (2.0, (1.0, -inf, inf))
     """
     n = len(values)
     if n < 2:
         raise ValueError(f"values must be two or more, got {n}")
-    mean = sum(values) / n
-    error = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-    return mean, mean - Z * error, mean + Z * error
+    mean, deviation = fmean(values), stdev(values)
+    if deviation <= 1e-12 * max(map(abs, values)):  # equal but for rounding
+        return mean, -math.inf, math.inf
+    reach = student_t(n - 1) * deviation / math.sqrt(n)
+    return mean, mean - reach, mean + reach
+
+
+@lru_cache
+def student_t(degrees: int) -> float:
+    """The quantile of a two-sided 95 % interval of Student's t, for whole degrees of freedom from 1.
+
+    Found by bisection of the probability that |t| stays below it, a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4).
+
+    Example:
+        >>> round(student_t(9), 4)
+        2.2622
+    """
+
+    def inside(t: float) -> float:
+        angle = math.atan2(t, math.sqrt(degrees))
+        cosine, odd = math.cos(angle), degrees % 2
+        term = total = 0.0 if degrees == 1 else cosine if odd else 1.0
+        for power in range(2 + odd, degrees - 1, 2):
+            term *= cosine**2 * (power - 1) / power
+            total += term
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, 16.0  # 12.71 for one degree of freedom
+    while high - low > 1e-12 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high

@@ -1,10 +1,12 @@
 """What happened, in sentences computed from the numbers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Literal
 
 from prefopt.report.read import Run, is_number
-from prefopt.report.statistics import mean_interval, paired_difference, wilson
+from prefopt.report.statistics import paired_difference, wilson
 
 NOTHING = 0.01  # reward units; a margin this small moves KTO's loss by about a thousandth
 FEWEST_LOGS = 4
@@ -84,17 +86,20 @@ def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
     ends = _end_margins(run)
     if ends is None:
         return _by_loss(run)
-    mean, low, high = ends
+    mean, deviation = ends
     if abs(mean) < NOTHING:
         return (
             "bad",
             f"The model learned next to nothing: the reward margin ended at {number(mean)}.",
         )
-    if low > 0:
+    if mean > deviation:
         return "good", "The model learned to prefer desirable answers to undesirable ones."
-    if high < 0:
+    if mean < -deviation:
         return "bad", "The model learned the opposite: undesirable answers are rewarded more."
-    return "unclear", "It is not clear that the model learned: the margin's interval includes 0."
+    return (
+        "unclear",
+        "It is not clear that the model learned: the margin is smaller than it varies from log to log.",
+    )
 
 
 def _by_loss(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
@@ -103,10 +108,10 @@ def _by_loss(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
     quarter = len(losses) // 4
     if quarter < 2 or run.finite("rewards/margins"):
         return "unclear", "Too little was logged to say whether the model learned."
-    (first, first_low, _), (last, _, last_high) = map(
-        mean_interval, (losses[:quarter], losses[-quarter:])
+    (first, deviation), (last, last_deviation) = map(
+        _mean_and_deviation, (losses[:quarter], losses[-quarter:])
     )
-    if last_high < first_low:
+    if first - last > max(deviation, last_deviation):
         return (
             "good",
             f"The model learned what it was shown: the loss fell from {number(first)} to {number(last)}.",
@@ -153,7 +158,7 @@ def _judged(run: Run) -> list[str]:
             f"That is a change of {change:+.1f} points, with a 95 % interval from {low:+.1f} to {high:+.1f}."
         )
         ends = _end_margins(run)
-        if low <= 0 and ends is not None and ends[1] > NOTHING:
+        if low <= 0 and ends is not None and ends[0] - ends[1] > NOTHING:
             sentences.append(
                 "Rewards on the rows did move apart, but sampled answers are not clearly better: look for something "
                 "other than the answer by which the rows can be told apart, or for a model that was pushed too far."
@@ -161,24 +166,27 @@ def _judged(run: Run) -> list[str]:
     return sentences
 
 
-def _end_margins(run: Run) -> tuple[float, float, float] | None:
-    """Mean margin over the last quarter of the logs, with its interval; None if there are too few."""
+def _end_margins(run: Run) -> tuple[float, float] | None:
+    """Mean margin over the last quarter of the logs, and its standard deviation; None if there are too few."""
     margins = run.finite("rewards/margins")
     last = margins[-max(FEWEST_LOGS, len(margins) // 4) :]
-    return mean_interval(last) if len(last) >= FEWEST_LOGS else None
+    return _mean_and_deviation(last) if len(last) >= FEWEST_LOGS else None
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Of logs in a row. They depend on each other, so their spread gives no interval for the mean."""
+    return fmean(values), stdev(values)
 
 
 def _margin(run: Run) -> list[str]:
     sentences = []
     ends = _end_margins(run)
     if ends is not None:
-        mean, low, high = ends
+        mean, deviation = ends
+        side = "above" if mean >= 0 else "below"
         sentences.append(
-            f"In the last quarter of training a desirable row's reward was {number(mean)} above an undesirable one's "
-            f"(95 % interval {number(low)} to {number(high)}, from the spread between logs)."
-            if mean >= 0
-            else f"In the last quarter of training a desirable row's reward was {number(-mean)} below an undesirable "
-            f"one's (95 % interval of the margin {number(low)} to {number(high)}, from the spread between logs)."
+            f"In the last quarter of training a desirable row's reward was on average {number(abs(mean))} {side} an "
+            f"undesirable one's; from log to log the margin varied with a standard deviation of {number(deviation)}."
         )
     held_out = run.last("eval_rewards/margins")
     if held_out is not None:

@@ -1,5 +1,6 @@
 """What stability costs: our defaults and their variants beside KTO, on the same rows and seeds."""
 
+import math
 from dataclasses import dataclass
 
 from prefopt.study.grid import COMPONENTS
@@ -112,4 +113,6 @@ def _often_run(rows: Rows) -> list[str]:
 
 def _signed(difference: tuple[float, float, float]) -> str:
     mean, low, high = difference
+    if math.isinf(low):
+        return f"{mean:+.3f} (in every pair of runs, so without an interval)"
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"

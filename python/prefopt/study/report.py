@@ -29,7 +29,7 @@ DEFINITIONS = (
     "over windows, class by class, within .5, from 30 % of the steps on, and with it bounds on both terms' coefficients.",
     "bf16: the log-probabilities of a sequence reach the loss in bf16; the naive form computes in it, ours widens first.",
     "Accuracy and margin: on 200 held-out pairs; the margin in reward units (0.1 x nats). Intervals are Wilson's for "
-    "shares, the normal approximation for paired differences, all 95 %.",
+    "shares, Student's t for paired differences, all 95 %.",
 )
 
 

@@ -44,12 +44,15 @@ def _effects(rows: list[dict]) -> list[Table]:
     for precision in ("fp32", "bf16"):
         for effect in effects([row for row in rows if row["precision"] == precision]):
             mean, low, high = (100 * value for value in effect.difference)
+            digits = (
+                0 if high - low >= 2 else 1
+            )  # so that a narrow interval does not round to width 0
             body.append(
                 [
                     f"{effect.component}, {precision}",
                     effect.without.words(),
                     effect.with_it.words(),
-                    f"{mean:+.0f} points ({low:+.0f} to {high:+.0f})",
+                    f"{mean:+.{digits}f} points ({low:+.{digits}f} to {high:+.{digits}f})",
                     effect.word,
                 ]
             )

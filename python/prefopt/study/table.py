@@ -90,7 +90,7 @@ def paired(
     """Mean difference ours - others over the seeds and learning rates that both have, with its 95 % interval.
 
     Returns:
-        mean, lower and upper end; None with fewer than two pairs.
+        mean, lower and upper end, infinite where all differences are equal; None with fewer than two pairs.
     """
     other = {(row["seed"], row["learning_rate"]): row[key] for row in others}
     pairs = [(row["seed"], row["learning_rate"]) for row in ours]
