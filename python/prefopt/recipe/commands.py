@@ -1,6 +1,7 @@
 """`prefopt train` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
+import os
 from typing import Any
 
 from prefopt.command_line import new_command, no_more
@@ -26,7 +27,8 @@ def add_train_command(commands: Any) -> None:
 
         folder = run_recipe(recipe, resume=given.resume)
         leave_process_group()
-        print(folder / "report.html")
+        if os.environ.get("RANK", "0") == "0":  # of a distributed run, the first process alone
+            print(folder / "report.html")
         return 0
 
     train = new_command(

@@ -25,6 +25,8 @@ from prefopt.recipe.rows import has_eval, load_data, with_plan
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of
 from prefopt.redact import redacted
 from prefopt.report import write_report
+from prefopt.report.read import read_run
+from prefopt.report.words import closing
 from prefopt.train import PreferenceConfig, PreferenceTrainer
 from prefopt.train.methods import METHODS
 
@@ -72,6 +74,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
             _write_summary(folder, metrics, held_out)
     if trainer.is_world_process_zero():
         write_report(folder)
+        print("\n".join(closing(read_run(folder))), flush=True)
     return folder
 
 

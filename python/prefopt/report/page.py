@@ -11,7 +11,7 @@ from prefopt.report.metadata import title
 from prefopt.report.page_evaluation import evaluations
 from prefopt.report.page_facts import data, memory, settings, versions
 from prefopt.report.read import Run
-from prefopt.report.words import Story, judgement, percent
+from prefopt.report.words import Story, judgement, percent, said_of
 
 SHOWN_SAMPLES, MOST_SAMPLES = 10, 200
 REASONS = {"language": "other language", "topic": "off topic"}
@@ -141,12 +141,4 @@ def _warnings(run: Run) -> str:
         return ""
     if not findings:
         return "<p>None: the trainer saw nothing that goes wrong quietly.</p>"
-    return bullets(_finding(finding) for finding in findings)
-
-
-def _finding(finding: Any) -> str:
-    if not isinstance(finding, dict):
-        return str(finding)
-    step = f"Step {finding['step']}: " if finding.get("step") else ""
-    sentences = [str(finding[key]).rstrip(".") for key in ("reason", "remedy") if finding.get(key)]
-    return step + ". ".join(sentences or [str(finding.get("name", finding))]) + "."
+    return bullets(map(said_of, findings))

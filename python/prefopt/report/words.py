@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
 from prefopt.report.read import Run, is_number
 from prefopt.report.statistics import paired_difference, wilson
@@ -61,6 +61,35 @@ def tell(run: Run) -> Story:
     tone, verdict = _verdict(run)
     sentences = [*_end(run), *_judged(run), *_margin(run), *_likelihoods(run), *_loss(run)]
     return Story(tone, verdict, sentences)
+
+
+def closing(run: Run) -> list[str]:
+    """What the terminal shows when a run is over: the numbers on held-out rows, the verdict and the warnings."""
+    names = {
+        "loss": "loss",
+        "rewards/margins": "margin",
+        "rewards/accuracies": "accuracy",
+        "kl": "kl",
+    }
+    found = {name: run.last(f"eval_{key}") for key, name in names.items()}
+    numbers = [f"{name} {number(value)}" for name, value in found.items() if value is not None]
+    lines = []
+    if numbers:
+        lines.append(f"held-out rows: {', '.join([*numbers, *_held_out_count(run)])}")
+    lines.append(f"verdict: {tell(run).verdict}")
+    findings = run.record.get("diagnostics")
+    for finding in findings if isinstance(findings, list) else []:
+        lines.append(f"warning: {said_of(finding)}")
+    return lines
+
+
+def said_of(finding: Any) -> str:
+    """A finding of the trainer as one text: its step, reason and remedy."""
+    if not isinstance(finding, dict):
+        return str(finding)
+    step = f"Step {finding['step']}: " if finding.get("step") else ""
+    sentences = [str(finding[key]).rstrip(".") for key in ("reason", "remedy") if finding.get(key)]
+    return step + ". ".join(sentences or [str(finding.get("name", finding))]) + "."
 
 
 def percent(share: float) -> str:
@@ -191,9 +220,17 @@ def _margin(run: Run) -> list[str]:
     held_out = run.last("eval_rewards/margins")
     if held_out is not None:
         sentences.append(
-            f"On rows that were not trained on, the margin ended at {number(held_out)}."
+            f"On rows that were not trained on, the margin ended at {', '.join([number(held_out), *_held_out_count(run)])}."
         )
     return sentences
+
+
+def _held_out_count(run: Run) -> list[str]:
+    """``n = 118`` of the evaluation rows, or of the pairs; empty where it is not known."""
+    data = run.record.get("data")
+    counts = data.get("eval") if isinstance(data, dict) else None
+    n = counts.get("rows") if isinstance(counts, dict) else None
+    return [f"n = {n:,}"] if is_number(n) else []
 
 
 def _likelihoods(run: Run) -> list[str]:

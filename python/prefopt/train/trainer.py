@@ -20,6 +20,7 @@ from prefopt.data.collate_pairs import PairCollator
 from prefopt.train import prepare
 from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.config import PreferenceConfig
+from prefopt.train.console import show_lines
 from prefopt.train.describe import describe
 from prefopt.train.inputs import COLUMNS, Prepared, prepare_rows
 from prefopt.train.methods import PAIRS
@@ -100,6 +101,7 @@ class PreferenceTrainer(RecordedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        show_lines(self)
         self.spread = Spread(self)
         self.head = lm_head_of(self.model)
         check_lm_head(self.model, self.head)
