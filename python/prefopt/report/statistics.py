@@ -24,7 +24,11 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = share + Z**2 / (2 * n)
     spread = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    low = (
+        max(0.0, (centre - spread) / scale) if successes > 0 else 0.0
+    )  # exact, where rounding is not
+    high = min(1.0, (centre + spread) / scale) if successes < n else 1.0
+    return low, high
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:

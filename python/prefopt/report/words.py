@@ -93,8 +93,14 @@ def said_of(finding: Any) -> str:
 
 
 def percent(share: float) -> str:
-    """A share with one digit after the point: 41.7 %."""
-    return f"{100 * share:.1f} %"
+    """A share with one digit after the point, or three where that would be 0 or 100 and the share is not.
+
+    Example:
+        >>> percent(0.417), percent(1.0), percent(0.00038)
+        ('41.7 %', '100.0 %', '0.038 %')
+    """
+    digits = 3 if 0 < min(share, 1 - share) < 0.0005 else 1
+    return f"{100 * share:.{digits}f} %"
 
 
 def number(value: float) -> str:

@@ -125,9 +125,11 @@ def as_csv(rows: Iterable[dict]) -> str:
 
 
 def _percent(share: float) -> str:
-    """One place below 10 %, so that 0 of many does not become 0 to 0.
+    """One place below 10 %, more where that would be 0, so that 0 of many does not become 0 to 0.
 
-    >>> _percent(0.0158), _percent(0.53), _percent(1e-18)
-    ('1.6', '53', '0')
+    >>> _percent(0.0158), _percent(0.53), _percent(0.0), _percent(0.00038)
+    ('1.6', '53', '0', '0.04')
     """
+    if 0 < share < 0.0005:
+        return f"{100 * share:.1g}"
     return f"{100 * share:.1f}" if 0.0005 <= share < 0.0995 else f"{100 * share:.0f}"

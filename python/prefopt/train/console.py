@@ -18,13 +18,19 @@ class LogLine:
     Speed and time left come from the time between the ends of two steps, without evaluations and checkpoints.
     """
 
+    _first_step = 0  # of this call of train
+    _tokens: int | None = (
+        None  # up to the last log; not known before the first log of a resumed run
+    )
+    _total = _since_log = _mark = (
+        0.0  # seconds of training, since the last log, and when the last step ended
+    )
+
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self._first_step = state.global_step
-        self._tokens = (
-            None if state.global_step else 0
-        )  # a resumed run's are known from its first log
-        self._total = self._since_log = 0.0  # seconds of training
+        self._tokens = None if state.global_step else 0
+        self._total = self._since_log = 0.0
         self._mark = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
