@@ -48,9 +48,9 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
     scores, details = judge.rewards(beta)
     how = [
         f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, pairs: the "
-        "desirable answer of a pair has the higher reward. Accuracy, all: any desirable answer has a higher reward than "
-        "any undesirable one (area under the ROC curve). KL, mismatched: mean log-ratio of answers to other prompts, "
-        "which is KTO's reference point before it is cut at 0."
+        "desirable answer of a pair has the higher reward (Wilson's interval where each pair has a prompt of its own). "
+        "Accuracy, all: any desirable answer has a higher reward than any undesirable one (area under the ROC curve). KL, "
+        "mismatched: mean log-ratio of answers to other prompts, which is KTO's reference point before it is cut at 0."
     ]
     if rule is not None:
         found, samples = judge.sampled(rule)
