@@ -8,6 +8,7 @@ extensions.
 import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -69,17 +70,18 @@ def _find_and_load() -> tuple[Path | None, str | None]:
         # by Hugging Face kernels, in another version: torch ends the process when a name is registered again
         return None, "another copy of the C++ kernels is loaded in this process"
     installed = installed_library()
-    if installed is not None and (not _sources.sources() or _sources.is_current(installed)):
+    if installed is None:
+        missing = "the installation has none"
+    elif not _sources.is_whole(installed):
+        missing = f"{installed.name} is incomplete"
+    elif _sources.sources() and not _sources.is_current(installed):
+        missing = f"{installed.name} was built from other sources than csrc/ holds"
+    else:
         try:
             torch.ops.load_library(installed)
         except OSError as error:  # built for another torch or another machine
             return None, f"{installed} does not load: {error}"
         return installed, None
-    missing = (
-        "the installation has none"
-        if installed is None
-        else f"{installed.name} was built from other sources than csrc/ holds"
-    )
     reason = why_not_build()
     if reason is not None:
         return None, f"{missing}, and it cannot be built now: {reason}"
@@ -127,9 +129,12 @@ def _build(missing: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f"{name}.so"
     with _only_process(folder / "building"):
-        if built.exists():
-            torch.ops.load_library(built)
-            return built
+        for left in folder.glob("*/"):  # of a build that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        if built.exists() and _sources.is_whole(built):
+            with contextlib.suppress(OSError):  # it does not load: it is built again
+                torch.ops.load_library(built)
+                return built
         print(
             f"prefopt_kernels: building the C++ kernels, once, because {missing}: in {folder}",
             file=sys.stderr,

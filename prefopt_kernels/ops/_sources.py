@@ -7,6 +7,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -51,6 +52,19 @@ def link_flags() -> list[str]:
 def is_current(library: Path) -> bool:
     """Whether ``library`` was built from the sources that lie in csrc/ now."""
     return bytes.fromhex(digest()) in library.read_bytes()
+
+
+def is_whole(library: Path) -> bool:
+    """Whether an ELF file reaches its section headers, which are at its end: loading a truncated one can crash."""
+    with library.open("rb") as file:
+        head = file.read(64)
+    if len(head) < 64 or not head.startswith(b"\x7fELF"):
+        return False
+    (offset,), (size, count) = (
+        struct.unpack_from("<Q", head, 40),
+        struct.unpack_from("<HH", head, 58),
+    )
+    return library.stat().st_size >= offset + size * count
 
 
 def build_choice() -> str:

@@ -20,6 +20,7 @@ from prefopt.evaluate.commands import add_eval_command
 from prefopt.recipe.commands import add_train_command
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import Loss
+from prefopt.termination import TERMINATED, Terminated, sigterm_raises
 from prefopt.use.commands import add_use_commands
 
 USAGE_ERROR = 2  # as argparse exits on a wrong argument
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code.
 
     0 if it went well; 1 if `data check` found something to mend; 2, with one message on stderr, if something given to it was
-    wrong; 130 if it was interrupted.
+    wrong; 130 if it was interrupted, 143 if it was terminated.
     """
     parser = build_parser()
     given, rest = parser.parse_known_args(arguments)
@@ -39,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # where it is installed it is imported by peft, whether used or not, and then misses an optional package aloud
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        return given.command(given, rest) or 0
-    except KeyboardInterrupt:
+        with sigterm_raises():
+            return given.command(given, rest) or 0
+    except (KeyboardInterrupt, Terminated) as end:
         on = getattr(given, "goes_on", None)
         hint = f"; {on}" if on else ""
-        print(f"prefopt: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
+        stopped = isinstance(end, Terminated)
+        print(f"prefopt: {'terminated' if stopped else 'interrupted'}{hint}", file=sys.stderr)
+        return TERMINATED if stopped else INTERRUPTED
     except _user_errors() as error:
         if given.traceback:
             traceback.print_exc()

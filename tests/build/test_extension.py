@@ -183,11 +183,34 @@ def test_a_build_that_fails_is_a_reason_and_one_warning(tmp_path):
     assert failed.stderr.count("runs without its C++ kernels") == 1
 
 
-def test_a_library_that_does_not_load_is_a_reason(tmp_path):
+@pytest.mark.parametrize("content", [b"no library", b"\x7fELF" + bytes(59) + b"\x01" + bytes(9000)])
+def test_a_library_that_does_not_load_is_a_reason(tmp_path, content):
     tree = copy_of_the_tree(tmp_path)
     shutil.rmtree(tree / "csrc")
-    (tree / "prefopt_kernels" / "_C_cpu.abi3.so").write_bytes(b"no library")
-    assert "does not load" in run(tree).stdout
+    (tree / "prefopt_kernels" / "_C_cpu.abi3.so").write_bytes(content)
+    reason, library = run(tree).stdout.split("\n")[:2]
+    said = "does not load" if content.startswith(b"\x7fELF") else "_C_cpu.abi3.so is incomplete"
+    assert said in reason and library == "None"
+
+
+@needs_compiler
+def test_a_truncated_library_is_built_again(tmp_path):
+    tree = tree_with_stand_in(tmp_path, "whole")
+    library = Path(run(tree).stdout.split("\n")[1])
+    size, left = library.stat().st_size, library.parent / "tmp1234"
+    for kept in (0, 100, size // 2, size - 1):
+        os.truncate(library, kept)
+        assert not _sources.is_whole(library)
+    left.mkdir()  # of a build that was killed
+    mended = run(tree)
+    assert mended.stdout.split("\n")[:3] == ["None", str(library), "whole"]
+    assert "building the C++ kernels" in mended.stderr
+    assert library.stat().st_size == size and not left.exists()
+    # truncated beside the package: the one in the cache takes its place
+    installed = tree / "prefopt_kernels" / "_C_cpu.abi3.so"
+    installed.write_bytes(library.read_bytes()[: size // 2])
+    assert run(tree).stdout.split("\n")[1] == str(library)
+    assert "_C_cpu.abi3.so is incomplete" in run(tree, PREFOPT_BUILD="none").stdout
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from prefopt.compare.report import OUTPUTS, write_report
 from prefopt.compare.request import CompareRequest
 from prefopt.compare.rows import Rows, load
 from prefopt.files import write_whole
+from prefopt.folder_lock import is_unused, only_writer
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.run import preference_config
@@ -47,6 +48,13 @@ def run(recipe: Recipe, request: CompareRequest) -> Path:
     draft = Plan(recipe, request.methods, sequences, max(1, recipe.training.max_steps))
     for method in request.methods:
         preference_config(recipe_of(draft, method, recipe.training.seed, request.out))
+    _check_writable(request.out)
+    with only_writer(request.out, "--out"):
+        return _run(draft, request)
+
+
+def _run(draft: Plan, request: CompareRequest) -> Path:
+    recipe, sequences = draft.recipe, draft.sequences
     found = _found(request.out)
     rows = load(recipe, request.methods, load_tokenizer(recipe))
     batch = sequences // 2 if rows.are_pairs else sequences
@@ -129,15 +137,18 @@ def _write(out: Path, content: dict) -> None:
     write_whole(out / JSON_NAME, text + "\n", "replace")
 
 
-def _found(out: Path) -> dict | None:
-    """compare.json of an earlier start; None in a folder that is new or empty."""
+def _check_writable(out: Path) -> None:
     there = next(one for one in (out, *out.absolute().parents) if one.exists())
     if not os.access(there, os.W_OK):
         raise RecipeError(f"{there} cannot be written to; choose another --out")
+
+
+def _found(out: Path) -> dict | None:
+    """compare.json of an earlier start; None in a folder that is new or empty."""
     try:
         content = json.loads((out / JSON_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if out.is_dir() and any(out.iterdir()):
+        if not is_unused(out):
             raise RecipeError(
                 f"--out {out} has files in it that are not a comparison's; choose another folder"
             ) from None

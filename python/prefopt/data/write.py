@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from prefopt.data.rows import DataError, Text
+from prefopt.files import replace_folder, temporary
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 CHUNK_ROWS = 10_000  # rows of a Parquet file turned into Arrow at a time
@@ -22,28 +22,30 @@ TURNS = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", py
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, replace: bool = False) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` when the block has ended well and vanishes when it has not.
+
+    ``replace`` puts it in the place of the folder ``out``, which stays where it is until then.
 
     Raises:
         DataError: there is something at ``out`` already.
         OSError: it cannot be written.
     """
     out = out.expanduser().absolute()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not replace and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(f"{out} is there already; choose another folder, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        os.replace(partial, out)
-    except OSError as error:
-        if error.errno in FULL and error.filename is None:  # as a write reports it
-            raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with temporary(out) as partial:
+        partial.mkdir()
+        try:
+            yield partial
+            if replace:
+                replace_folder(partial, out)
+            else:
+                os.replace(partial, out)
+        except OSError as error:
+            if error.errno in FULL and error.filename is None:  # as a write reports it
+                raise OSError(error.errno, os.strerror(error.errno), str(out)) from error
+            raise
 
 
 class Spool:

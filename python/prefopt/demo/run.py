@@ -14,6 +14,7 @@ from prefopt.demo.model import build_model, build_tokenizer, save_model, supervi
 from prefopt.demo.rows import pair_rows, split_questions, thumbs_rows
 from prefopt.demo.rule import RULE, judge, language
 from prefopt.demo.sampling import TEMPERATURE, sample_answers
+from prefopt.folder_lock import is_unused, only_writer
 from prefopt.recipe import RecipeError, make_recipe, run_recipe
 from prefopt.report import write_report
 from prefopt.report.statistics import paired_difference, wilson
@@ -70,10 +71,16 @@ def run_demo(out: str | Path, seed: int = 0, method: str = "kto") -> Path:
         KeyboardInterrupt: after what had been written is removed.
     """
     out = Path(out)
-    _check(out, seed, method)
-    _clear(out)
-    out.mkdir(parents=True, exist_ok=True)
-    _mark(out, "unfinished", seed)
+    with only_writer(out, "--out"):
+        _check(out, seed, method)
+        _clear(out)
+        _mark(out, "unfinished", seed)
+        report = _run_alone(out, seed, method)
+        _mark(out, "finished", seed)
+    return report
+
+
+def _run_alone(out: Path, seed: int, method: str) -> Path:
     threads = torch.get_num_threads()
     # One thread is as fast for matrices this small, is not slowed by a busy machine, and gives the same bits anywhere.
     torch.set_num_threads(1)
@@ -81,14 +88,12 @@ def run_demo(out: str | Path, seed: int = 0, method: str = "kto") -> Path:
         with warnings.catch_warnings():
             # peft asks transformers for an attribute by its former name; nothing a reader of the demo could act on
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            report = _run(out, seed, method)
-    except KeyboardInterrupt:
+            return _run(out, seed, method)
+    except (KeyboardInterrupt, SystemExit):
         _clear(out)
         raise
     finally:
         torch.set_num_threads(threads)
-    _mark(out, "finished", seed)
-    return report
 
 
 def recipe_content(out: Path, seed: int, method: str = "kto") -> dict:
@@ -124,23 +129,19 @@ def _check(out: Path, seed: int, method: str) -> None:
         raise RecipeError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     if not 0 <= seed < 2**32:
         raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {out} is a file; expected a folder")
-    if out.is_dir() and any(out.iterdir()) and not _is_demo(out):
+    if out.is_dir() and not is_unused(out) and not _is_demo(out):
         raise RecipeError(
             f"--out {out} has files in it that are not a demo's; choose another folder"
         )
 
 
 def _clear(out: Path) -> None:
-    """Remove what a demo writes, and the folder if nothing else is in it."""
+    """Remove what a demo writes."""
     if not _is_demo(out):
         return
     for name in OWN_ENTRIES:
         shutil.rmtree(out / name, ignore_errors=True)
     (out / MARKER).unlink()
-    if not any(out.iterdir()):
-        out.rmdir()
 
 
 def _is_demo(out: Path) -> bool:

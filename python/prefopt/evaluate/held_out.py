@@ -10,6 +10,7 @@ from prefopt.data.read import LoadedRows, load_rows, split_by_group
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.evaluate.request import EvalError, EvalRequest
 from prefopt.evaluate.subject import Subject
+from prefopt.paths import is_missing
 from prefopt.use.load import Source, section
 
 MAX_LENGTH = 1024  # where the run does not say another
@@ -48,6 +49,10 @@ def read_rows(run: Source, request: EvalRequest) -> Texts:
         DataError: they cannot be read.
     """
     path, split, revision, fraction = _named(run, request)
+    if request.data is None and is_missing(path):
+        raise EvalError(
+            f"{run.folder} sets aside rows of {path}, and there is no file or folder {path}; name the rows by --data"
+        )
     loaded = load_rows(path, split=split, revision=revision)
     if fraction:
         loaded = split_by_group(loaded, fraction, _seed(run.recipe))[1]

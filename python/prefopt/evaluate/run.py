@@ -18,6 +18,7 @@ from prefopt.evaluate.results import (
 )
 from prefopt.evaluate.rules import make_rule
 from prefopt.evaluate.subject import Subject, find_subject, load_subject
+from prefopt.folder_lock import only_writer
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.charts import draw_suite
@@ -36,12 +37,18 @@ def run(request: EvalRequest) -> Path:
     Raises:
         EvalError: the run folder, the request or the questions are not as needed.
         DataError: rows that cannot be used.
+        RecipeError: another process writes into the folder for the results.
     """
     source = find_subject(request.run, request.base)
     check_writable(request.out)
     if request.rule is not None:
         make_rule(request.rule)
     asked = _asked(source, request)
+    with only_writer(request.out, "--out"):
+        return _run(asked, request)
+
+
+def _run(asked: Any, request: EvalRequest) -> Path:
     subject = load_subject(request.run, request.base, request.quantization)
     results = _SUITES[request.suite](subject, asked, request)
     warnings = subject.warnings + results.warnings + chance_sentences(results.scores)

@@ -1,7 +1,5 @@
 """The folder of an export: whole or not there, and never over something that is not an export."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +30,5 @@ def export_folder(out: Path, force: bool) -> Iterator[Path]:
         raise RecipeError(
             f"--out {out} has an export in it; choose another folder, or replace it by --force"
         )
-    fresh = out.with_name(f".{out.name}.new-{os.getpid()}")
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    with whole_folder(fresh) as folder:
+    with whole_folder(out, replace=True) as folder:
         yield folder
-    os.replace(out, old)
-    os.replace(fresh, out)
-    shutil.rmtree(old)

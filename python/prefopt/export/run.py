@@ -21,9 +21,11 @@ from prefopt.use.load import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Source,
+    base_of,
     find_run,
     load_tokenizer,
     read_object,
+    stored_recipe,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,7 +99,7 @@ def _published(run: str | Path, base: str | None) -> Source:
     adapter = read_object(folder / ADAPTER_CONFIG)
     if base is not None:
         adapter |= {"base_model_name_or_path": base, "revision": None}
-    named = adapter.get("base_model_name_or_path") or ""
+    named = base_of(adapter, *stored_recipe(folder)) or ""
     return Source(folder, named, adapter.get("revision"), adapter)
 
 
@@ -109,15 +111,22 @@ def _write_adapter(
     if not found:
         raise RecipeError(f"{source.folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
     shutil.copy2(found[0], folder)
-    text = json.dumps(source.adapter, indent=2, ensure_ascii=False)
+    base = _public_name(source.base)
+    adapter = source.adapter | {"base_model_name_or_path": base}
+    text = json.dumps(adapter, indent=2, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
     if hub_id(source.base) is None:
         return [
-            f"adapter_config.json names the base by {source.base or 'nothing'}, which nobody else can find; before you publish "
-            "the adapter, name the hub id by --base"
+            f"adapter_config.json names the base model {base or 'nothing'}, which is a local folder; before you "
+            "publish the adapter, name the hub id by --base"
         ]
     return []
+
+
+def _public_name(base: str | None) -> str | None:
+    """The base's hub id, or the last part of its path: what is published names no path of this machine."""
+    return Path(base).name if base and hub_id(base) is None else base
 
 
 def _write_merged(
@@ -164,10 +173,7 @@ _WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], 
 def _record(
     folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]
 ) -> None:
-    local = source.base is not None and hub_id(source.base) is None
-    base = (
-        Path(source.base).name if local else source.base
-    )  # what is published names no path of this machine
+    base = _public_name(source.base)
     made = {"format": format, "run": source.folder.resolve().name, "base": base}
     if format == "gguf":
         made["quant"] = quant

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from prefopt.paths import RECIPE_NAME, paths_from
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.named import RECIPES, find_recipe
 from prefopt.recipe.old_keys import Entry, translate
@@ -21,7 +22,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         path: of a YAML file with the sections model, data, lora, loss and training, or the name of one that comes with the
-            package.
+            package. The recipe.yaml of a run folder names that folder and what it was trained on, also after a move.
         overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
 
     Raises:
@@ -39,6 +40,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     name = path.stem if path.parent == RECIPES else str(path)
+    in_run = path.name == RECIPE_NAME and (path.parent / "run.json").is_file()
+    if in_run and isinstance(content, Mapping):
+        content = paths_from(content, path.parent)
     return make_recipe(content, overrides, name=name)
 
 

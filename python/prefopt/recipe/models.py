@@ -1,6 +1,5 @@
 """A recipe's model, tokenizer and adapter, from a folder or the hub."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.schema import Lora, Recipe
@@ -118,10 +118,10 @@ def adapter_config(lora: Lora) -> LoraConfig:
 
 
 def located(path: str, key: str) -> str:
-    """The path, if it is a folder or may be a hub id."""
-    local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    path = os.path.expanduser(path)
-    if local and not Path(path).is_dir():
+    """The absolute path of a folder, which then also stands in the adapter's configuration; or a hub id."""
+    if Path(path).expanduser().is_dir():
+        return absolute(path)
+    if is_path(path):
         raise RecipeError(
             f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
         )

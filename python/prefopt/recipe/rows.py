@@ -14,6 +14,7 @@ from prefopt.data.pairs import tokenize_pairs
 from prefopt.data.plan import Plan, make_plan
 from prefopt.data.sources import MANIFEST, local_file, read_manifest
 from prefopt.data.write import file_digest
+from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import METHODS, PAIRS, RATED
 
@@ -25,6 +26,11 @@ def load_data(
 ) -> tuple[Tokenized, Tokenized | None]:
     """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
     data = recipe.data
+    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
+        if path is not None and is_missing(path):
+            raise DataError(
+                f"{recipe.name}: {key} is {path}, and there is no file or folder {path}; name the rows by --{key}"
+            )
     train = load_rows(
         data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
     )

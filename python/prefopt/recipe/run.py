@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -12,7 +13,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, Tokenized
 from prefopt.files import write_whole
+from prefopt.folder_lock import is_unused, only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
+from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import (
@@ -34,8 +37,6 @@ __all__ = ["load_data", "load_model", "preference_config", "run", "write_recipe"
 
 logger = logging.getLogger(__name__)
 
-RECIPE_NAME = "recipe.yaml"
-
 
 def run(recipe: Recipe, *, resume: bool = False) -> Path:
     """Train as the recipe says.
@@ -55,6 +56,13 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     """
     config = preference_config(recipe)
     folder = Path(recipe.training.output_dir).expanduser()
+    # The first process of a distributed run holds the lock for all.
+    lock = only_writer(folder, f"{recipe.name}: training.output_dir") if _is_first() else None
+    with lock or nullcontext():
+        return _run(recipe, config, folder, resume)
+
+
+def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -> Path:
     checkpoint = _checkpoint(recipe, folder, resume)
     tokenizer = load_tokenizer(recipe)
     with config.main_process_first(local=False, desc="data"):  # the others read what it has built
@@ -119,7 +127,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
 
 
 def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
-    """The recipe with every default and override spelled out, without secrets, as a recipe that can be run again."""
+    """Write the recipe that repeats the run: every option spelled out, local paths absolute, secrets left out."""
     sections = {name: getattr(recipe, name) for name in SECTIONS}
     content = {
         name: None if one is None else dataclasses.asdict(one) for name, one in sections.items()
@@ -129,7 +137,8 @@ def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path
     content["training"]["sampler"] = config.sampler
     path = folder / RECIPE_NAME
     head = "".join(f"# {line}\n" for note in recipe.notes for line in note.splitlines())
-    text = yaml.safe_dump(redacted(content), sort_keys=False, allow_unicode=True)
+    content = absolute_paths(redacted(content))
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(path, head + text)
     return path
 
@@ -179,14 +188,8 @@ def make_trainer(
 
 def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
     """The checkpoint to go on from; a folder in use is refused unless it is to be resumed."""
-    if folder.is_file():
-        raise RecipeError(
-            f"{recipe.name}: training.output_dir {folder} is a file; expected a folder"
-        )
     # The other processes of a distributed run may find what the first has already written.
-    first = os.environ.get("RANK", "0") == "0"
-    used = first and folder.exists() and any(folder.iterdir())
-    if used and not resume:
+    if _is_first() and not is_unused(folder) and not resume:
         raise RecipeError(
             f"{recipe.name}: training.output_dir {folder} has files in it; choose another, or go on with --resume"
         )
@@ -194,6 +197,10 @@ def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
     if resume and checkpoint is None:
         logger.warning("%s has no checkpoint; training starts at the beginning", folder)
     return checkpoint
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
@@ -207,7 +214,7 @@ def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
         "after": margin,
         "n": held_out.counts["rows"],
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _home(key: str) -> str:

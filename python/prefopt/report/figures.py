@@ -3,12 +3,13 @@
 import io
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+
+from prefopt.files import temporary
 
 INK = "#1b1f24"  # text and axes; in a page it gives way to the page's own colour
 GOOD, BAD, OWN = "#2f8f5b", "#d0653a", "#3f7fd0"  # to be told apart on white and on near-black
@@ -89,8 +90,9 @@ def for_page(svg: str, title: str) -> str:
 @contextmanager
 def placed(folder: Path) -> Iterator[Path]:
     """A scratch folder, whose files are moved into ``folder`` when all of them are there; none of them on an error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        yield Path(scratch)
-        for file in sorted(Path(scratch).iterdir()):
+    with temporary(folder) as scratch:
+        scratch.mkdir()
+        yield scratch
+        folder.mkdir(exist_ok=True)
+        for file in sorted(scratch.iterdir()):
             os.replace(file, folder / file.name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from prefopt.paths import paths_from
 from prefopt.redact import redacted
 from prefopt.report.score import Suite, suite_of
 
@@ -26,7 +27,7 @@ class Run:
     adapter: dict = field(default_factory=dict)  # adapter_config.json
     bad_rows: list[dict] = field(default_factory=list)  # the first of bad_rows.jsonl
     recipe: str = ""  # recipe.yaml, as text
-    options: dict = field(default_factory=dict)  # recipe.yaml, as sections
+    options: dict = field(default_factory=dict)  # recipe.yaml, as sections, with paths of today
     suites: list[Suite] = field(default_factory=list)  # eval.json
     memory: dict = field(default_factory=dict)  # memory.json
     manifest: dict = field(default_factory=dict)  # of the built folder that the data came from
@@ -86,6 +87,7 @@ def read_run(run_dir: str | Path) -> Run:
     run.options = redacted(options)
     if run.options != options:  # written by hand, or by a version that kept secrets
         run.recipe = yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True)
+    run.options = paths_from(run.options, path)
     run.suites = _suites(run)
     run.memory = _object(run, "memory.json")
     _read_built(run)

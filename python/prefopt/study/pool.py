@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import prefopt_kernels
+from prefopt.files import temporary
+from prefopt.folder_lock import is_unused
 from prefopt.recipe.load import RecipeError
 from prefopt.study.grid import Config, Plan
 from prefopt.study.policy import Reference, make_reference, pretrain
@@ -127,8 +129,6 @@ def commit() -> str | None:
 
 
 def _check_folder(plan: Plan, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise RecipeError(f"--out {out} is a file; expected a folder")
     settings = {
         "study": "bco-stability",
         "steps": plan.steps,
@@ -144,10 +144,9 @@ def _check_folder(plan: Plan, out: Path) -> None:
             raise RecipeError(
                 f"--out {out} has a study of other settings: {found}; expected {settings}, or choose another folder"
             )
-    elif out.is_dir() and any(out.iterdir()):
+    elif not is_unused(out):
         raise RecipeError(f"--out {out} has files in it that are not a study's; choose another")
     else:
-        out.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 
@@ -195,12 +194,9 @@ def _append(path: Path, rows: list[dict]) -> None:
 
 
 def _save_weights(weights: dict, path: Path) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with temporary(path) as scratch:
         save_file(weights, scratch)
         os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 @contextmanager

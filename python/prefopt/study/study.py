@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from prefopt.folder_lock import only_writer
 from prefopt.recipe.load import RecipeError
 from prefopt.study.findings import find
 from prefopt.study.grid import full_plan, quick_plan
@@ -31,7 +32,8 @@ def run_study(
             raise RecipeError(f"{name} is {value}; expected a number from 1")
     out = Path(out)
     plan = full_plan(seeds) if full else quick_plan(seeds)
-    run_plan(plan, out, processes)
-    report = write_report(out)
+    with only_writer(out, "--out"):
+        run_plan(plan, out, processes)
+        report = write_report(out)
     print(find(read_lines(out / RESULTS)).verdict)
     return report

@@ -6,6 +6,7 @@ training option is in it, so a sweep over learning rates computes the reference 
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from prefopt.data import Tokenized, pair_mismatched
 from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs
+from prefopt.files import temporary
 from prefopt.train.scoring import PackingCollator
 
 CACHE_VERSION = 1  # part of the key: raise it when the numbers of the same inputs change
@@ -100,8 +102,9 @@ def with_reference(
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(columns, file)
+            with temporary(file) as scratch:
+                save_file(columns, scratch)
+                os.replace(scratch, file)
     for name in sorted(columns, reverse=True):
         rows = rows.add_column(name, columns[name].tolist())
     if partners is None:

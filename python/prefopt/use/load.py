@@ -25,6 +25,7 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.paths import RECIPE_NAME, is_path, path_from, paths_from
 from prefopt.pretrained import first_line, from_pretrained
 from prefopt.recipe.load import RecipeError
 
@@ -45,7 +46,7 @@ class Source:
     adapter: dict = field(default_factory=dict)  # adapter_config.json
     dtype: str = "auto"  # that of training
     template_kwargs: dict = field(default_factory=dict)  # of the chat template, as in training
-    recipe: dict = field(default_factory=dict)  # recipe.yaml, as it is
+    recipe: dict = field(default_factory=dict)  # recipe.yaml, its paths as they are now
 
     @property
     def data(self) -> dict:
@@ -93,7 +94,8 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise RecipeError(f"there is no run folder {folder}")
-    recipe = _recipe(folder)
+    stored, home = stored_recipe(folder)
+    recipe = paths_from(stored, home)
     model = section(recipe, "model")
     kwargs = section(recipe, "data").get("chat_template_kwargs")
     said = {
@@ -105,7 +107,7 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
         adapter = read_object(folder / ADAPTER_CONFIG)
         if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
             raise RecipeError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
-        named = adapter.get("base_model_name_or_path") or model.get("path")
+        named = base_of(adapter, stored, home) or model.get("path")
         revision = adapter.get("revision") or model.get("revision") if base is None else None
         return Source(folder, _located(base or named, folder), revision, adapter, **said)
     if (folder / "config.json").is_file():
@@ -150,7 +152,14 @@ def load_model(
         raise RecipeError(f"quantization is {kind!r}; expected {' or '.join(QUANTIZATIONS)}")
     options = {} if kind == WHOLE else _four_bits(source, name, device, kind, quantization)
     options["trust_remote_code"] = source.trust_remote_code
-    model = load_weights(source.weights, source.revision, name, **options)
+    try:
+        model = load_weights(source.weights, source.revision, name, **options)
+    except RecipeError as error:
+        if source.base is None:
+            raise
+        raise RecipeError(
+            f"the base model of {source.folder}: {error}; name another folder or hub id with --base"
+        ) from None
     if source.base is not None:
         try:
             with warnings.catch_warnings():
@@ -283,9 +292,9 @@ def _located(named: str | None, folder: Path) -> str:
     path = Path(named).expanduser()
     if path.is_dir():
         return str(path)
-    if named.startswith((".", "/", "~")) or named.count("/") > 1:
+    if is_path(named):
         raise RecipeError(
-            f"the base model {named} of {folder} is not there; say by --base in which folder, or under which hub id, it is"
+            f"the base model {named} of {folder} is not there; name its folder or hub id with --base"
         )
     return named
 
@@ -301,21 +310,27 @@ def _hint(folder: Path) -> str:
     return f": it has neither {ADAPTER_CONFIG} nor config.json"
 
 
-def _recipe(folder: Path) -> dict:
-    """recipe.yaml of the folder, or of the run that the folder is a checkpoint of; {} if there is none."""
+def base_of(adapter: dict, stored: dict, home: Path) -> str | None:
+    """The base model that an adapter names: a hub id, or the path where it is now; see ``stored_recipe``."""
+    named = adapter.get("base_model_name_or_path")
+    return path_from(named, section(stored, "training").get("output_dir"), home) if named else None
+
+
+def stored_recipe(folder: Path) -> tuple[dict, Path]:
+    """recipe.yaml of the folder, or of the run that the folder is a checkpoint of, and its folder; {} if there is none."""
     for place in (folder, folder.absolute().parent):
         if place != folder and not folder.name.startswith("checkpoint-"):
             break
         try:
-            content = yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))
+            content = yaml.safe_load((place / RECIPE_NAME).read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise RecipeError(
-                f"{place / 'recipe.yaml'} cannot be read: {first_line(error)}"
+                f"{place / RECIPE_NAME} cannot be read: {first_line(error)}"
             ) from None
-        return content if isinstance(content, dict) else {}
-    return {}
+        return (content, place) if isinstance(content, dict) else ({}, folder)
+    return {}, folder
 
 
 def section(recipe: dict, name: str) -> dict:
