@@ -129,8 +129,9 @@ def _build(missing: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f"{name}.so"
     with _only_process(folder / "building"):
-        for left in folder.glob("*/"):  # of a build that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        for left in folder.iterdir():
+            if left.is_dir():  # of a build that was killed
+                shutil.rmtree(left, ignore_errors=True)
         if built.exists() and _sources.is_whole(built):
             with contextlib.suppress(OSError):  # it does not load: it is built again
                 torch.ops.load_library(built)

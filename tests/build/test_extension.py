@@ -120,7 +120,25 @@ def test_processes_that_start_together_build_once_and_a_killed_build_is_no_hindr
     killed.stderr.readline()  # the announcement: it is compiling
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert run(tree).stdout.split("\n")[2] == "after the kill"
+    library, answer = run(tree).stdout.split("\n")[1:3]
+    assert answer == "after the kill"
+    assert not [path for path in Path(library).parent.iterdir() if path.is_dir()]
+    assert_truncated_is_mended(tree, Path(library), answer)
+
+
+def assert_truncated_is_mended(tree: Path, library: Path, answer: str) -> None:
+    """Cut short in the cache, a library is built again; beside the package, the one in the cache takes its place."""
+    size = library.stat().st_size
+    for kept in (size - 1, size // 2):
+        os.truncate(library, kept)
+        assert not _sources.is_whole(library)
+    mended = run(tree)
+    assert mended.stdout.split("\n")[:3] == ["None", str(library), answer]
+    assert "building the C++ kernels" in mended.stderr and library.stat().st_size == size
+    installed = tree / "prefopt_kernels" / "_C_cpu.abi3.so"
+    installed.write_bytes(library.read_bytes()[: size // 2])
+    found = run(tree)
+    assert found.stdout.split("\n")[1:3] == [str(library), answer] and found.stderr == ""
 
 
 @needs_compiler
@@ -191,26 +209,6 @@ def test_a_library_that_does_not_load_is_a_reason(tmp_path, content):
     reason, library = run(tree).stdout.split("\n")[:2]
     said = "does not load" if content.startswith(b"\x7fELF") else "_C_cpu.abi3.so is incomplete"
     assert said in reason and library == "None"
-
-
-@needs_compiler
-def test_a_truncated_library_is_built_again(tmp_path):
-    tree = tree_with_stand_in(tmp_path, "whole")
-    library = Path(run(tree).stdout.split("\n")[1])
-    size, left = library.stat().st_size, library.parent / "tmp1234"
-    for kept in (0, 100, size // 2, size - 1):
-        os.truncate(library, kept)
-        assert not _sources.is_whole(library)
-    left.mkdir()  # of a build that was killed
-    mended = run(tree)
-    assert mended.stdout.split("\n")[:3] == ["None", str(library), "whole"]
-    assert "building the C++ kernels" in mended.stderr
-    assert library.stat().st_size == size and not left.exists()
-    # truncated beside the package: the one in the cache takes its place
-    installed = tree / "prefopt_kernels" / "_C_cpu.abi3.so"
-    installed.write_bytes(library.read_bytes()[: size // 2])
-    assert run(tree).stdout.split("\n")[1] == str(library)
-    assert "_C_cpu.abi3.so is incomplete" in run(tree, PREFOPT_BUILD="none").stdout
 
 
 @pytest.mark.parametrize(
