@@ -14,8 +14,10 @@ import argparse
 import ast
 import hashlib
 import json
+import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -76,7 +78,9 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
         variants[_variant_of_this_machine()] = "cpu"
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".export-") as unfinished:
+    _remove_unfinished(folder)
+    prefix = f".{folder.name}.export-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as unfinished:
         made = Path(unfinished) / "kernel"
         for variant, backend in variants.items():
             inside = made / "build" / variant
@@ -97,6 +101,18 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
         (made / "build.toml").write_text(build, encoding="utf-8")
         made.replace(folder)
     return list(variants)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed left of their exports to ``folder``."""
+    for left in folder.parent.glob(f".{folder.name}.export-*-*"):
+        pid = left.name.split("-")[-2]
+        try:
+            os.kill(int(pid), 0)  # sends nothing, on POSIX
+        except ProcessLookupError:
+            shutil.rmtree(left, ignore_errors=True)
+        except (OSError, ValueError):  # another user's process; a name of somebody else's
+            pass
 
 
 def _python_files() -> list[Path]:

@@ -248,6 +248,9 @@ def test_a_name_in_a_plain_import_is_noticed(tmp_path, monkeypatch):
 def test_the_command_says_what_it_wrote_and_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
     out = tmp_path / "new" / "kernel"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (out.parent / f".kernel.export-{ended.pid}-left" / "kernel").mkdir(parents=True)
     assert hub_kernels.main([str(out), "--name", "my-kernel", "--version", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed == [
