@@ -25,8 +25,10 @@ TRAIN = [
     "peft>=0.18",
     "datasets>=4",
     "accelerate>=1.10",
+    "filelock>=3.20",
     "huggingface_hub>=1",
     "matplotlib>=3.11",
+    "psutil>=7",
     "pyyaml>=6",
     "safetensors>=0.6",
 ]
