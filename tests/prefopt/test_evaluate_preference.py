@@ -231,7 +231,9 @@ def test_a_base_that_is_gone_and_one_that_does_not_fit(run, tmp_path):
     adapter = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = str(tmp_path / "moved")
     (copy / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
-    with pytest.raises(EvalError, match="moved of .* is not there; say by --base in which folder"):
+    with pytest.raises(
+        EvalError, match="moved of .* is not there; name its folder or hub id with --base"
+    ):
         load_subject(copy)
     assert load_subject(copy, str(run.parent / "base")).kind == "adapter"
     (copy / "adapter_model.safetensors").write_bytes(b"cut off")
