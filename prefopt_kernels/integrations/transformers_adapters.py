@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prefopt_kernels.sharded_head import is_dtensor
 
 LORA_LINEAR = "peft.tuners.lora.layer.Linear"
+ROW_HOOKS = {"_adapter_names_pre_forward_hook", "_alora_offsets_pre_forward_hook"}  # of PEFT
 FOUR_BIT = {"Linear4bit", "Params4bit", "Linear8bitLt", "Int8Params"}  # of bitsandbytes
 
 
@@ -41,15 +42,32 @@ def operands_of(module: nn.Module) -> HeadOperands:
     return HeadOperands(_dense_weight(module), getattr(module, "bias", None), None)
 
 
+def _row_hooks(module: nn.Module) -> list[int]:
+    """Keys of the forward pre-hooks by which PEFT gives a layer what differs by row, such as ``adapter_names``."""
+    functions = {
+        key: getattr(hook, "func", hook) for key, hook in module._forward_pre_hooks.items()
+    }
+    return [key for key, each in functions.items() if getattr(each, "__name__", "") in ROW_HOOKS]
+
+
 def _refuse_mixed_batch(module: nn.Module) -> None:
-    """PEFT brings ``adapter_names``, an adapter per row, into its layers by a hook, where nobody else can read it."""
-    for hook in module._forward_pre_hooks.values():
-        function = getattr(hook, "func", hook)
-        if getattr(function, "__name__", "") == "_adapter_names_pre_forward_hook":
-            raise ValueError(
-                "adapter_names, another adapter for each row, is not supported with an adapter on the lm_head; score "
-                "each adapter's rows by themselves"
-            )
+    if _row_hooks(module):
+        raise ValueError(
+            "adapter_names, another adapter for each row, is not supported with an adapter on the lm_head; score "
+            "each adapter's rows by themselves"
+        )
+
+
+def remove_row_hooks(model: nn.Module) -> None:
+    """Remove PEFT's hooks for ``adapter_names`` from every layer.
+
+    PEFT removes them after a forward pass that returns. After one that raises they stay, and each later call would use
+    the adapters of the failed one.
+    """
+    for module in model.modules():
+        for key in _row_hooks(module):
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _saved_module_in_use(wrapper: nn.Module) -> nn.Module:

@@ -129,7 +129,16 @@ def lm_head_of(model: nn.Module) -> LMHead:
 
 def base_model_of(model: nn.Module) -> nn.Module:
     """The model inside PEFT's, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    if _is_a(model, "PeftMixedModel"):  # which has no get_base_model
+        model = model.base_model
+    return model.model if _is_a(model, "BaseTuner") else model
+
+
+def _is_a(model: nn.Module, name: str) -> bool:
+    """By the name of its class or of one above: PEFT is not imported."""
+    return any(kind.__name__ == name for kind in type(model).__mro__)
 
 
 def _softcap(config) -> float | None:

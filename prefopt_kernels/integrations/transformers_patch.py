@@ -15,6 +15,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from prefopt_kernels.integrations.transformers_adapters import remove_row_hooks
 from prefopt_kernels.integrations.transformers_head import (
     LMHead,
     base_model_of,
@@ -96,6 +97,9 @@ class FusedForward:
         self._catching, self._scored = True, False
         try:
             outputs = plain(*args, **kwargs)
+        except BaseException:
+            remove_row_hooks(model)
+            raise
         finally:
             self._catching, self._hidden = False, None
         if not self._scored:
@@ -178,7 +182,7 @@ def patch_forward(
         counts the losses computed this way, outside of compiled graphs.
 
     Raises:
-        ValueError: the model is patched already; is compiled; has no loss of a causal LM in the place where transformers
+        ValueError: the model is patched already; is compiled; is wrapped by PEFT's AdaptionPrompt; has no loss of a causal LM in the place where transformers
             keeps it; or processes its logits, or its loss, in a way that four probing tokens show and we do not know.
 
     Example:
@@ -215,6 +219,8 @@ def patch_forward(
             fused._apply(head, backend, eval_logits)
             on_failure.callback(fused.undo)
             _compare_loss(base, fused, loss, allowed)
+            if model is not base:
+                _check_reached(model, base, fused)
             on_failure.pop_all()
     fused.calls = 0
     return fused
@@ -326,6 +332,22 @@ def _checked_loss(model: nn.Module, head: LMHead) -> tuple[Tensor, Tensor]:
 def _same(a: Tensor, b: Tensor) -> bool:
     """Equal, up to the copy in fp32 that accelerate makes of a model's outputs."""
     return a.shape == b.shape and torch.equal(a.to(b.dtype), b)
+
+
+@torch.no_grad()
+def _check_reached(wrapper: nn.Module, base: nn.Module, fused: FusedForward) -> None:
+    """Raise ValueError unless a call of PEFT's model arrives at the patched forward."""
+    before = fused.calls
+    fused._forced = True
+    try:
+        wrapper(**_probe(base), use_cache=False, return_dict=True)
+    finally:
+        fused._forced = False
+    if fused.calls != before + 1:
+        raise ValueError(
+            f"{type(wrapper).__name__} calls {type(base).__name__} past the patched forward (PEFT's AdaptionPrompt keeps "
+            "the forward that it found); use completion_logprobs, or another kind of adapter"
+        )
 
 
 @torch.no_grad()

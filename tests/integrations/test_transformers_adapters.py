@@ -228,15 +228,6 @@ def test_adapters_that_are_no_product_of_two_matrices_are_refused():
             patch_forward(model)
 
 
-def test_an_adapter_for_each_row_is_refused():
-    model = adapted("on the head")
-    model.add_adapter("other", LoraConfig(**ON_HEAD, **TASK))
-    ids, attention, _ = batch()
-    inputs = {"input_ids": ids, "attention_mask": attention, "labels": ids}
-    with patch_forward(model, eval_logits=False), pytest.raises(ValueError, match="adapter_names"):
-        model(**inputs, adapter_names=["default", "other", "__base__"])
-
-
 def test_an_adapter_put_on_after_the_patch_is_noticed():
     base = make("llama").train()
     ids, attention, _ = batch()
