@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefopt_kernels.ops._forward_mode import refuse_tangents
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.op import score
 
@@ -75,7 +76,7 @@ def vocab_parallel_linear_logprob(
     Source: the parallel cross-entropy of Shoeybi et al. 2019 (arXiv:1909.08053), section 3, on log-sum-exps.
     """
     group = _process_group(group)
-    _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs)
+    _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora)
     rows = weight_shard.shape[0]
     if rows == 0:  # the op wants a row, and every rank must be there for the backward
         weight_shard, bias_shard, lora = (
@@ -224,7 +225,7 @@ def _process_group(group):
     return group
 
 
-def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs) -> None:
+def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora) -> None:
     """What the op cannot name as the caller does; the op checks the rest before anything is sent."""
     named = {"hidden": hidden, "weight_shard": weight_shard, "targets": targets}
     if bias_shard is not None:
@@ -232,6 +233,8 @@ def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs) -> N
     for name, value in named.items():
         if not isinstance(value, Tensor) or hasattr(value, "device_mesh"):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor")
+    adapter = zip(("lora's A", "lora's B"), lora or (), strict=False)
+    refuse_tangents("vocab_parallel_linear_logprob", named | dict(adapter))
     if weight_shard.ndim != 2:
         raise ValueError(f"weight_shard has shape {tuple(weight_shard.shape)}; expected (V_r, H)")
     if bias_shard is not None and bias_shard.shape != weight_shard.shape[:1]:

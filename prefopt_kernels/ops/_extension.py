@@ -38,6 +38,12 @@ def why_not() -> str | None:
     return _reason
 
 
+# torch.compile calls it and does not trace it: a trace would see the first loading once, and fail when it starts again
+# without. The mark is the one that torch.compiler.assume_constant_result sets; that call would import torch._dynamo at
+# every start.
+why_not._dynamo_marked_constant = True
+
+
 def library() -> Path | None:
     """The shared library that ``why_not`` loaded, if it did."""
     return _library
@@ -57,11 +63,6 @@ def _load_once() -> None:
         _tried = True
         if _reason is not None and os.environ.get("PREFOPT_BUILD") != "none":
             warnings.warn(f"prefopt_kernels runs without its C++ kernels: {_reason}", stacklevel=3)
-
-
-# torch.compile runs the loading and does not trace it. The mark is the one that
-# torch.compiler.assume_constant_result sets; that call would import torch._dynamo at every start.
-_load_once._dynamo_marked_constant = True
 
 
 def _find_and_load() -> tuple[Path | None, str | None]:

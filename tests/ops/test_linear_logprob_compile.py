@@ -1,5 +1,8 @@
 """linear_logprob under torch.library's checks, torch.compile and fake tensors: the same numbers, no graph break."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -159,6 +162,23 @@ def test_dynamic_shapes(backend):
             same(ours(made, wanted, backend, call=compiled), ours(made, wanted, backend))
         compilations.append(counter.frame_count)
     assert len(set(compilations)) == 1
+
+
+def test_the_first_compilation_of_a_process():
+    """The extension is loaded while torch.compile traces, and with dynamic shapes it traces more than once."""
+    code = """
+import torch
+from prefopt_kernels import linear_logprob
+targets = torch.arange(6)
+def score(*operands):
+    hidden, weight, bias = operands
+    return linear_logprob(hidden, weight, targets, bias, softcap=5.0, outputs=("entropy",))[:3]
+compiled = torch.compile(score, fullgraph=True, dynamic=True, backend="eager")
+hidden, weight, bias = torch.randn(6, 8), torch.randn(17, 8), torch.randn(17)
+for operands in ((hidden, weight, bias), (hidden[:, :5], weight[:9, :5], bias[:9])):
+    torch.testing.assert_close(compiled(*operands), score(*operands), rtol=0, atol=0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_compiled_under_autocast(backend):

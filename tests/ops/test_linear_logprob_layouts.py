@@ -80,10 +80,11 @@ def test_views_of_the_bias_and_the_targets(dtype, backend):
     check(made, through_views(made, backend, OPERANDS, views))
 
 
+@pytest.mark.parametrize("size", [66, 0])
 @dtypes
-def test_expanded_rows(dtype, backend):
+def test_expanded_rows(dtype, size, backend):
     """One hidden state for all targets, one row for all token ids, one number for the bias."""
-    made = problem("normal", 17, 66, 140, dtype=dtype, bias=True, through=DIFFERENTIABLE)
+    made = problem("normal", 17, size, 140, dtype=dtype, bias=True, through=DIFFERENTIABLE)
     same = {
         "hidden": replace(made, hidden=made.hidden[:1].expand(17, -1)),
         "weight": replace(made, weight=made.weight[:1].expand(140, -1)),

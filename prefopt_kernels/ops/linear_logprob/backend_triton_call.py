@@ -72,9 +72,10 @@ class Call:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def describable(self, *matrices: Tensor) -> bool:
-        """Whether the hardware can read tiles of them by descriptors: everything in units of 16 bytes."""
+        """Whether the hardware can read tiles of them by descriptors: everything in units of 16 bytes, and not empty."""
         return self.target.descriptors and all(
-            matrix.stride(0) * matrix.element_size() % 16 == 0
+            matrix.numel() > 0
+            and matrix.stride(0) * matrix.element_size() % 16 == 0
             and matrix.stride(0) >= matrix.shape[1]
             and matrix.data_ptr() % 16 == 0
             for matrix in matrices

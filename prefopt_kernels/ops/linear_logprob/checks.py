@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prefopt_kernels.ops._forward_mode import refuse_tangents
+
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST, SMALLEST = (
@@ -23,7 +25,7 @@ def check_call(
     temperature: float,
     outputs: Sequence[str],
 ) -> None:
-    """Raise TypeError or ValueError unless the call is one that every backend understands.
+    """Raise TypeError, ValueError or NotImplementedError unless the call is one that every backend understands.
 
     Reads metadata only, so it costs no device synchronisation and traces under torch.compile.
     """
@@ -68,6 +70,7 @@ def check_call(
         _check_number("softcap", softcap, positive=True)
     if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
         raise ValueError(f"outputs is {outputs!r}; expected a sequence of names out of {OUTPUTS}")
+    refuse_tangents("linear_logprob", {"hidden": hidden, "weight": weight, "bias": bias})
 
 
 def check_filters(grad_filter: float, head_grad_filter: float) -> None:
@@ -110,6 +113,7 @@ def check_lora(
                 f"lora's {name} has shape {tuple(tensor.shape)}; expected {shape} with a rank of 1 or more, "
                 f"because A has shape {tuple(A.shape)}, hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
             )
+    refuse_tangents("linear_logprob", {"lora's A": A, "lora's B": B})
     return A, B, float(scale)
 
 

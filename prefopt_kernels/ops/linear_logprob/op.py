@@ -97,6 +97,7 @@ def linear_logprob(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; named in the message.
         RuntimeError: the named backend cannot run here; or a second derivative is asked for.
+        NotImplementedError: an operand carries a forward-mode tangent, as in ``torch.func.jvp``.
 
     Example:
         >>> import torch

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefopt_kernels.ops._forward_mode import refuse_tangents
 from prefopt_kernels.ops.sequence_loss.parameters import METHODS, OFF, TAKEN, TENSORS, WEIGHTINGS
 
 INTEGERS = (torch.int64, torch.int32)
@@ -43,11 +44,12 @@ def check_call(
     beta: float,
     given: dict[str, Any],
 ) -> None:
-    """Raise TypeError or ValueError unless the call is one that every backend understands.
+    """Raise TypeError, ValueError or NotImplementedError unless the call is one that every backend understands.
 
     Reads metadata only, so it costs no device synchronisation and traces under torch.compile.
     """
     _check_vector("logp", logp, "T", (torch.float32,))
+    refuse_tangents("sequence_loss", {"logp": logp})
     _check_vector("cu_seqlens", cu_seqlens, "B + 1", INTEGERS)
     B = cu_seqlens.shape[0] - 1
     if B < 1:

@@ -103,6 +103,7 @@ def sequence_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; named in the message.
         RuntimeError: the named backend cannot run here; or a second derivative is asked for, which only the reference has.
+        NotImplementedError: ``logp`` carries a forward-mode tangent, as in ``torch.func.jvp``.
 
     Example:
         >>> import torch
