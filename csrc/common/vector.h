@@ -13,6 +13,7 @@ namespace prefopt::PREFOPT_ISA {
 constexpr int kLanes = PREFOPT_LANES;
 typedef float vf __attribute__((vector_size(4 * PREFOPT_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * PREFOPT_LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * PREFOPT_LANES)));
 
 #define PREFOPT_INLINE inline __attribute__((always_inline))
 
@@ -74,7 +75,8 @@ PREFOPT_INLINE vf exp_of(vf x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   p = p * (r * r) + r + splat(1.f);
-  const vi power = ((vi)shifted << 23) + splat_bits(127 << 23);
+  // unsigned, because lanes that are selected away below may overflow
+  const vu power = ((vu)shifted << 23) + (vu)splat_bits(127 << 23);
   return select((vi)(x < splat(-87.33654f)), splat(0.f), p * (vf)power);
 }
 
