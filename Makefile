@@ -4,6 +4,7 @@
 #   make lint    ruff and clang-format, without changing a file
 #   make bench   the benchmarks, then the table in README.md
 #   make static-report   registers, spills and shared memory of the Triton kernels on GPUs that are not here
+#   make sanitize   the op tests on C++ kernels with the address and undefined-behaviour sanitizers of g++
 #   make build   the C++ extension, after a change in csrc/
 # PYTHON=python3.12 names another interpreter for .venv (3.11 to 3.13).
 
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-warn-script
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench build static-report
+.PHONY: demo test lint bench build sanitize static-report
 .DELETE_ON_ERROR:
 
 demo: .venv/.train .venv/.built
@@ -31,6 +32,15 @@ bench: .venv/.dev .venv/.built
 
 static-report: .venv/.dev
 	$(BIN)/python -m benchmarks.static_report $(ARGS)
+
+# A copy of the package with its own library. Leaks are not looked for: Python and torch keep memory to the end.
+SANITIZED := build/sanitize
+sanitize: export PREFOPT_CXXFLAGS := -O1 -g1 -fno-wrapv -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: .venv/.dev
+	CXX=g++ PREFOPT_BUILD=cpu $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -o "pythonpath=$(SANITIZED)/lib tests" \
+	  -p no:cacheprovider -x tests/ops -k "not triton and not compile" $(ARGS)
 
 lint: .venv/.lint
 	$(BIN)/ruff check .

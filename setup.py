@@ -1,8 +1,8 @@
 """What the distribution is called, needs and builds.
 
-PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler is
-found, ``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Nothing is
-downloaded here.
+PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler and torch
+are found, ``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Kernels that are
+not built here are built at their first use, from the copy of csrc/ in the package.
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def why_no_cpu_build() -> str | None:
     reason = SOURCES.why_not_compile()
     if reason is None and importlib.util.find_spec("torch") is None:
         reason = (
-            "torch is not installed in the environment that builds (pip's --no-build-isolation)"
+            "torch is not in the environment that builds (that needs pip's --no-build-isolation)"
         )
     return reason
 
@@ -93,7 +93,7 @@ def decide(choice: str) -> bool:
     elif choice == "cpu":
         raise SystemExit(f"PREFOPT_BUILD=cpu: {reason}")
     else:
-        print(f"prefopt_kernels: installs without the C++ kernels: {reason}", flush=True)
+        print(f"prefopt_kernels: leaves the C++ kernels to their first use: {reason}", flush=True)
     return reason is None
 
 
@@ -136,11 +136,27 @@ def main() -> None:
         license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.10",
-        install_requires=["torch>=2.10"],
+        install_requires=[
+            "torch>=2.10",
+            "ninja>=1.11",
+            "setuptools>=77",
+        ],  # the last two build the kernels
         extras_require=EXTRAS,
-        packages=find_packages(".", include=["prefopt_kernels*"]) + find_packages("python"),
-        package_dir={"prefopt_kernels": "prefopt_kernels", "prefopt": "python/prefopt"},
-        package_data={"prefopt_kernels": data, "prefopt": data},
+        packages=[
+            *find_packages(".", include=["prefopt_kernels*"]),
+            *find_packages("python"),
+            "prefopt_kernels.csrc",
+        ],
+        package_dir={
+            "prefopt_kernels": "prefopt_kernels",
+            "prefopt_kernels.csrc": "csrc",
+            "prefopt": "python/prefopt",
+        },
+        package_data={
+            "prefopt_kernels": data,
+            "prefopt_kernels.csrc": ["**/*.cpp", "**/*.h"],
+            "prefopt": data,
+        },
         entry_points={"console_scripts": ["prefopt = prefopt.cli:main"]},
         **(extension_arguments() if decide(choice) else {}),
     )

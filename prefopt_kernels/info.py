@@ -1,8 +1,13 @@
-"""``python -m prefopt_kernels.info``: what this installation can run, and for the rest why not."""
+"""``python -m prefopt_kernels.info``: what this installation can run, and for the rest why not.
 
+``--build`` builds the C++ kernels now, in place of at their first use, and ends with 1 where that fails.
+"""
+
+import argparse
 import importlib.metadata
 import os
 import platform
+import sys
 import warnings
 from pathlib import Path
 
@@ -96,10 +101,18 @@ def report() -> list[tuple[str, str]]:
     return lines
 
 
-def main() -> None:
-    """Prints ``report()``."""
+def main(arguments: list[str] | None = None) -> None:
+    """Prints ``report()``, or builds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m prefopt_kernels.info", description="What this installation can run."
+    )
+    parser.add_argument("--build", action="store_true", help="build the C++ kernels if need be")
+    build = parser.parse_args(arguments).build
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the reason for missing C++ kernels is one of the lines
+        if build:
+            print(f"C++ kernels: {extension()}")
+            sys.exit(int(_extension.why_not() is not None))
         lines = report()
     width = max(len(name) for name, _ in lines)
     for name, value in lines:

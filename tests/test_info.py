@@ -34,6 +34,24 @@ def test_prints_versions_threads_and_every_backend():
         assert values[f"{name} on cpu"] == ("yes" if reason is None else f"no: {reason}")
 
 
+def test_build_ends_with_0_where_the_kernels_are_there_and_with_1_and_the_reason_elsewhere(
+    monkeypatch, capsys
+):
+    for reason, code in ((None, 0), ("the disk is full", 1)):
+        monkeypatch.setattr(_extension, "why_not", lambda reason=reason: reason)
+        monkeypatch.setattr(_extension, "library", lambda: Path("/cache/kernels.so"))
+        monkeypatch.setattr(backend_cpu, "instruction_sets", lambda: ("avx2", "generic"))
+        with pytest.raises(SystemExit) as ended:
+            info.main(["--build"])
+        assert ended.value.code == code
+        said = capsys.readouterr().out
+        assert said == (
+            "C++ kernels: avx2, the first of avx2, generic; /cache/kernels.so (built on the fly)\n"
+            if reason is None
+            else "C++ kernels: no: the disk is full\n"
+        )
+
+
 def test_cpu_agrees_with_torch():
     if not sys.platform.startswith("linux"):
         pytest.skip("the instruction sets are read from Linux's /proc/cpuinfo")

@@ -1,8 +1,7 @@
 """Finds the C++ extension and loads it once, at its first use; says why not.
 
-The installed library is taken where it was built from the sources at hand. In a checkout whose
-library is missing or built from other sources, it is built on the fly, once, into torch's cache of
-extensions.
+The installed library is taken where it was built from the sources at hand. Where it is missing, or
+built from other sources, it is built at the first use, once, into torch's cache of extensions.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import tempfile
 import threading
 import warnings
@@ -113,7 +113,8 @@ def why_not_build() -> str | None:
         return "torch needs setuptools for it, which is not installed"
     from torch.utils.cpp_extension import is_ninja_available
 
-    return None if is_ninja_available() else "ninja is not installed"
+    with _scripts_on_path():
+        return None if is_ninja_available() else "ninja is not installed (pip install ninja)"
 
 
 def _build(missing: str) -> Path:
@@ -129,7 +130,7 @@ def _build(missing: str) -> Path:
     folder = Path(cache) / name
     folder.mkdir(parents=True, exist_ok=True)
     built = folder / f"{name}.so"
-    with _only_process(folder / "building"):
+    with _only_process(folder / "building"), _scripts_on_path():
         for left in folder.iterdir():
             if left.is_dir():  # of a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -154,6 +155,17 @@ def _build(missing: str) -> Path:
             )
             os.replace(Path(work) / built.name, built)
     return built
+
+
+@contextlib.contextmanager
+def _scripts_on_path() -> Iterator[None]:
+    """torch starts ``ninja`` by its name, which an environment that is not activated does not have on the PATH."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{before}{os.pathsep}{sysconfig.get_path('scripts')}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 @contextlib.contextmanager

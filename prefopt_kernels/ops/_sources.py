@@ -14,7 +14,8 @@ from pathlib import Path
 BUILD_CHOICES = ("auto", "none", "cpu", "cuda")  # values of PREFOPT_BUILD
 
 PACKAGE = Path(__file__).resolve().parents[1]
-CSRC = PACKAGE.parent / "csrc"  # beside the package in a checkout; not there in an installed wheel
+# inside the package where it is installed, beside it in a checkout
+CSRC = (PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent) / "csrc"
 
 CXX_FLAGS = (
     "-O3",
@@ -26,6 +27,7 @@ CXX_FLAGS = (
     # GCC 12 takes its own AVX-512 intrinsics for uninitialised; Clang does not know the name.
     "-Wno-maybe-uninitialized",
     "-Wno-unknown-warning-option",
+    *shlex.split(os.environ.get("PREFOPT_CXXFLAGS", "")),
 )
 
 
@@ -46,7 +48,8 @@ def digest() -> str:
 
 def link_flags() -> list[str]:
     """Makes the linker write ``digest()`` into the library, as its build id, for ``is_current``."""
-    return [f"-Wl,--build-id=0x{digest()}"]
+    own = [flag for flag in CXX_FLAGS if flag.startswith("-fsanitize")]
+    return [*own, f"-Wl,--build-id=0x{digest()}"]
 
 
 def is_current(library: Path) -> bool:

@@ -36,7 +36,7 @@ def test_one_version():
 
 def test_none_builds_nothing(setup_module, capsys):
     assert setup_module.decide("none") is False
-    assert capsys.readouterr().out.strip().endswith("without the C++ kernels: PREFOPT_BUILD=none")
+    assert capsys.readouterr().out.strip().endswith("to their first use: PREFOPT_BUILD=none")
 
 
 def test_auto_without_a_compiler_says_so_and_goes_on(setup_module, monkeypatch, capsys):
@@ -137,6 +137,17 @@ def test_every_source_and_data_file_is_in_the_wheel(wheel):
                 assert path.relative_to(root).as_posix() in names
 
 
+def test_the_sources_of_the_kernels_are_in_the_wheel(wheel):
+    names, _ = wheel
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*")}
+    assert {f"prefopt_kernels/{name}" for name in sources} <= names
+
+
+def test_an_isolated_build_needs_no_torch():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"^requires = (.+)$", text, re.MULTILINE).group(1) == '["setuptools>=77"]'
+
+
 def test_nothing_else_is_in_the_wheel(wheel):
     names, _ = wheel
     tops = {name.split("/")[0] for name in names}
@@ -148,7 +159,8 @@ def test_metadata(wheel):
     lines = metadata["METADATA"].splitlines()
     assert "License-Expression: Apache-2.0" in lines
     assert "Requires-Python: >=3.10" in lines
-    assert "Requires-Dist: torch>=2.10" in lines
+    for needed in ("torch>=2.10", "ninja>=1.11", "setuptools>=77"):
+        assert f"Requires-Dist: {needed}" in lines
     assert {line for line in lines if line.startswith("Provides-Extra")} == {
         f"Provides-Extra: {extra}" for extra in ("train", "export", "quant", "eval", "test", "dev")
     }
