@@ -96,8 +96,8 @@ def lm_head_of(model: nn.Module) -> LMHead:
         model: has ``get_output_embeddings()`` and ``config``; not wrapped by DDP.
 
     Raises:
-        ValueError: the model has no output embedding, it is quantised, or an adapter sits on it that is not a plain LoRA
-            without dropout.
+        ValueError: the model has an encoder or no output embedding, or that is quantised, or an adapter sits on it that is
+            not a plain LoRA without dropout.
 
     Example:
         >>> import torch
@@ -113,6 +113,10 @@ def lm_head_of(model: nn.Module) -> LMHead:
         (30.0, 1.0, (4, 2), None)
     """
     base = base_model_of(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(base).__name__} is an encoder-decoder model; expected a causal language model"
+        )
     find = getattr(base, "get_output_embeddings", None)
     module = find() if find is not None else None
     if module is None:
@@ -276,15 +280,19 @@ def own_positions(model: nn.Module, head: LMHead, hidden: Tensor, input_ids: Ten
 def check_lm_head(model: nn.Module, head: LMHead) -> None:
     """Compare ``head``'s formula with the logits that the model itself computes for two tokens.
 
-    The second token's hidden state is lengthened on its way into the head, so that a softcap shows.
+    The second token's hidden state is lengthened on its way into the head, so that a softcap shows. A second sequence
+    differs in the second token, which must not change the logits of the first. Without dropout, so nothing random is drawn;
+    a model on the meta device is not checked.
 
     Raises:
         ValueError: they differ by more than rounding, so the model does something to its logits that its
-            configuration does not tell us.
+            configuration does not tell us; or the model is not causal.
     """
     weight = head.weight
+    if weight.is_meta:
+        return
     # a weight that DeepSpeed has partitioned has no rows outside of the forward pass
-    ids = torch.tensor([[0, 1]], device=weight.device) % max(1, weight.shape[0])
+    ids = torch.tensor([[0, 1], [0, 2]], device=weight.device) % max(1, weight.shape[0])
 
     def stretch(_module: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
@@ -301,7 +309,7 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
     try:
         # inside the forward pass, where the head's parameters are whole
         expect = functools.partial(_expected_logits, head, ids.shape[1])
-        with caught_at(head, expect, keep=None) as caught:
+        with _without_dropout(model), caught_at(head, expect, keep=None) as caught:
             logits = model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
             ).logits
@@ -316,6 +324,7 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
             "many: a vocabulary that is cut after the head is not supported yet"
         )
     logits = logits.full_tensor() if is_dtensor(logits) else logits
+    _check_causal(model, logits[:, -ids.shape[1]])
     if not some.numel():  # this rank's part of the vocabulary is empty
         return
     logits = logits[0, -ids.shape[1] :, some]
@@ -335,6 +344,43 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
             f"the logits of {type(model).__name__} are not those of its lm_head with logit_scale {head.logit_scale} "
             f"and softcap {head.softcap}: the model gives {logits.flatten()[worst]:.6g} where the formula gives "
             f"{expected.flatten()[worst]:.6g}; it processes its logits in a way that is not supported yet"
+        )
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, but for layers of weights: bitsandbytes packs 4-bit ones for good in it, without a gradient."""
+    changed = [
+        module
+        for module in model.modules()
+        if module.training and (any(True for _ in module.children()) or not module._parameters)
+    ]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
+
+
+def _check_causal(model: nn.Module, logits: Tensor) -> None:
+    """Raise ``ValueError`` if two tokens have different logits (2, V), which differ in the token after them only.
+
+    A causal model computes both from equal numbers: a difference is rounding, where kernels treat the rows of a batch
+    differently, a few units of the coarsest dtype. A model that attends to later tokens changes a large share of the
+    logits. The limit is half-way between on a logarithmic scale: the square root of that unit.
+    """
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} | {logits.dtype}
+    unit = max(torch.finfo(dtype).eps for dtype in dtypes)
+    if logits.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        unit = max(unit, 2**-10)
+    first, second = logits.double()
+    change = (first - second).norm() / first.norm()
+    if change > unit**0.5:
+        raise ValueError(
+            f"{type(base_model_of(model)).__name__} is not causal: the logits of a token change by {change:.1%} with the token "
+            "after it; expected a causal language model"
         )
 
 

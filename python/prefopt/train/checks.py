@@ -5,7 +5,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefopt.train.methods import METHODS, OPTIONS, PAIRS, RATED, in_force
+import torch
+
+from prefopt.train.methods import ANSWERS, METHODS, OPTIONS, PAIRS, RATED, in_force
 
 KL_ESTIMATORS = ("window", "microbatch", "ema")
 SHIFTS = ("off", "cumulative", "window", "ema")
@@ -42,6 +44,32 @@ NUMBERS = {  # lowest, highest, in words; the words decide which ends belong to 
     "label_smoothing": (0.0, 0.5, ">= 0 and below 0.5"),
     "gamma": FROM_0,
 }
+INTEGERS = (  # lowest, and whether None is allowed
+    ("max_length", 2, True),
+    ("precompute_batch_size", 1, True),
+    ("per_device_train_batch_size", 1, False),
+    ("per_device_eval_batch_size", 1, False),
+    ("gradient_accumulation_steps", 1, False),
+)
+REFUSED = {  # options of TrainingArguments that are off by default, and why they stay so
+    "use_liger_kernel": "log-probabilities are always fused here, without logits; backend chooses the kernels",
+    "liger_kernel_config": "log-probabilities are always fused here, without logits; backend chooses the kernels",
+    "logging_nan_inf_filter": "it would hide a loss that is not finite, which stops the run",
+    "label_smoothing_factor": "it smooths a cross-entropy over the vocabulary, which no method here computes; dpo has "
+    "label_smoothing",
+    "neftune_noise_alpha": "its noise would enter the log-ratio of policy and reference",
+    "bf16_full_eval": "it rounds the policy's weights for good and not the reference's; use bf16",
+    "fp16_full_eval": "it rounds the policy's weights for good and not the reference's; use fp16",
+    "auto_find_batch_size": "a smaller batch would change the rows of each optimizer step; set "
+    "per_device_train_batch_size, and gradient_accumulation_steps to keep their number",
+}
+CUDA_GRAPHS = {  # of torch.compile
+    "torch_compile_mode": ("reduce-overhead", "max-autotune"),
+    "torch_compile_backend": ("cudagraphs",),
+}
+LOGGED = ("loss", "entropy", "logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected")
+REWARDS = ("rewards/chosen", "rewards/margins", "rewards/rejected")
+MORE_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies")
 
 
 def unknown(given: Iterable[str], names: list[str]) -> list[str]:
@@ -92,12 +120,13 @@ def _numbers(options: Mapping[str, Any]) -> list[str]:
         if not inside:
             plateau = ", or plateau" if name == "shift_start" else ""
             found.append(f"{name} is {value!r}; expected a number {words}{plateau}")
-    for name, lowest in (("max_length", 2), ("precompute_batch_size", 1)):
+    for name, lowest, or_none in INTEGERS:
         value = options[name]
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < lowest
-        ):
-            found.append(f"{name} is {value!r}; expected an integer >= {lowest}, or None")
+        if value is None and or_none:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            none = ", or None" if or_none else ""
+            found.append(f"{name} is {value!r}; expected an integer >= {lowest}{none}")
     clip = options["decision_clip"]
     if clip is not None and not (
         isinstance(clip, (tuple, list))
@@ -186,19 +215,67 @@ def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
             f"train_sampling_strategy is {options['train_sampling_strategy']!r}; it follows from sampler, which is "
             + (repr(options["sampler"]) if options["sampler"] else "left out")
         )
-    if options["logging_nan_inf_filter"]:
-        found.append(
-            "logging_nan_inf_filter is True; it would hide a loss that is not finite, which stops the run"
-        )
-    if options["label_smoothing_factor"]:
-        found.append(
-            "label_smoothing_factor is set; it smooths a cross-entropy over the vocabulary, which no method here "
-            "computes; dpo has label_smoothing"
-        )
-    if options["neftune_noise_alpha"] is not None:
-        found.append(
-            "neftune_noise_alpha is set; its noise would enter the log-ratio of policy and reference"
-        )
+    found += [
+        f"{name} is {options[name]!r}; {why}"
+        for name, why in REFUSED.items()
+        if options[name] not in (None, False, 0)
+    ]
     if not options["remove_unused_columns"]:
         found.append("remove_unused_columns is False; the columns are chosen by the trainer")
+    if "underflow_overflow" in (options["debug"] or ""):
+        found.append(
+            "debug is 'underflow_overflow'; it cannot read the head's output, which is empty here, and a value that is not "
+            "finite stops the run without it"
+        )
+    accelerate = options["accelerator_config"]
+    for name, value in (("dispatch_batches", True), ("even_batches", False)):
+        got = (
+            accelerate.get(name)
+            if isinstance(accelerate, dict)
+            else getattr(accelerate, name, None)
+        )
+        if got is value:
+            found.append(
+                f"accelerator_config has {name} {value}; expected {not value}: each process reads as many batches of its "
+                "own rows as the others"
+            )
+    return found + _compilation(options) + _best(options)
+
+
+def _compilation(options: Mapping[str, Any]) -> list[str]:
+    found = [
+        f"{name} is {options[name]!r}; it replays CUDA graphs, which is untested with several passes a step: expected "
+        "backend inductor in mode default or max-autotune-no-cudagraphs"
+        for name, values in CUDA_GRAPHS.items()
+        if options[name] in values
+    ]
+    backend = options["torch_compile_backend"]
+    if backend is not None:
+        known = torch.compiler.list_backends(())
+        if backend not in known:
+            found.append(
+                f"torch_compile_backend is {backend!r}; expected one of {', '.join(known)}{_nearest(backend, known)}"
+            )
     return found
+
+
+def _best(options: Mapping[str, Any]) -> list[str]:
+    """The metric of the best checkpoint has to be one that is logged, with a known direction."""
+    given = options["metric_for_best_model"]
+    if given is None:
+        return []
+    method = METHODS[options["method"]]
+    names = [*LOGGED, *(REWARDS if method.data != ANSWERS else ())]
+    names += ["rewards/accuracies"] if method.data == PAIRS else []
+    names += ["kl"] if "kl_estimator" in method.options else []
+    # of several evaluation sets a metric has the set's name before it: eval_held_out_loss
+    name = next((name for name in names if f"_{given}".endswith(f"_{name}")), None)
+    if name is None:
+        return [
+            f"metric_for_best_model is {given!r}; method {options['method']!r} logs {', '.join(names)}{_nearest(given, names)}"
+        ]
+    if options["greater_is_better"] is None and name != "loss" and name not in MORE_IS_BETTER:
+        return [
+            f"metric_for_best_model is {given!r} and greater_is_better is left out; expected True or False for this metric"
+        ]
+    return []

@@ -10,17 +10,32 @@ Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits,
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
+from prefopt.errors import UserError
 from prefopt.train.config import PreferenceConfig
+from prefopt_kernels.integrations.transformers import lm_head_of
+
+# Training and evaluation, with and without gradient, adapter on and off, and each of them checkpointed or not.
+COMPILED_VARIANTS = 16
 
 
 def check_arguments(
-    model: object, args: object, train_dataset: object, ref_model: object = None
+    model: object, args: object, train_dataset: object, ref_model: object, peft_config: object
 ) -> None:
-    """Raise ``TypeError`` for the arguments that everything else relies on, ``ValueError`` for one that has no use."""
+    """Raise ``TypeError`` or ``ValueError`` for arguments that do not fit; changes nothing."""
     if not isinstance(args, PreferenceConfig):
         raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -35,30 +50,22 @@ def check_arguments(
         raise ValueError(
             f"ref_model is given; method {args.method!r} has no reference model, leave it out"
         )
-
-
-def ready(
-    model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object
-) -> nn.Module:
-    """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
-    keep_gradients_of_four_bits(model)
-    if peft_config is not None:
-        model = with_adapter(model, peft_config, args.seed)
-    if args.disable_dropout:
-        for module in [model] if ref_model is None else [model, ref_model]:
-            disable_dropout(module)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"no parameter of {type(model).__name__} requires a gradient; nothing to train"
+    _check_adapter(model, peft_config)
+    lm_head_of(model)
+    if ref_model is None or isinstance(ref_model, str):
+        return
+    if not isinstance(ref_model, nn.Module):
+        raise TypeError(
+            f"ref_model is a {type(ref_model).__name__}; expected a loaded model, or a folder or hub id"
         )
-    if hasattr(model, "peft_config") and args.activation_checkpointing:
-        model.enable_input_require_grads()
-    return model
+    lm_head_of(ref_model)
+    check_separate(model, ref_model, adapted_later=peft_config is not None)
 
 
-def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
-    """The model inside a new adapter; the same seed gives the same one."""
-    from peft import PeftConfig, PeftModel, get_peft_model
+def _check_adapter(model: nn.Module, peft_config: object) -> None:
+    if peft_config is None:
+        return
+    from peft import PeftConfig, PeftModel
 
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(
@@ -69,11 +76,149 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
             "model is a PeftModel and peft_config is given; expected one of the two: merge the adapter first, or "
             "leave peft_config out"
         )
+
+
+def check_separate(model: nn.Module, ref_model: nn.Module, *, adapted_later: bool) -> None:
+    """Raise ``ValueError`` if training ``model`` would change what ``ref_model`` computes.
+
+    Frozen weights may be shared: they never change, and both models run in the same mode without dropout.
+
+    Args:
+        model, ref_model: on any device, meta included; their weights may be DTensors.
+        adapted_later: ``model`` gets an adapter, which is put into its own modules, so that nothing may be shared.
+    """
+    hint = "leave ref_model out, or pass a model that was loaded or copied (copy.deepcopy) apart"
+    if adapted_later:
+        hint = "leave ref_model out: the reference is then the model without its adapter"
+    if ref_model is model:
+        raise ValueError(f"ref_model is the model itself, which training changes; {hint}")
+    names = {
+        _storage(parameter): name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or adapted_later
+    }
+    for tensor in (*ref_model.parameters(), *ref_model.buffers()):
+        if _storage(tensor) in names:
+            raise ValueError(
+                f"ref_model shares the memory of {names[_storage(tensor)]} with model, so that training changes both; {hint}"
+            )
+
+
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    """What two tensors have in common if they share memory; of a tensor without memory, such as meta, the tensor itself."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    try:
+        pointer = local.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a tensor subclass that has no storage of its own
+        pointer = 0
+    return tensor.device, pointer or id(tensor)
+
+
+def load_reference(path: str, model: nn.Module) -> PreTrainedModel:
+    """The reference from a folder or the hub, in the dtype and with the attention of ``model``.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"ref_model: cannot load a causal language model from {path}: {reason}"
+        ) from None
+
+
+@contextmanager
+def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
+    """Undo on an exception what was done to models: adapters, hooks, dropout, modes, what is trained; not their device.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Dropout(0.1))
+        >>> try:
+        ...     with unchanged_if_refused(model):
+        ...         disable_dropout(model)
+        ...         raise ValueError
+        ... except ValueError:
+        ...     model[0].p
+        0.1
+    """
+    models = [model for model in models if model is not None]
+    fields = [vars(module) for model in models for module in model.modules()]
+    fields += [vars(model.config) for model in models if hasattr(model, "config")]
+    inner = [value for each in fields for value in each.values() if isinstance(value, dict)]
+    kept = [(each, dict(each)) for each in [*fields, *inner]]
+    trained = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for each, content in kept:
+            each.clear()
+            each.update(content)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def ready(
+    model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object
+) -> nn.Module:
+    """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
+    keep_gradients_of_four_bits(model)
+    if peft_config is not None:
+        model = with_adapter(model, peft_config, args.seed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter of {type(model).__name__} requires a gradient; nothing to train"
+        )
+    if args.disable_dropout:
+        for module in [model] if ref_model is None else [model, ref_model]:
+            disable_dropout(module)
+    if hasattr(model, "peft_config") and args.activation_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
+    """The model inside a new adapter; the same seed gives the same one."""
+    from peft import get_peft_model
+
     set_seed(seed)
     with warnings.catch_warnings():
         # peft asks transformers for an attribute by its former name; nothing a user could act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return get_peft_model(model, peft_config)
+
+
+def compile_layers(model: nn.Module, options: dict) -> None:
+    """Compile the repeated layers of a model in place, each by itself, with ``options`` of ``torch.compile``.
+
+    The head stays as it is, as its input is scored in a hook. In place, so that no wrapper changes the names of the weights.
+    Equal layers share a graph. A batch may have any length, so its size is symbolic from the start.
+
+    Raises:
+        ValueError: no list of layers is found.
+    """
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            f"torch_compile is True; {type(model).__name__} has no nn.ModuleList of layers to compile; set it to False"
+        )
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
+    for layer in layers:
+        layer.compile(**{**options, "dynamic": True})
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The members of the outermost lists of modules."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]
 
 
 def keep_gradients_of_four_bits(model: nn.Module) -> None:

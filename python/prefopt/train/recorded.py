@@ -103,7 +103,7 @@ class RecordedTrainer(Trainer):
         """Trainer's, with the metrics of training, each weighted by its rows or tokens."""
         self._sums["eval"].reset()
         output = super().evaluation_loop(
-            dataloader, description, True, ignore_keys, metric_key_prefix
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
         )
         sums = self._sums["eval"].read()
         metrics = quotients(

@@ -104,13 +104,9 @@ def choose_reference(
         may_copy: False where the model's weights are in shards already.
 
     Raises:
-        ValueError: ``ref_model`` is the policy; or there is none, and the model is a PEFT model whose adapter already
-            changes it, or would have to be copied and cannot be.
+        ValueError: there is no ``ref_model``, and the model is a PEFT model whose adapter already changes it, or would
+            have to be copied and cannot be.
     """
-    if ref_model is model:
-        raise ValueError(
-            "ref_model is the model itself, which training changes; leave it out, or pass a copy"
-        )
     if ref_model is not None:
         return FrozenModel(ref_model, "ref_model")
     if hasattr(model, "disable_adapter"):

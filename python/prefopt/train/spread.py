@@ -93,6 +93,14 @@ class Spread:
                 "first, or evaluate on one process"
             )
 
+    def check_compilable(self) -> None:
+        """Raise ``ValueError`` where compiled layers are untested."""
+        if self.kind != WHOLE:
+            raise ValueError(
+                f"torch_compile is True with {self.kind}, which is not supported; set torch_compile to False, or train "
+                "on one process or with DDP"
+            )
+
     def _deepspeed_config(self) -> dict:
         return self.accelerator.state.deepspeed_plugin.deepspeed_config
 

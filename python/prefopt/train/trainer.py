@@ -10,6 +10,7 @@ import copy
 from dataclasses import replace
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -49,11 +50,16 @@ class PreferenceTrainer(RecordedTrainer):
             ``datasets.Dataset`` of raw rows, a list of them, a path).
         eval_dataset: the same, or a dictionary of them.
         processing_class: the tokenizer.
-        ref_model: the reference. Left out, it is the model without its adapter where there is one (``peft_config``, or
-            a ``PeftModel`` that still equals its base), and otherwise a frozen copy of ``model`` made here, before any
-            checkpoint is loaded; with ``precompute_ref_logps``, or a method without a reference, no copy is made.
+        ref_model: the reference, loaded, or the folder or hub id to load it from. It may share frozen weights with
+            ``model``, but none that are trained. Left out, it is the model without its adapter where there is one
+            (``peft_config``, or a ``PeftModel`` that still equals its base), and otherwise a frozen copy of ``model``
+            made here, before any checkpoint is loaded; with ``precompute_ref_logps``, or a method without a reference,
+            no copy is made.
         peft_config: wraps ``model``, seeded by ``args.seed``.
         callbacks, optimizers: as for ``Trainer``.
+
+    Models are changed in place, as by ``Trainer``: they get the adapter, lose their dropout and move to the device. If the
+    trainer cannot be built, all but the device is undone.
 
     Raises:
         ValueError, TypeError: an argument does not fit, found before any training.
@@ -71,19 +77,46 @@ class PreferenceTrainer(RecordedTrainer):
         train_dataset: object = None,
         eval_dataset: object = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: nn.Module | None = None,
+        ref_model: nn.Module | str | None = None,
         peft_config: object = None,
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        prepare.check_arguments(model, args, train_dataset, ref_model)
+        prepare.check_arguments(model, args, train_dataset, ref_model, peft_config)
         train = prepare_rows(train_dataset, processing_class, args, "train_dataset")
         evals = {
             name: prepare_rows(data, processing_class, args, "eval_dataset")
             for name, data in _named(eval_dataset).items()
         }
-        model = prepare.ready(model, ref_model, args, peft_config)
+        if isinstance(ref_model, str):
+            ref_model = prepare.load_reference(ref_model, model)
+        with prepare.unchanged_if_refused(model, ref_model):
+            self._build(
+                prepare.ready(model, ref_model, args, peft_config),
+                args,
+                train,
+                evals,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                ref_model=ref_model,
+                fresh_adapter=peft_config is not None,
+            )
+
+    def _build(
+        self,
+        model: nn.Module,
+        args: PreferenceConfig,
+        train: Prepared,
+        evals: dict[str, Prepared],
+        *,
+        processing_class: PreTrainedTokenizerBase | None,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple,
+        ref_model: nn.Module | None,
+        fresh_adapter: bool,
+    ) -> None:
         pad_token_id = prepare.pad_token_id(processing_class, model)
         self._row_collator = PackingCollator(
             PreferenceCollator(pad_token_id, max_length=args.max_length)
@@ -105,13 +138,14 @@ class PreferenceTrainer(RecordedTrainer):
         self.spread = Spread(self)
         self.head = lm_head_of(self.model)
         check_lm_head(self.model, self.head)
-        self._set_up_reference(ref_model, fresh_adapter=peft_config is not None)
+        self._set_up_reference(ref_model, fresh_adapter)
+        self._compile()
         self.train_dataset = self._scored(train, args.per_device_train_batch_size)
         scored = {
             name: self._scored(rows, args.per_device_eval_batch_size)
             for name, rows in evals.items()
         }
-        self.eval_dataset = scored if isinstance(eval_dataset, dict) else scored.get("")
+        self.eval_dataset = scored.get("", scored or None)
         if args.precompute_ref_logps:  # their scores are columns now; frees memory
             kept = AdapterOff(self.model) if isinstance(self.reference, AdapterOff) else None
             self.reference, self._reference_head = kept, kept and self.head
@@ -135,6 +169,25 @@ class PreferenceTrainer(RecordedTrainer):
         self._reset_state()
         self.run_folder = RunFolder(args.output_dir, active=self.is_world_process_zero())
         describe(self, self._reference_kind, train, evals)
+
+    def _build_accelerator_args(self, **kwargs) -> dict:
+        """Trainer's, without compilation of the whole model, whose head could then not be hooked; see ``compile_layers``."""
+        built = super()._build_accelerator_args(**kwargs)
+        self._compilation, built["dynamo_plugin"] = (
+            built["dynamo_plugin"],
+            TorchDynamoPlugin(backend="no"),
+        )
+        return built
+
+    def _compile(self) -> None:
+        plugin = self._compilation
+        if plugin.backend == DynamoBackend.NO:
+            return
+        self.spread.check_compilable()
+        options = {"backend": plugin.backend.value.lower(), "mode": plugin.mode}
+        prepare.compile_layers(self.model, options)
+        if self.reference.model not in (None, self.model):
+            prepare.compile_layers(self.reference.model, options)
 
     # ---- data and reference ----
 
@@ -225,7 +278,7 @@ class PreferenceTrainer(RecordedTrainer):
         return None  # Trainer would count label tokens; these labels are of rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of what this micro-batch's rows or pairs add to the step's mean loss."""
+        """The sum of what this micro-batch's rows or pairs add to the step's mean loss, and ``predict``'s values of each."""
         args, objective, mode = self.args, self.objective, "train" if model.training else "eval"
         z0 = self._reference_point(inputs, mode) if args.needs_kl else None
         ahead = mode == "train" and args.needs_window and len(self._window) > 1
@@ -244,8 +297,9 @@ class PreferenceTrainer(RecordedTrainer):
         if "token_shares" in inputs:
             nll = objective.nll(rows, len(losses))
             losses = losses + objective.nll_weight * nll * inputs["token_shares"]
-        self._record(inputs, rows, policy, losses.detach(), baselines, mode)
-        return losses.sum()
+        rewards = self._record(inputs, rows, policy, losses.detach(), baselines, mode)
+        loss = losses.sum()
+        return (loss, _outputs(rows, rewards, len(losses))) if return_outputs else loss
 
     def _reference_point(self, inputs: dict, mode: str) -> Tensor:
         """z0 of the window, or of the micro-batch; in evaluation of the batch."""
@@ -319,7 +373,8 @@ class PreferenceTrainer(RecordedTrainer):
         losses: Tensor,
         baselines: Baselines,
         mode: str,
-    ) -> None:
+    ) -> Tensor | None:
+        """Add to the sums that are logged; returns the rewards."""
         detached = replace(rows, logps=rows.logps.detach())
         metrics = RowMetrics(
             losses=losses,
@@ -339,6 +394,7 @@ class PreferenceTrainer(RecordedTrainer):
             self._watch.add_rows(
                 self.state.global_step + 1, numbers, _telling(losses, detached)[: len(numbers)]
             )
+        return metrics.rewards
 
     # ---- evaluation ----
 
@@ -346,16 +402,35 @@ class PreferenceTrainer(RecordedTrainer):
         """Trainer's, for rows in any form that ``train_dataset`` takes."""
         self.spread.check_prepared(self.model)
         if eval_dataset is not None and not isinstance(eval_dataset, (str, dict)):
-            rows = prepare_rows(eval_dataset, self.processing_class, self.args, "eval_dataset")
-            eval_dataset = self._scored(rows, self.args.per_device_eval_batch_size)
+            eval_dataset = self._prepared_later(eval_dataset, "eval_dataset")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test"):
+        """Trainer's, for rows in any form that ``train_dataset`` takes.
+
+        Returns:
+            PredictionOutput. ``metrics``: those of ``evaluate``, with the prefix. ``predictions``: a dictionary of numpy
+            arrays, one entry a row in the order of the data: ``logps`` and ``ref_logps`` (nats, of the whole completion)
+            and ``rewards``, without those that the method does not have. ``label_ids``: the labels. Of pairs each array is
+            (P, 2), the chosen answer first. The logits are never built.
+        """
+        self.spread.check_prepared(self.model)
+        rows = self._prepared_later(test_dataset, "test_dataset")
+        return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    def _prepared_later(self, data: object, name: str) -> Dataset:
+        rows = prepare_rows(data, self.processing_class, self.args, name)
+        return self._scored(rows, self.args.per_device_eval_batch_size)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The batch's summed loss, and no predictions: the logits are never built."""
+        """The batch's summed loss, and the values of each row or pair that ``predict`` returns."""
         drop_repeats(inputs, self.accelerator, last=True)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            return self.compute_loss(model, inputs), None, None
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, outputs, _per_row(inputs["labels"], len(inputs["shares"]))
 
 
 class _SamplerEpoch(TrainerCallback):
@@ -377,6 +452,17 @@ def _named(eval_dataset: object) -> dict[str, object]:
 
 def _sequences(batch: dict, logps: Tensor, ref_logps: Tensor | None) -> Sequences:
     return Sequences(logps, ref_logps, batch["labels"], batch["cu_seqlens"].diff())
+
+
+def _outputs(rows: Sequences, rewards: Tensor | None, count: int) -> dict[str, Tensor]:
+    """What ``predict`` returns of ``count`` rows or pairs; detached."""
+    values = {"logps": rows.logps.detach(), "ref_logps": rows.ref_logps, "rewards": rewards}
+    return {name: _per_row(value, count) for name, value in values.items() if value is not None}
+
+
+def _per_row(values: Tensor, count: int) -> Tensor:
+    """(R,) of rated rows; (P, 2) of pairs, whose chosen answers come first and then the rejected ones."""
+    return values if len(values) == count else values.view(2, count).T.contiguous()
 
 
 def _telling(losses: Tensor, rows: Sequences) -> Tensor:

@@ -1,0 +1,105 @@
+"""torch_compile=True: the numbers of the run without it, in training, evaluation, saved weights and a resumed run."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from trainer_testing import data_for, make_trainer, make_world, train
+
+OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 2}
+CONTRACT = 1e-5  # relative, on the loss in fp32
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Of one layer: compiling takes longer than all steps."""
+    whole = make_world("qwen3", tmp_path_factory.mktemp("qwen3"))
+    for model in (whole.model, whole.ref):
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        model.config.layer_types = model.config.layer_types[:1]
+    return whole
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(world, folder, *, adapter: bool = False, train_options=None, **options):
+    """A trained trainer, its steps' losses and gradient norms, and its loss in evaluation."""
+    rows = data_for(options["method"], 12)
+    trainer = make_trainer(
+        world,
+        folder,
+        data=rows,
+        ref=not adapter,
+        peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        if adapter
+        else None,
+        **(OPTIONS | options),
+    )
+    logs = train(trainer, **(train_options or {}))
+    numbers = [entry[name] for entry in logs for name in ("loss", "grad_norm")]
+    with torch.no_grad():
+        return trainer, [*numbers, trainer.evaluate(rows)["eval_loss"]]
+
+
+def compiled_layers(model: nn.Module) -> int:
+    return sum(module._compiled_call_impl is not None for module in model.modules())
+
+
+@pytest.mark.parametrize(("method", "adapter"), [("kto", True), ("kto", False), ("dpo", False)])
+def test_a_compiled_run_has_the_numbers_of_an_eager_one(world, tmp_path, method, adapter):
+    options = {"method": method, "adapter": adapter}
+    _, expected = run(world, tmp_path / "eager", **options)
+    trainer, found = run(
+        world, tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **options
+    )
+    assert found == pytest.approx(expected, rel=CONTRACT)
+    assert compiled_layers(trainer.model) == 1
+    assert adapter or compiled_layers(trainer.reference.model) == 1
+    assert not any("_orig_mod" in name for name in trainer.model.state_dict())
+    trainer.save_model(str(tmp_path / "saved"))
+    if adapter:
+        loaded = PeftModel.from_pretrained(copy.deepcopy(world.model), tmp_path / "saved")
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=ids).logits
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, logits)
+
+
+def test_inductor_and_a_resumed_run(world, tmp_path):
+    options = {
+        "method": "cpo",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 2,
+        "sampler": "sequential",
+    }
+    _, expected = run(world, tmp_path / "eager", **options)
+    _, found = run(world, tmp_path / "compiled", torch_compile=True, **options)
+    assert found == pytest.approx(expected, rel=CONTRACT)
+    _, resumed = run(
+        world,
+        tmp_path / "compiled",
+        train_options={"resume_from_checkpoint": str(tmp_path / "compiled" / "checkpoint-1")},
+        torch_compile=True,
+        **options,
+    )
+    assert resumed == pytest.approx(expected, rel=CONTRACT)
+
+
+def test_a_model_without_a_list_of_layers_is_refused(world, tmp_path):
+    model = copy.deepcopy(world.model)
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="has no nn.ModuleList of layers to compile"):
+        make_trainer(world, tmp_path, model=model, ref=False, torch_compile=True)
