@@ -89,6 +89,28 @@ def test_unknown_processing_of_the_logits_is_refused(what, dtype):
         check_lm_head(model, lm_head_of(model))
 
 
+def test_dropout_in_training_mode_is_neither_drawn_nor_taken_for_later_tokens():
+    model = make("llama").train()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Dropout(0.5))
+    state = torch.get_rng_state()
+    check_lm_head(model, lm_head_of(model))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_attends_to_later_tokens_is_refused(dtype):
+    model = make("llama", dtype)
+    embed = model.model.embed_tokens
+    handle = embed.register_forward_hook(lambda _module, _args, out: out + 0.5 * out.flip(1))
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not causal: the logits of a token"):
+        check_lm_head(model, lm_head_of(model))
+    handle.remove()
+    check_lm_head(model, lm_head_of(model))
+
+
 def test_models_without_a_usable_head_are_refused():
     with pytest.raises(ValueError, match="Linear has no output embedding"):
         lm_head_of(nn.Linear(2, 2))

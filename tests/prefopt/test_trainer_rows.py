@@ -180,3 +180,36 @@ def test_evaluation_moves_no_shift(world, tmp_path, shift):
     rows = [row for row in make_rows(True) if row["label"]]
     assert run(eval_dataset=rows, eval_strategy="steps", eval_steps=1) == quiet
     assert quiet[1]["shift"]["value"] != 0.0
+
+
+@pytest.mark.parametrize("method", ["kto", "dpo", "cpo", "sft"])
+def test_predict_gives_the_values_of_each_row(world, tmp_path, method):
+    """Raw rows, in batches of 3: their means are the metrics, which are those of evaluate."""
+    options = of(method)
+    rows = options["data"][:7]
+    trainer = make_trainer(world, tmp_path, per_device_eval_batch_size=3, **options)
+    found = trainer.predict(rows)
+    metrics = trainer.evaluate(rows)
+    names = {
+        "kto": ["logps", "ref_logps", "rewards"],
+        "cpo": ["logps", "rewards"],
+        "sft": ["logps"],
+    }
+    assert list(found.predictions) == names.get(method, names["kto"])
+    count = len(rows) if method != "sft" else sum(row["label"] for row in rows)
+    pairs = method in ("dpo", "cpo")
+    assert found.label_ids.shape == ((count, 2) if pairs else (count,))
+    for name, values in found.predictions.items():
+        assert values.shape == found.label_ids.shape
+        if name == "ref_logps":
+            continue
+        for label, side in ((True, "chosen"), (False, "rejected")):
+            if (found.label_ids == label).any():
+                mean = values[found.label_ids == label].mean()
+                assert metrics[f"eval_{name}/{side}"] == pytest.approx(mean, abs=NATS), name
+    for name, value in metrics.items():
+        if not name.endswith(("runtime", "per_second", "preparation_time")):
+            assert found.metrics[name.replace("eval_", "test_")] == value, name
+    if method == "kto":
+        expected = 0.1 * (found.predictions["logps"] - found.predictions["ref_logps"])
+        assert found.predictions["rewards"] == pytest.approx(expected, abs=NATS)

@@ -150,7 +150,12 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
     models = [model for model in models if model is not None]
     fields = [vars(module) for model in models for module in model.modules()]
     fields += [vars(model.config) for model in models if hasattr(model, "config")]
-    inner = [value for each in fields for value in each.values() if isinstance(value, dict)]
+    inner = [  # but not buffers, which a move to another device replaces
+        value
+        for each in fields
+        for name, value in each.items()
+        if isinstance(value, dict) and name != "_buffers"
+    ]
     kept = [(each, dict(each)) for each in [*fields, *inner]]
     trained = [(p, p.requires_grad) for model in models for p in model.parameters()]
     try:

@@ -95,10 +95,11 @@ class Spread:
 
     def check_compilable(self) -> None:
         """Raise ``ValueError`` where compiled layers are untested."""
-        if self.kind != WHOLE:
+        processes = self.accelerator.num_processes
+        if self.kind != WHOLE or processes > 1:
             raise ValueError(
-                f"torch_compile is True with {self.kind}, which is not supported; set torch_compile to False, or train "
-                "on one process or with DDP"
+                f"torch_compile is True with {processes} processes and the model {self.kind}, which is not supported; set "
+                "torch_compile to False, or train on one process"
             )
 
     def _deepspeed_config(self) -> dict:
