@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -24,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from prefopt.errors import UserError
+from prefopt.pretrained import from_pretrained
 from prefopt.train.config import PreferenceConfig
 from prefopt_kernels.integrations.transformers import lm_head_of
 
@@ -121,15 +120,13 @@ def load_reference(path: str, model: nn.Module) -> PreTrainedModel:
         UserError: it cannot be loaded.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=base.dtype, attn_implementation=base.config._attn_implementation
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"ref_model: cannot load a causal language model from {path}: {reason}"
-        ) from None
+    return from_pretrained(
+        AutoModelForCausalLM,
+        path,
+        f"ref_model: cannot load a causal language model from {path}",
+        dtype=base.dtype,
+        attn_implementation=base.config._attn_implementation,
+    )
 
 
 @contextmanager
