@@ -111,7 +111,7 @@ def _remove_unfinished(folder: Path) -> None:
             os.kill(int(pid), 0)  # sends nothing, on POSIX
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
-        except (OSError, ValueError):  # another user's process; a name of somebody else's
+        except (OSError, ValueError):  # another user's process; a name of another program
             pass
 
 

@@ -42,7 +42,7 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
                 f"{option} {folder} is being written by {_holder(path)}; wait until it ends, or choose another folder"
             ) from None
         try:
-            with suppress(OSError):  # Windows lets nobody write to a locked file
+            with suppress(OSError):  # Windows refuses to write to a locked file
                 path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
             remove_stale(folder)
             yield
