@@ -1,4 +1,4 @@
-"""The error of everything a user gives: options, files, data, models. This file imports nothing."""
+"""The errors of prefopt that the command line knows. This file imports nothing."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with code 2. Every other exception exits with code 1.
     """
+
+
+class RunError(RuntimeError):
+    """A run that failed although its input was accepted. The message is one sentence; the exit code is 1."""

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from prefopt.pretrained import first_line, from_pretrained
+from prefopt.failure import first_line
+from prefopt.pretrained import from_pretrained
 from prefopt.recipe.error import RecipeError
 
 BLOCK = 64  # weights that share a scale
@@ -17,9 +18,7 @@ BLOCK = 64  # weights that share a scale
 def refuse_without_bitsandbytes(key: str) -> None:
     """Say how to get it, before anything is downloaded."""
     if find_spec("bitsandbytes") is None:
-        raise RecipeError(
-            f"{key}, which needs the package bitsandbytes: pip install 'prefopt-kernels[train,quant]'"
-        )
+        raise RecipeError(f"{key}, which needs the package bitsandbytes: pip install bitsandbytes")
 
 
 def compute_dtype(training: Mapping[str, Any], dtype: str) -> str:

@@ -4,7 +4,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from prefopt.failure import first_line
 from prefopt.recipe.error import RecipeError
+
+# A broken file fails wherever it is used. Out of memory, a RuntimeError, is none of them.
+FAILURES = (
+    OSError,
+    ValueError,
+    ImportError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+)
 
 
 def from_pretrained(
@@ -33,7 +45,7 @@ def from_pretrained(
         return kind.from_pretrained(
             path, revision=revision, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except FAILURES as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = (
                 "it comes with Python code of its own, which is not run unless the recipe sets "
@@ -42,9 +54,3 @@ def from_pretrained(
         else:
             reason = first_line(error)
         raise RecipeError(f"{failure}: {reason}") from None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -196,6 +196,8 @@ def test_the_command_line_answers_a_pipe(run, monkeypatch, capsys):
     [
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; expected at least 1"),
         (["--temperature", "-1"], "--temperature is -1.0; expected 0 or more"),
+        (["--temperature", "nan"], "--temperature is nan; expected 0 or more"),
+        (["--seed", "-1"], "--seed is -1; expected a number from 0 to 4294967295"),
         (["--sytem", "x"], "--sytem is unknown; did you mean --system?"),
         (["--base", "/nowhere"], "the base model /nowhere of"),
     ],
@@ -204,6 +206,18 @@ def test_bad_arguments_exit_2_with_one_sentence(run, words, said, capsys):
     assert main(["chat", str(run.folder), *words]) == 2
     found = capsys.readouterr().err
     assert said in found and found.count("\n") == 1
+
+
+def test_a_closed_input_and_one_that_is_no_text_are_refused(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["chat", str(run.folder)]) == 2
+    error = capsys.readouterr().err
+    assert error == "prefopt: standard input is closed; expected a terminal, a file or a pipe\n"
+    source = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    with pytest.raises(
+        RecipeError, match="^standard input is not UTF-8: .* byte 0xe9 in position 3"
+    ):
+        list(module._lines(source))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):

@@ -3,19 +3,22 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from prefopt.cli import main
-from prefopt.compare.apart import LOG, _end, run_apart
+from prefopt.compare.apart import FAILED, LOG, REFUSED, _end, run_apart
 from prefopt.compare.measure import Job, measure
 from prefopt.compare.plan import Plan
 from prefopt.compare.summary import TOO_FEW
+from prefopt.errors import RunError
 from prefopt.recipe import RecipeError, load_recipe
 from prefopt_testing import make_model, make_rows, make_tokenizer
 from trainer_testing import make_pairs
@@ -177,6 +180,30 @@ def test_a_run_that_fails_names_its_log(world, tmp_path):
     ):
         run_apart(job, lambda: None)
     assert "Traceback" in (tmp_path / "kto-42" / LOG).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("kind", "error"), [(REFUSED, RecipeError), (FAILED, RunError)])
+def test_a_run_that_fails_on_its_input_is_told_from_any_other(kind, error, tmp_path, monkeypatch):
+    class Child:
+        """A process that sends one message."""
+
+        exitcode = 0
+
+        def __init__(self, target, args):
+            self.connection = args[-1]
+
+        def start(self):
+            self.connection.send((kind, "a reason"))
+
+        def join(self):
+            pass
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Child)
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
+    plan = Plan(load_recipe("kto-lora"), ("kto", "dpo"), 4, STEPS)
+    job = Job(plan, "kto", 42, tmp_path)
+    with pytest.raises(error, match=f"^kto, seed 42: a reason; see {tmp_path / LOG}$"):
+        run_apart(job, lambda: None)
 
 
 def test_how_a_process_ended():

@@ -109,7 +109,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr("prefopt.data.build.write_rows", full)
     code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set", "--validation", 0)
-    assert code == 2 and "No space left on device" in error and left_over(tmp_path) == []
+    assert code == 1 and "No space left on device" in error and left_over(tmp_path) == []
 
     def full_on_reading(*_):
         raise OSError(28, "No space left on device")  # as write() reports it: without a name
@@ -117,7 +117,8 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, capsys, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("prefopt.data.write.Spool.add", full_on_reading)
         code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set")
-    assert code == 2 and error.endswith(f"No space left on device: '{tmp_path / 'set'}'")
+    named = f"prefopt: No space left on device: '{tmp_path / 'set'}' (traceback: "
+    assert code == 1 and error.splitlines()[-1].startswith(named)
     assert left_over(tmp_path) == []
 
     def interrupted(*_, **__):

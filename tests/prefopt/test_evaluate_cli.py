@@ -100,5 +100,5 @@ def test_without_lm_evaluation_harness_the_extra_is_named(run, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     words = ["eval", str(run), "--suite", "thesis", "--tasks-dir", str(FIXTURES), "--out"]
     assert main([*words, str(tmp_path / "out")]) == 2
-    assert "pip install 'prefopt-kernels[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

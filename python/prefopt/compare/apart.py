@@ -14,13 +14,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefopt.errors import RunError, UserError
+from prefopt.failure import first_line
 from prefopt.recipe.error import RecipeError
 
 if TYPE_CHECKING:
     from prefopt.compare.measure import Job
 
 LOG = "log.txt"
-STEP, DONE, FAILED = "step", "done", "failed"  # what the child sends
+STEP, DONE = "step", "done"  # what the child sends
+REFUSED, FAILED = "refused", "failed"
+ENDS = (DONE, REFUSED, FAILED)
 
 
 def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
@@ -31,7 +35,8 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
         on_step: called after each optimizer step.
 
     Raises:
-        RecipeError: the run could not be made, or its process died; the message names the log.
+        RecipeError: the run could not be made from its input; the message names the log.
+        RunError: it failed, or its process died; the message names the log.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -42,19 +47,22 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
     sender.close()  # so that the end of the child is the end of the pipe
     kind, said = None, None
     try:
-        while kind not in (DONE, FAILED):
+        while kind not in ENDS:
             kind, said = receiver.recv()
             if kind == STEP:
                 on_step()
     except EOFError:
         pass
     finally:
-        if kind not in (DONE, FAILED):
+        if kind not in ENDS:
             process.terminate()
         process.join()
     if kind == DONE:
         return said
-    raise RecipeError(f"{job.method}, seed {job.seed}: {said or _end(process.exitcode)}; see {log}")
+    kind_of_error = RecipeError if kind == REFUSED else RunError
+    raise kind_of_error(
+        f"{job.method}, seed {job.seed}: {said or _end(process.exitcode)}; see {log}"
+    )
 
 
 def _end(code: int | None) -> str:
@@ -73,11 +81,12 @@ def _work(job: bytes, log: Path, connection: Connection) -> None:
         for number in (1, 2):  # standard output and error, those of libraries in C as well
             os.dup2(file.fileno(), number)
     from prefopt.compare.measure import measure
-    from prefopt.data import DataError
-    from prefopt.evaluate.request import EvalError
 
     try:
         connection.send((DONE, measure(pickle.loads(job), lambda: connection.send((STEP, None)))))
-    except (RecipeError, DataError, EvalError, OSError) as error:
+    except UserError as error:
         traceback.print_exc()
-        connection.send((FAILED, str(error)))
+        connection.send((REFUSED, str(error)))
+    except Exception as error:
+        traceback.print_exc()
+        connection.send((FAILED, first_line(error)))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import new_command
+from prefopt.command_line import new_command, path_argument, text_argument
 from prefopt.compare import CompareRequest, compare
 from prefopt.compare.request import KNOWN
 from prefopt.recipe.options import add_options, overrides_of, recipe_of
@@ -38,6 +38,7 @@ def add_compare_command(commands: Any) -> None:
     parser.set_defaults(goes_on="the same command goes on with what is missing")
     parser.add_argument(
         "recipe",
+        type=text_argument,
         metavar="RECIPE",
         help="a .yaml file, or the name of a recipe that comes with prefopt",
     )
@@ -55,7 +56,7 @@ def add_compare_command(commands: Any) -> None:
         help="of each method, with a seed each (default: 3)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("comparison"), help="folder (default: comparison)"
+        "--out", type=path_argument, default=Path("comparison"), help="folder (default: comparison)"
     )
     parser.add_argument(
         "--tiny",

@@ -23,6 +23,7 @@ from prefopt.files import write_whole
 from prefopt.folder_lock import is_unused, only_writer
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.models import load_tokenizer
+from prefopt.recipe.ready import check_device, check_inputs
 from prefopt.recipe.run import preference_config
 from prefopt.recipe.schema import Recipe
 
@@ -47,7 +48,9 @@ def run(recipe: Recipe, request: CompareRequest) -> Path:
     sequences = sequences_of(recipe, request.methods)
     draft = Plan(recipe, request.methods, sequences, max(1, recipe.training.max_steps))
     for method in request.methods:
-        preference_config(recipe_of(draft, method, recipe.training.seed, request.out))
+        config = preference_config(recipe_of(draft, method, recipe.training.seed, request.out))
+        check_device(recipe, config)
+    check_inputs(recipe, request.out)
     _check_writable(request.out)
     with only_writer(request.out, "--out"):
         return _run(draft, request)

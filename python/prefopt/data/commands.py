@@ -1,12 +1,18 @@
 """`prefopt data build`, `inspect` and `check` on the command line; nothing heavy is imported before one runs."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prefopt.command_line import new_command, no_more
+from prefopt.command_line import (
+    at_least,
+    command_group,
+    new_command,
+    no_more,
+    path_argument,
+    text_argument,
+)
+from prefopt.errors import UserError
+from prefopt.read_yaml import parse_yaml
 from prefopt.recipe.error import RecipeError
 
 FOUND_BAD_ROWS = 1
@@ -18,8 +24,9 @@ def add_data_commands(commands: Any) -> None:
         "data",
         help="build data, and look at it before training",
         description="Build data, and look at it before training.",
+        allow_abbrev=False,
     )
-    actions = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    actions = command_group(data)
     for add in (_build_command, _inspect_command, _check_command):
         add(actions)
 
@@ -34,11 +41,16 @@ def _inspect_command(actions: Any) -> None:
 
     inspect = new_command(actions, "inspect", run, "counts, lengths and a few rows")
     inspect.add_argument(
-        "source", metavar="DIR|FILE", help="a built folder, a .jsonl or .parquet file, or a hub id"
+        "source",
+        type=text_argument,
+        metavar="DIR|FILE",
+        help="a built folder, a .jsonl or .parquet file, or a hub id",
     )
     inspect.add_argument("--split", help="of a folder (default: all) or a hub dataset")
     inspect.add_argument("--revision", help="of a hub dataset")
-    inspect.add_argument("--rows", type=int, default=2, help="to show of each split (default: 2)")
+    inspect.add_argument(
+        "--rows", type=at_least(0), default=2, help="to show of each split (default: 2)"
+    )
 
 
 def _check_command(actions: Any) -> None:
@@ -47,15 +59,19 @@ def _check_command(actions: Any) -> None:
             rest,
             "--split --revision --tokenizer --model --max-length --template --row --questions --ngram".split(),
         )
+        template = _template_arguments(given.template)
         from prefopt.data.check import check
+        from prefopt.data.template import template_problems
 
+        for problem in template_problems(template, "--template"):
+            raise RecipeError(f"command line: {problem}")
         checked = check(
             given.source,
             split=given.split,
             revision=given.revision,
             tokenizer=given.tokenizer,
             max_length=given.max_length,
-            chat_template_kwargs=_template_arguments(given.template),
+            chat_template_kwargs=template,
             questions=given.questions,
             ngram=given.ngram,
             row=given.row,
@@ -67,7 +83,10 @@ def _check_command(actions: Any) -> None:
         actions, "check", run, "count rows, list every bad one, show what is scored"
     )
     check.add_argument(
-        "source", metavar="FILE", help="a .jsonl or .parquet file, a built folder, or a hub id"
+        "source",
+        type=text_argument,
+        metavar="FILE",
+        help="a .jsonl or .parquet file, a built folder, or a hub id",
     )
     check.add_argument(
         "--split", default="train", help="of a folder or hub dataset (default: train)"
@@ -76,11 +95,15 @@ def _check_command(actions: Any) -> None:
     check.add_argument(
         "--tokenizer",
         "--model",
+        type=text_argument,
         metavar="PATH",
         help="folder or hub id of a tokenizer or model, to count its tokens and show which are scored",
     )
     check.add_argument(
-        "--max-length", type=int, default=1024, help="tokens of prompt and answer (default: 1024)"
+        "--max-length",
+        type=at_least(2),
+        default=1024,
+        help="tokens of prompt and answer (default: 1024)",
     )
     check.add_argument(
         "--template",
@@ -89,7 +112,10 @@ def _check_command(actions: Any) -> None:
     )
     check.add_argument("--row", type=int, default=0, help="whose tokens to show (default: 0)")
     check.add_argument(
-        "--questions", metavar="FILE", help="evaluation questions, .txt or .jsonl, to look for"
+        "--questions",
+        type=text_argument,
+        metavar="FILE",
+        help="evaluation questions, .txt or .jsonl, to look for",
     )
     check.add_argument(
         "--ngram",
@@ -124,8 +150,10 @@ def _build_command(actions: Any) -> None:
         "(ultrafeedback_binarized, hh-rlhf, shp, oasst1, kto-mix-14k, mmlu-pro, or rows: rated rows "
         "and pairs) and, alone, the published set. Options given here win over the plan's.",
     )
-    build.add_argument("sources", nargs="+", metavar="SOURCE", help="a plan, or sources")
-    build.add_argument("--out", type=Path, required=True, help="the new folder (required)")
+    build.add_argument(
+        "sources", type=text_argument, nargs="+", metavar="SOURCE", help="a plan, or sources"
+    )
+    build.add_argument("--out", type=path_argument, required=True, help="the new folder (required)")
     for flag, kind, text in (
         ("--seed", int, "of everything random (default: 0)"),
         ("--validation", float, "share of the groups (default: 0.05)"),
@@ -152,8 +180,8 @@ def _build_command(actions: Any) -> None:
 
 def _template_arguments(text: str | None) -> dict[str, Any]:
     try:
-        found = {} if text is None else yaml.safe_load(text)
-    except yaml.YAMLError:
+        found = {} if text is None else parse_yaml(text)
+    except UserError:
         found = text
     if not isinstance(found, dict):
         raise RecipeError(f"command line: --template is {text!r}; expected {{NAME: VALUE}}")

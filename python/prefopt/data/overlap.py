@@ -103,6 +103,8 @@ def read_questions(path: str | Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise DataError(f"there is no file of questions {path}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start + 1})") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prefopt.data.convert import KINDS, nearest_kind
 from prefopt.data.convert.mmlu_pro import TARGETS
 from prefopt.data.convert.oasst1 import KEEP
 from prefopt.data.language import LANGUAGES
 from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES
+from prefopt.errors import UserError
+from prefopt.read_yaml import read_yaml
 
 FORMATS = ("parquet", "jsonl")
 UNTIL = ("all", "first")
@@ -182,11 +182,11 @@ def _plan_file(word: str) -> Path | None:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = read_yaml(path)
     except FileNotFoundError:
         raise DataError(f"there is no plan {path}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise DataError(str(error)) from None
     if not isinstance(content, Mapping):
         raise DataError(f"{path} is {content!r:.60}; expected keys with values, sources among them")
     return content

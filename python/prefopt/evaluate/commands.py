@@ -1,10 +1,9 @@
 """`prefopt eval` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import new_command, no_more
+from prefopt.command_line import new_command, no_more, path_argument, text_argument
 from prefopt.evaluate import evaluate_run
 from prefopt.evaluate.request import SUITES, EvalRequest
 
@@ -33,18 +32,22 @@ def add_eval_command(commands: Any) -> None:
         + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="run folder, or a saved model or adapter"
+        "run", type=path_argument, metavar="RUN", help="run folder, or a saved model or adapter"
     )
     parser.add_argument(
         "--suite", required=True, choices=list(SUITES), help="what to measure (required)"
     )
     for flag, kind, text in (
-        ("--data", str, "rows for preference and classify: a file, a built folder or a hub id"),
-        ("--split", str, "of a built folder or hub dataset"),
-        ("--tasks-dir", Path, "folder with the questions of thesis, instead of the hub"),
+        (
+            "--data",
+            text_argument,
+            "rows for preference and classify: a file, a built folder or a hub id",
+        ),
+        ("--split", text_argument, "of a built folder or hub dataset"),
+        ("--tasks-dir", path_argument, "folder with the questions of thesis, instead of the hub"),
         ("--limit", int, "use the first N questions of each task, or rows"),
-        ("--out", Path, "folder for the results (default: RUN)"),
-        ("--base", str, "the starting model, where it is not what the run says"),
+        ("--out", path_argument, "folder for the results (default: RUN)"),
+        ("--base", text_argument, "the starting model, where it is not what the run says"),
         ("--quantization", str, "of the base's weights, nf4 or none (default: as in training)"),
         (
             "--rule",

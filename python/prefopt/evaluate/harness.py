@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
 from prefopt.evaluate.request import EvalError
+from prefopt.failure import how_to_install
 
 MMLU_MINI: dict[str, list[int]] = json.loads(
     (Path(__file__).parent / "mmlu_mini.json").read_text(encoding="utf-8")
@@ -293,6 +294,6 @@ def _lm_eval() -> Any:
     except ImportError as error:
         raise EvalError(
             f"the suite thesis needs lm-evaluation-harness, which cannot be imported ({error}); "
-            "pip install 'prefopt-kernels[eval]'"
+            f"{how_to_install('eval')}"
         ) from None
     return lm_eval

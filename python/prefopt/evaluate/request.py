@@ -76,8 +76,8 @@ class EvalRequest:
             raise EvalError(
                 f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}"
             )
-        if self.seed < 0:
-            raise EvalError(f"--seed is {self.seed}; expected at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise EvalError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise EvalError(f"--temperature is {self.temperature}; expected a number above 0")
         if self.out is None:

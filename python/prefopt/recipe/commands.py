@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from prefopt.command_line import new_command, no_more
+from prefopt.command_line import new_command, no_more, text_argument
 from prefopt.recipe.named import recipe_list
 from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
@@ -43,6 +43,7 @@ def add_train_command(commands: Any) -> None:
     train.set_defaults(goes_on="`--resume` goes on from the last checkpoint")
     train.add_argument(
         "recipe",
+        type=text_argument,
         nargs="?",
         metavar="RECIPE",
         help="a .yaml file, or the name of a recipe that comes with prefopt",

@@ -2,19 +2,22 @@
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Mapping
-from dataclasses import Field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
+from prefopt.errors import UserError
 from prefopt.paths import RECIPE_NAME, paths_from
+from prefopt.read_yaml import read_yaml
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.named import RECIPES, find_recipe
 from prefopt.recipe.old_keys import Entry, translate
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
+
+EXTRA = "options of transformers.TrainingArguments without a key here go into training.extra"
+LARGEST = 2**63 - 1  # of an integer that torch and Arrow can hold
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -30,15 +33,11 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = find_recipe(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        content = read_yaml(path)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-    try:
-        content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise RecipeError(str(error)) from None
     name = path.stem if path.parent == RECIPES else str(path)
     in_run = path.name == RECIPE_NAME and (path.parent / "run.json").is_file()
     if in_run and isinstance(content, Mapping):
@@ -63,7 +62,7 @@ def make_recipe(
     """
     if not isinstance(content, Mapping):
         raise RecipeError(
-            f"{name}: is {_show(content)}; expected the sections {', '.join(SECTIONS)}"
+            f"{name}: is {show(content)}; expected the sections {', '.join(SECTIONS)}"
         )
     problems: list[str] = []
     values = translate(_flatten(content, name, problems), problems)
@@ -71,7 +70,7 @@ def make_recipe(
     for key, (_, where) in values.items():
         section, dot, option = key.partition(".")
         if section not in SECTIONS:
-            near = _nearest(section, SECTIONS, after=dot + option) or _elsewhere(option or section)
+            near = nearest(section, SECTIONS, after=dot + option) or _elsewhere(option or section)
             problems.append(f"{where}: {key} is unknown{near}")
     sections = {section: _section(section, values, name, problems) for section in SECTIONS}
     if problems:
@@ -90,13 +89,15 @@ def _section(section: str, values: Mapping[str, Entry], name: str, problems: lis
     good = {}
     for option, (value, where) in given.items():
         if option not in known:
-            near = _nearest(option, known, f"{section}.") or _elsewhere(option)
+            near = nearest(option, known, f"{section}.") or _elsewhere(option)
+            if not near and section == "training":
+                near = f"; {EXTRA}"
             problems.append(f"{where}: {section}.{option} is unknown{near}")
             continue
         try:
-            good[option] = _in_bounds(_converted(value, hints[option]), known[option])
+            good[option] = in_bounds(converted(value, hints[option]), known[option].metadata)
         except ValueError as error:
-            problems.append(f"{where}: {section}.{option} is {_show(value)}; expected {error}")
+            problems.append(f"{where}: {section}.{option} is {show(value)}; expected {error}")
     if section == "lora" and not given and "lora" not in values:
         return None
     missing = [key for key, one in known.items() if required(one) and key not in given]
@@ -117,7 +118,7 @@ def _overridden(
             }
         elif key in SECTIONS and (key, value) != ("lora", {}):
             problems.append(
-                f"{where}: {key} is {_show(value)}; expected null or {{}}, and only for lora"
+                f"{where}: {key} is {show(value)}; expected null or {{}}, and only for lora"
             )
         else:
             values[key] = (value, where)
@@ -135,11 +136,11 @@ def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, Entr
                 values["lora"] = (options, name)
             values |= {f"{section}.{option}": (value, name) for option, value in options.items()}
         elif options is not None:
-            problems.append(f"{name}: {section} is {_show(options)}; expected keys with values")
+            problems.append(f"{name}: {section} is {show(options)}; expected keys with values")
     return values
 
 
-def _nearest(key: str, known: Any, prefix: str = "", after: str = "") -> str:
+def nearest(key: str, known: Any, prefix: str = "", after: str = "") -> str:
     near = difflib.get_close_matches(str(key), list(known), n=1)
     return f"; did you mean {prefix}{near[0]}{after}?" if near else ""
 
@@ -151,17 +152,17 @@ def _elsewhere(option: str) -> str:
     return f"; did you mean {' or '.join(homes)}?" if homes else ""
 
 
-def _converted(value: Any, hint: Any) -> Any:
+def converted(value: Any, hint: Any) -> Any:
     """The value, if it is of the type; otherwise a ValueError that says what is expected."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _one_of(value, get_args(hint))
     if origin is Literal:
-        if value is False and "off" in get_args(hint):  # YAML reads off as false
-            return "off"
-        if value in get_args(hint) and not isinstance(value, bool):
+        if value is False:  # YAML 1.1 reads off and no as false
+            value = next((name for name in ("off", "no") if name in get_args(hint)), value)
+        if isinstance(value, str) and value in get_args(hint):
             return value
-        raise ValueError(f"one of {', '.join(get_args(hint))}{_nearest(value, get_args(hint))}")
+        raise ValueError(f"one of {', '.join(get_args(hint))}{nearest(value, get_args(hint))}")
     if origin is list:
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             return value
@@ -169,7 +170,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if origin is tuple:
         kinds = get_args(hint)
         if isinstance(value, (list, tuple)) and len(value) == len(kinds):
-            return tuple(_converted(one, kind) for one, kind in zip(value, kinds, strict=True))
+            return tuple(converted(one, kind) for one, kind in zip(value, kinds, strict=True))
         raise ValueError(f"a list of {len(kinds)} numbers")
     if hint is type(None):
         if value is None:
@@ -178,10 +179,11 @@ def _converted(value: Any, hint: Any) -> Any:
     return _plain(value, hint)
 
 
-def _in_bounds(value: Any, option: Field) -> Any:
-    least, above, below = (option.metadata[bound] for bound in ("least", "above", "below"))
+def in_bounds(value: Any, bounds: Mapping[str, float | None]) -> Any:
+    """The value, if it is not below ``least``, not at ``above`` or below, and not at ``below`` or above."""
+    least, above, below = (bounds.get(bound) for bound in ("least", "above", "below"))
     words = [
-        f"{word} {bound:g}"
+        f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}"
         for word, bound in (("at least", least), ("above", above), ("below", below))
         if bound is not None
     ]
@@ -199,7 +201,7 @@ def _one_of(value: Any, hints: tuple) -> Any:
     expected = []
     for hint in hints:
         try:
-            return _converted(value, hint)
+            return converted(value, hint)
         except ValueError as error:
             expected.append(str(error))
     raise ValueError(" or ".join(expected))
@@ -209,6 +211,8 @@ def _plain(value: Any, hint: type) -> Any:
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) > LARGEST:
+            raise ValueError("a whole number of at most 64 bits")
         return value
     if hint is float:
         if isinstance(value, str):  # YAML reads 1e-5, without a dot, as text
@@ -216,9 +220,13 @@ def _plain(value: Any, hint: type) -> Any:
                 value = float(value)
             except ValueError:
                 raise ValueError("a number") from None
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError("a number of at most 64 bits")
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     if hint is str and isinstance(value, str) and value.strip():
+        if re.search("[\0\ud800-\udfff]", value):
+            raise ValueError("text in UTF-8 without NUL")
         return value
     if hint is dict and isinstance(value, dict):
         return value
@@ -232,22 +240,7 @@ def _plain(value: Any, hint: type) -> Any:
     raise ValueError(names[hint])
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
+    """A value in a message, at most 60 characters."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key given twice is an error and not the last one's victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from prefopt.four_bits import (
     check_blocks,
@@ -20,6 +23,7 @@ from prefopt.four_bits import (
 from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
 from prefopt.recipe.error import RecipeError
+from prefopt.recipe.load import show
 from prefopt.recipe.schema import Lora, Recipe
 
 # Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An answer
@@ -34,6 +38,7 @@ DIALOGUE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 TEMPLATES = {"dialogue": DIALOGUE}
+ALL_LINEAR = "all-linear"
 
 
 def load_model(
@@ -83,8 +88,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         revision=recipe.model.revision,
         trust_remote_code=recipe.model.trust_remote_code,
     )
-    if recipe.data.chat_template is not None:
-        tokenizer.chat_template = _template(recipe)
+    template = chat_template(recipe)
+    if template is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -117,11 +123,46 @@ def adapter_config(lora: Lora) -> LoraConfig:
     )
 
 
+def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) -> None:
+    """Refuse names of layers that the model does not have, or that are not linear; ``key`` names the option in messages.
+
+    Raises:
+        RecipeError: no layer matches, or one that matches is not linear.
+    """
+    if targets == ALL_LINEAR:
+        return
+    layers = {name: module for name, module in model.named_modules() if name}
+    linear = {name.rpartition(".")[2] for name, one in layers.items() if isinstance(one, nn.Linear)}
+    expected = f"expected {ALL_LINEAR} or a list of some of {', '.join(sorted(linear))}"
+    is_pattern = isinstance(targets, str)
+    for target in [targets] if is_pattern else targets:
+        config = LoraConfig(target_modules=target if is_pattern else [target])
+        matched = [name for name in layers if check_target_module_exists(config, name)]
+        if not matched:
+            what = "a pattern that is no layer's whole name" if is_pattern else "which no layer has"
+            raise RecipeError(f"{key} is {show(target)}, {what}; {expected}")
+        other = next((name for name in matched if not _can_adapt(layers[name])), None)
+        if other is not None:
+            kind = type(layers[other]).__name__
+            raise RecipeError(
+                f"{key} is {show(target)}, which matches {other}, a {kind}; {expected}"
+            )
+
+
+def _can_adapt(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))  # which peft's LoRA takes
+
+
 def located(path: str, key: str) -> str:
     """The absolute path of a folder, which then also stands in the adapter's configuration; or a hub id."""
-    if Path(path).expanduser().is_dir():
-        return absolute(path)
-    if is_path(path):
+    try:
+        place = Path(path).expanduser()
+        if place.is_dir():
+            return absolute(path)
+        missing = is_path(path) or place.is_file()
+    except OSError as error:
+        raise RecipeError(f"{key} is {show(path)}: {error.strerror}") from None
+    if missing:
         raise RecipeError(
             f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
         )
@@ -133,18 +174,22 @@ def _device(use_cpu: bool) -> int | str:
     return "cpu" if use_cpu or not torch.cuda.is_available() else torch.cuda.current_device()
 
 
-def _template(recipe: Recipe) -> str:
-    named = recipe.data.chat_template
-    if named in TEMPLATES:
-        return TEMPLATES[named]
-    path = Path(named).expanduser()
+def chat_template(recipe: Recipe) -> str | None:
+    """The recipe's chat template; None for the tokenizer's own.
+
+    Raises:
+        RecipeError: it is neither a name nor a readable file.
+    """
+    named, key = recipe.data.chat_template, f"{recipe.name}: data.chat_template"
+    if named is None or named in TEMPLATES:
+        return TEMPLATES.get(named)
     try:
-        return path.read_text(encoding="utf-8")
+        return Path(named).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(
-            f"{recipe.name}: data.chat_template is {named!r}; expected {', '.join(TEMPLATES)} or a .jinja file"
+            f"{key} is {show(named)}; expected {', '.join(TEMPLATES)} or a .jinja file"
         ) from None
+    except OSError as error:
+        raise RecipeError(f"{key} is {show(named)}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{recipe.name}: data.chat_template {path} is not UTF-8: {error}"
-        ) from None
+        raise RecipeError(f"{key} {named} is not UTF-8: {error}") from None

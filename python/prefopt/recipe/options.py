@@ -8,18 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from prefopt.command_line import no_more
+from prefopt.errors import UserError
+from prefopt.read_yaml import parse_yaml
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import load_recipe
+from prefopt.recipe.old_keys import OLD
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
 
 OVERRIDE = "override "  # before the dotted keys among the parsed arguments
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Every option of every section, with its help and default."""
+    """Every option of every section, with its help and default.
+
+    The bare names are accepted too, without a line of help: --beta is --loss.beta. So are the names of other libraries, which
+    the recipe translates or refuses.
+    """
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)
         if section == "lora":
@@ -32,6 +37,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 metavar=_metavar(hints[name]),
                 help=_help(one),
             )
+    for name in sorted(_homes().keys() | OLD.keys()):
+        home = _homes().get(name, [])
+        parser.add_argument(
+            _bare(name),
+            dest=OVERRIDE + (home[0] if len(home) == 1 else name),
+            help=argparse.SUPPRESS,
+        )
 
 
 def recipe_of(given: argparse.Namespace, overrides: Mapping[str, Any]) -> Recipe:
@@ -61,12 +73,17 @@ def overrides_of(
         for key, text in vars(given).items()
         if key.startswith(OVERRIDE) and text is not None
     }
+    for key in overrides:
+        home = _homes().get(key, [])
+        if len(home) > 1:
+            expected = " or ".join(f"--{one}" for one in home)
+            raise RecipeError(f"command line: {_bare(key)} is ambiguous; expected {expected}")
     words = list(rest)
     while words:
         word = words.pop(0)
         name, equals, text = word.partition("=")
         if not re.match(r"--\w+\.\w", name):
-            no_more([word], known)
+            no_more([word], [*known, *map(_bare, _homes())])
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "null"
         overrides[name[2:]] = _value(name[2:], text)
@@ -75,14 +92,31 @@ def overrides_of(
 
 def _value(key: str, text: str) -> Any:
     """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
-    section, _, name = key.partition(".")
+    old = OLD.get(key)
+    section, _, name = (old.new if old and old.new else key).partition(".")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise RecipeError(f"command line: {key} is {text!r}; expected a YAML value") from None
+        value = parse_yaml(text)
+    except UserError as error:
+        shown = text if len(text) <= 60 else f"{text[:57]}..."
+        raise RecipeError(
+            f"command line: {key} is {shown!r}; expected a YAML value: {error}"
+        ) from None
     hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
     named = str in _kinds(hints.get(name))
     return text if named and value is not None and not isinstance(value, list) else value
+
+
+def _homes() -> dict[str, list[str]]:
+    """The dotted keys of each option name."""
+    found: dict[str, list[str]] = {}
+    for section in SECTIONS:
+        for name in options_of(section):
+            found.setdefault(name, []).append(f"{section}.{name}")
+    return found
+
+
+def _bare(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _kinds(hint: Any) -> tuple:

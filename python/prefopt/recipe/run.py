@@ -6,24 +6,31 @@ import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, Tokenized
+from prefopt.errors import UserError
+from prefopt.failure import first_line, traceback_in
 from prefopt.files import write_whole
 from prefopt.folder_lock import is_unused, only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.error import RecipeError
+from prefopt.recipe.extra import checked_extra
+from prefopt.recipe.load import show
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import (
     adapter_config,
+    check_targets,
     load_model,
     load_tokenizer,
     quantize_for,
 )
+from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.rows import has_eval, load_data, with_plan
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of
 from prefopt.redact import redacted
@@ -55,7 +62,9 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
         DataError: rows that cannot be trained on.
     """
     config = preference_config(recipe)
+    check_device(recipe, config)
     folder = Path(recipe.training.output_dir).expanduser()
+    check_inputs(recipe, folder)
     # The first process of a distributed run holds the lock for all.
     lock = only_writer(folder, f"{recipe.name}: training.output_dir") if _is_first() else None
     with lock or nullcontext():
@@ -71,18 +80,19 @@ def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -
     trainer = make_trainer(recipe, config, tokenizer, train, held_out)
     if trainer.is_world_process_zero():
         write_recipe(recipe, config, folder)
-    with measured(folder, trainer.args.device, writes=trainer.is_world_process_zero()):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(folder))
-    if held_out is not None:
-        metrics = trainer.evaluate()
-        # without a reference model, or with another one, the margin before training is not 0
-        from_zero = config.spec.needs_reference and recipe.model.ref_path is None
-        if trainer.is_world_process_zero() and from_zero:
-            _write_summary(folder, metrics, held_out)
-    if trainer.is_world_process_zero():
-        write_report(folder)
-        print("\n".join(closing(read_run(folder))), flush=True)
+    with traceback_in(folder):
+        with measured(folder, trainer.args.device, writes=trainer.is_world_process_zero()):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder))
+        if held_out is not None:
+            metrics = trainer.evaluate()
+            # without a reference model, or with another one, the margin before training is not 0
+            from_zero = config.spec.needs_reference and recipe.model.ref_path is None
+            if trainer.is_world_process_zero() and from_zero:
+                _write_summary(folder, metrics, held_out)
+        if trainer.is_world_process_zero():
+            write_report(folder)
+            print("\n".join(closing(read_run(folder))), flush=True)
     return folder
 
 
@@ -108,8 +118,11 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         problems.append(
             "model.ref_path with lora: the reference is the model without the adapter; drop one of them"
         )
-    if not all(isinstance(key, str) for key in extra):
+    if all(isinstance(key, str) and key.isidentifier() for key in extra):
+        extra = checked_extra(extra, problems)
+    else:
         problems.append("training.extra has keys that are not names")
+    problems += check_names(recipe)
     if problems:
         raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
     quantize_for(recipe)  # refuses 4 bits that cannot be trained
@@ -121,9 +134,30 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         "gradient_checkpointing"
     )  # its older, better-known name
     try:
-        return PreferenceConfig(**options)
-    except (ValueError, ImportError) as error:
+        config = PreferenceConfig(**options)
+    except UserError as error:
         raise RecipeError(f"{recipe.name}: {_dotted(str(error), extra)}") from None
+    except Exception as error:  # whatever transformers and accelerate raise
+        culprit = _culprit(options)
+        where = f"{_key(culprit, extra)} is {show(options[culprit])}: " if culprit else ""
+        if not culprit and extra:
+            where = f"training.extra with {', '.join(extra)}: "
+        raise RecipeError(f"{recipe.name}: {where}{first_line(error)}") from error
+    problems = try_libraries(config)
+    if problems:
+        raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+    return config
+
+
+def _culprit(options: dict[str, Any]) -> str | None:
+    """The option without which the configuration is accepted, if it is a single one."""
+    for name in reversed(options):  # first those of training.extra
+        try:
+            PreferenceConfig(**{key: value for key, value in options.items() if key != name})
+        except Exception:
+            continue
+        return name
+    return None
 
 
 def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
@@ -161,6 +195,8 @@ def make_trainer(
         use_cpu=recipe.training.use_cpu,
         trust_remote_code=chosen.trust_remote_code,
     )
+    if recipe.lora is not None:
+        check_targets(model, recipe.lora.target_modules, f"{recipe.name}: lora.target_modules")
     reference = None
     if chosen.ref_path is not None:
         reference = load_model(
@@ -217,8 +253,14 @@ def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
     write_whole(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _home(key: str) -> str:
-    return next((f"{section}.{key}" for section in SECTIONS if key in options_of(section)), key)
+def _home(option: str) -> str:
+    """The dotted key of an option of ``PreferenceConfig``."""
+    sections = ("loss", "training", "data")  # not lora, which has an alpha of its own
+    return next((f"{one}.{option}" for one in sections if option in options_of(one)), option)
+
+
+def _key(option: str, extra: dict) -> str:
+    return f"training.extra.{option}" if option in extra else _home(option)
 
 
 def _dotted(message: str, extra: dict) -> str:
@@ -226,6 +268,5 @@ def _dotted(message: str, extra: dict) -> str:
     lines = []
     for line in message.splitlines():
         name, _, rest = line.strip().partition(" ")
-        key = f"training.extra.{name}" if name in extra else _home(name)
-        lines.append(f"  {key} {rest}" if line.startswith("  ") else line)
+        lines.append(f"  {_key(name, extra)} {rest}" if line.startswith("  ") else line)
     return "\n".join(lines)

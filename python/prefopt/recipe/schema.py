@@ -212,7 +212,7 @@ class Training:
     sampler: Literal["label_balanced", "random", "sequential"] | None = option(
         "order of the rows", None, shown="label_balanced; random for pairs and sft"
     )
-    seed: int = option("of everything random", 42, least=0)
+    seed: int = option("of everything random", 42, least=0, below=2**32)
     logging_steps: int = option("optimizer steps between two logs", 10, least=1)
     eval_strategy: Literal["no", "steps", "epoch"] = option(
         "when to evaluate besides the end", "no"

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from prefopt.errors import UserError
 from prefopt.paths import paths_from
+from prefopt.read_yaml import parse_yaml
 from prefopt.redact import redacted
 from prefopt.report.score import Suite, suite_of
 
@@ -121,7 +123,7 @@ def _json(run: Run, name: str, expected: bool) -> Any:
         return None
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         run.notes.append(f"{name} is not valid JSON and was left out.")
         return None
 
@@ -164,8 +166,8 @@ def _lines(run: Run, name: str, expected: bool = False) -> list[dict]:
 def sections(recipe: str) -> dict:
     """The sections of a recipe; empty where it cannot be read."""
     try:
-        content = yaml.safe_load(recipe)
-    except yaml.YAMLError:
+        content = parse_yaml(recipe)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from prefopt.errors import UserError
 from prefopt.redact import redacted
 from prefopt.train.checks import problems, unknown
 from prefopt.train.methods import METHODS, RATED, Method, in_force
@@ -70,7 +71,7 @@ class PreferenceConfig(TrainingArguments):
     because a loss that is not finite stops the run.
 
     Raises:
-        ValueError: unknown names and values out of range, all of them in one message.
+        UserError: unknown names and values out of range, all of them in one message.
 
     Example:
         >>> config = PreferenceConfig(output_dir="run", use_cpu=True, method="simpo", gamma=0.5)
@@ -79,7 +80,7 @@ class PreferenceConfig(TrainingArguments):
         >>> PreferenceConfig(output_dir="run", betta=0.2, sampler="balanced")
         Traceback (most recent call last):
             ...
-        ValueError: 2 options of PreferenceConfig are not valid:
+        prefopt.errors.UserError: 2 options of PreferenceConfig are not valid:
           betta is not an option; did you mean beta?
           sampler is 'balanced'; expected one of label_balanced, random, sequential; did you mean label_balanced?
     """
@@ -141,7 +142,7 @@ class PreferenceConfig(TrainingArguments):
         return redacted(vars(self))
 
     def check(self) -> None:
-        """Raise ``ValueError`` with every option that does not make sense, alone or beside the others."""
+        """Raise ``UserError`` with every option that does not make sense, alone or beside the others."""
         _raise_for(type(self), problems(vars(self)))
 
     @property
@@ -173,4 +174,4 @@ def _raise_for(cls: type, found: list[str]) -> None:
         count = "1 option" if len(found) == 1 else f"{len(found)} options"
         verb = "is" if len(found) == 1 else "are"
         listed = "\n  ".join(found)
-        raise ValueError(f"{count} of {cls.__name__} {verb} not valid:\n  {listed}")
+        raise UserError(f"{count} of {cls.__name__} {verb} not valid:\n  {listed}")

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint
 
+from prefopt.errors import RunError
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(RunError):
     """A loss or gradient was NaN or infinite. ``step`` counts from 1; ``rows`` are positions in the training data."""
 
     def __init__(self, message: str, step: int, rows: list[int]):

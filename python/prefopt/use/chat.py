@@ -1,6 +1,7 @@
 """A conversation with a trained run in the terminal, in the format that it was trained with."""
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -147,8 +148,13 @@ def chat(
     """
     if max_new_tokens < 1:
         raise RecipeError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
-    if temperature is not None and temperature < 0:
+    if temperature is not None and not 0 <= temperature < math.inf:
         raise RecipeError(f"--temperature is {temperature}; expected 0 or more")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
+    source = sys.stdin if source is None else source
+    if source is None:
+        raise RecipeError("standard input is closed; expected a terminal, a file or a pipe")
     device = choose_device(device)
     found = find_run(run, base)
     tokenizer = load_tokenizer(found)
@@ -165,7 +171,7 @@ def chat(
     if seed is not None:
         torch.manual_seed(seed)
     output = sys.stdout if output is None else output
-    talk(conversation, _lines(sys.stdin if source is None else source), output)
+    talk(conversation, _lines(source), output)
 
 
 def sampling(temperature: float | None) -> dict[str, Any]:
@@ -214,7 +220,10 @@ def _command(conversation: Conversation, text: str) -> str:
 def _lines(source: TextIO) -> Iterator[str]:
     """Lines as they are typed, with a prompt in front, or those of a file or pipe."""
     if not source.isatty():
-        yield from source
+        try:
+            yield from source
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"standard input is not UTF-8: {error}") from None
         return
     _edit_lines()
     while True:

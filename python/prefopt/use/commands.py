@@ -3,10 +3,16 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import QUANTIZATIONS, new_command, no_more
+from prefopt.command_line import (
+    QUANTIZATIONS,
+    new_command,
+    no_more,
+    path_argument,
+    text_argument,
+    utf8_argument,
+)
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -53,7 +59,7 @@ def _export_command(commands: Any) -> None:
         default="auto",
         help="of merged weights (default: auto, that of the base)",
     )
-    export.add_argument("--out", type=Path, help="folder (default: RUN/export/FORMAT)")
+    export.add_argument("--out", type=path_argument, help="folder (default: RUN/export/FORMAT)")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
 
@@ -86,7 +92,7 @@ def _chat_command(commands: Any) -> None:
         "to stdout.",
     )
     _run_argument(chat)
-    chat.add_argument("--system", help="system prompt")
+    chat.add_argument("--system", type=utf8_argument, help="system prompt")
     chat.add_argument(
         "--max-new-tokens", type=int, default=512, help="of an answer, at most (default: 512)"
     )
@@ -136,22 +142,29 @@ def _classify_command(commands: Any) -> None:
     _run_argument(classify)
     classify.add_argument(
         "file",
+        type=text_argument,
         metavar="FILE",
         help=".txt with a prompt on each line; or .jsonl, .parquet, a built folder or a hub id with a column prompt",
     )
     classify.add_argument(
         "--labels",
+        type=utf8_argument,
         metavar="A,B,...",
         help="the answers (default: the different desirable ones in the run's training rows)",
     )
-    classify.add_argument("--out", type=Path, help=".csv file (default: stdout)")
+    classify.add_argument("--out", type=path_argument, help=".csv file (default: stdout)")
     classify.add_argument(
-        "--ask", metavar="TEXT", help="put around each text, where {text} stands for it"
+        "--ask",
+        type=utf8_argument,
+        metavar="TEXT",
+        help="put around each text, where {text} stands for it",
     )
     classify.add_argument(
         "--plain", action="store_true", help="texts as they are, without the chat template"
     )
-    classify.add_argument("--split", help="of a folder or hub dataset (default: train)")
+    classify.add_argument(
+        "--split", type=text_argument, help="of a folder or hub dataset (default: train)"
+    )
     classify.add_argument(
         "--batch-size", type=int, default=16, help="sequences at once (default: 16)"
     )
@@ -204,15 +217,18 @@ def _bench_command(commands: Any) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of the weights (default: as in training)",
     )
-    bench.add_argument("--out", type=Path, help=".json file (default: RUN/inference.json)")
+    bench.add_argument("--out", type=path_argument, help=".json file (default: RUN/inference.json)")
     _quantization_argument(bench)
     _device_argument(bench)
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
     parser.add_argument(
-        "--base", metavar="MODEL", help="the base model, instead of the one that the adapter names"
+        "--base",
+        type=text_argument,
+        metavar="MODEL",
+        help="the base model, instead of the one that the adapter names",
     )
 
 

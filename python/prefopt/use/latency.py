@@ -81,6 +81,9 @@ def bench_inference(
             raise RecipeError(f"{flag} is {value}; expected at least {least}")
     device = choose_device(device)
     source = find_run(run, base)
+    path = source.folder / OUT if out is None else Path(out).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"--out {path} is a folder; expected a file")
     if merge and source.base is None:
         raise RecipeError(f"--merge is given, but {source.folder} has no adapter")
     if merge:
@@ -109,7 +112,6 @@ def bench_inference(
         "batch_size": batch_size,
         **summary(timings, prompt_tokens, new_tokens, batch_size),
     }
-    path = source.folder / OUT if out is None else Path(out).expanduser()
     write_whole(path, json.dumps(result, indent=2) + "\n")
     return result, path
 

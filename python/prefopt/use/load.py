@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
-import yaml
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -19,6 +19,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.command_line import QUANTIZATIONS, WHOLE
+from prefopt.errors import UserError
+from prefopt.failure import first_line
 from prefopt.four_bits import (
     check_blocks,
     compute_dtype,
@@ -26,7 +28,8 @@ from prefopt.four_bits import (
     refuse_without_bitsandbytes,
 )
 from prefopt.paths import RECIPE_NAME, is_path, path_from, paths_from
-from prefopt.pretrained import first_line, from_pretrained
+from prefopt.pretrained import from_pretrained
+from prefopt.read_yaml import read_yaml
 from prefopt.recipe.load import RecipeError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -166,7 +169,14 @@ def load_model(
                 # peft asks transformers for an attribute by its former name; nothing a user could act on
                 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
                 model = PeftModel.from_pretrained(model, source.folder)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             raise RecipeError(
                 f"the adapter in {source.folder} does not fit the base model {source.base}: {first_line(error)}"
             ) from None
@@ -228,11 +238,15 @@ def end_of_turn(
     if not tokenizer.chat_template:
         return None
     mark = "ANSWER"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}],
-        tokenize=False,
-        **(template_kwargs or {}),
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}],
+            tokenize=False,
+            **(template_kwargs or {}),
+        )
+    except jinja2.TemplateError as error:
+        where = tokenizer.name_or_path
+        raise RecipeError(f"the chat template of {where} cannot be used: {error}") from None
     behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     special = {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -251,7 +265,7 @@ def read_object(path: Path) -> dict:
     """A JSON object from a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} is not a JSON object")
@@ -313,6 +327,8 @@ def _hint(folder: Path) -> str:
 def base_of(adapter: dict, stored: dict, home: Path) -> str | None:
     """The base model that an adapter names: a hub id, or the path where it is now; see ``stored_recipe``."""
     named = adapter.get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise RecipeError(f"{ADAPTER_CONFIG} names the base model {named!r}; expected text")
     return path_from(named, section(stored, "training").get("output_dir"), home) if named else None
 
 
@@ -322,13 +338,11 @@ def stored_recipe(folder: Path) -> tuple[dict, Path]:
         if place != folder and not folder.name.startswith("checkpoint-"):
             break
         try:
-            content = yaml.safe_load((place / RECIPE_NAME).read_text(encoding="utf-8"))
+            content = read_yaml(place / RECIPE_NAME)
         except FileNotFoundError:
             continue
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RecipeError(
-                f"{place / RECIPE_NAME} cannot be read: {first_line(error)}"
-            ) from None
+        except UserError as error:
+            raise RecipeError(str(error)) from None
         return (content, place) if isinstance(content, dict) else ({}, folder)
     return {}, folder
 

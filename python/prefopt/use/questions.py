@@ -54,6 +54,8 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str, None]]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"there is no file {path}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start + 1}") from None
     for number, line in enumerate(text.split("\n"), start=1):

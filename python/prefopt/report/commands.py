@@ -1,0 +1,24 @@
+"""`prefopt report` on the command line; nothing heavy is imported before it runs."""
+
+import argparse
+from typing import Any
+
+from prefopt.command_line import new_command, no_more, path_argument
+from prefopt.recipe.error import RecipeError
+from prefopt.report import write_report
+
+
+def add_report_command(commands: Any) -> None:
+    """Add the command."""
+
+    def run(given: argparse.Namespace, rest: list[str]) -> int:
+        no_more(rest, [])
+        if not (given.run / "run.json").is_file():
+            raise RecipeError(f"{given.run} is not a run folder: it has no run.json")
+        print(write_report(given.run))
+        return 0
+
+    report = new_command(
+        commands, "report", run, "write report.html, plots and model card of a run again"
+    )
+    report.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
