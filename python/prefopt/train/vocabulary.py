@@ -35,8 +35,9 @@ def check_token_ids(
     if bad:
         shown = "\n".join(f"  {row}" for row in bad[:SHOWN])
         more = f"\n  ... and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        rows = "1 row has" if len(bad) == 1 else f"{len(bad)} rows have"
         raise DataError(
-            f"{len(bad)} rows have tokens without an embedding:\n{shown}{more}\n{remedy(size, tokenizer)}",
+            f"{rows} tokens without an embedding:\n{shown}{more}\n{remedy(size, tokenizer)}",
             bad,
         )
 
