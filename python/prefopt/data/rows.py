@@ -28,6 +28,7 @@ INVISIBLE = dict.fromkeys(
 # They change what the model is shown, so a row that has one cannot be trained on without it.
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
 
+CHAT, TEXT = "chat", "text"  # the form of a row: messages for a chat template, or text as it is
 DEEPEST = 100  # levels of lists and objects in a row
 
 Text = str | list[dict[str, str]]

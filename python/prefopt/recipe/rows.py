@@ -31,16 +31,16 @@ def load_data(
             raise DataError(
                 f"{recipe.name}: {key} is {path}, and there is no file or folder {path}; name the rows by --{key}"
             )
-    train = load_rows(
-        data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
-    )
+    options = {
+        "on_bad_row": data.on_bad_row,
+        "label_map": data.label_map,
+        "as_chat": data.as_chat,
+    }
+    train = load_rows(data.path, split=data.split, revision=data.revision, **options)
     held_out = None
     if data.eval_path is not None:
         held_out = load_rows(
-            data.eval_path,
-            on_bad_row=data.on_bad_row,
-            split=data.eval_split,
-            revision=data.eval_revision,
+            data.eval_path, split=data.eval_split, revision=data.eval_revision, **options
         )
     elif data.eval_fraction:
         train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)

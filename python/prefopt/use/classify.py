@@ -75,7 +75,7 @@ def classify(
         labels: at least two; the different desirable answers of the run's training rows if not given.
         out: .csv file to write.
         ask: put around each text; ``{text}`` stands for it.
-        plain: leave a text as it is; otherwise it becomes a user's message where the run has a chat template.
+        plain: leave a text as it is; otherwise it becomes a user's message where the run was trained with a chat template.
         split: of a folder or hub dataset.
         base: base model, instead of the one that the adapter names.
         quantization: of the base's weights, "nf4" or "none"; as in training if not given.
@@ -99,7 +99,7 @@ def classify(
     device = choose_device(device)
     source = find_run(run, base)
     tokenizer = load_tokenizer(source)
-    chat = bool(tokenizer.chat_template) and not plain
+    chat = bool(tokenizer.chat_template) and not plain and not source.trained_on_text
     questions = read_questions(file, split, ask, chat)
     names = _labels(source) if labels is None else _checked(labels)
     model = load_model(source, quantization=quantization, device=device)
@@ -207,7 +207,11 @@ def _labels(source: Source) -> list[str]:
         raise RecipeError(f"{source.folder} has no recipe that says its training rows; {remedy}")
     try:
         loaded = load_rows(
-            path, on_bad_row="skip", split=split, revision=source.data.get("revision")
+            path,
+            on_bad_row="skip",
+            split=split,
+            revision=source.data.get("revision"),
+            **source.row_options,
         )
     except DataError as error:
         raise RecipeError(f"the run's labels cannot be read: {error}; {remedy}") from None
