@@ -18,11 +18,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
+from prefopt.data.manifest import split_file
 from prefopt.data.rows import RATED_FIELDS, DataError, RowError, check_values, show
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest
 UTF_16 = "is UTF-16; save it as UTF-8"
 NO_JSON = {  # how a file begins that is not JSON lines
     b"\xff\xfe": UTF_16,
@@ -80,40 +79,11 @@ def open_rows(
     raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `prefopt data build` wrote.
-
-    Raises:
-        DataError: the folder has none, or it is none of ours.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
-            f"wrote (this one has no {MANIFEST})"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not what `prefopt data build` writes (format {FORMAT})")
-    return manifest
-
-
-def split_file(folder: Path, split: str) -> Path:
-    """The file of one split in a folder that `prefopt data build` wrote."""
-    splits = read_manifest(folder)["splits"]
-    if split not in splits:
-        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-    return folder / splits[split]["file"]
-
-
 def local_file(path: str, split: str | None) -> Path | None:
     """The file of this machine that a source is read from; None for one on the hub."""
     place = Path(path).expanduser()
     if place.is_dir():
-        return split_file(place, split or "train")
+        return split_file(place, split or "train", verify=False)
     return place if place.exists() else None
 
 

@@ -9,11 +9,13 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.errors import UserError
+
 SECONDS = 10.0  # for one conversation; a usual template takes less than a millisecond
 MOST_CHARACTERS = 1_000_000  # beyond ten times what the messages hold
 
 
-class TemplateError(ValueError):
+class TemplateError(UserError):
     """The template cannot render a conversation; the message is the reason."""
 
 

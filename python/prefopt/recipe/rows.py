@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
 from prefopt.data.build import build
 from prefopt.data.choose import VALIDATION
+from prefopt.data.manifest import MANIFEST, read_manifest
 from prefopt.data.pairs import tokenize_pairs
 from prefopt.data.plan import Plan, make_plan
-from prefopt.data.sources import MANIFEST, local_file, read_manifest
+from prefopt.data.sources import local_file
 from prefopt.data.write import file_digest
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
@@ -90,7 +91,8 @@ def _refuse_outdated(folder: Path, plan: Plan, name: str) -> None:
     manifest = read_manifest(folder)
     remedy = "remove the folder, or choose another data.path"
     # as JSON, for a tuple comes back as a list
-    if manifest["arguments"] != json.loads(json.dumps(plan.described())):
+    same = manifest["arguments"] == json.loads(json.dumps(plan.described()))
+    if not same or len(manifest["sources"]) != len(plan.sources):
         raise DataError(
             f"{folder} was built with other arguments than data.plan {name} has now (see its {MANIFEST}); {remedy}"
         )

@@ -1,7 +1,5 @@
 """Which of a few answers a run would give: the likelihood of each label under the model, and no parsing of what it writes."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Encode
 from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
+from prefopt.report.markdown import csv_text
 from prefopt.use.load import (
     Source,
     check_length,
@@ -239,11 +238,8 @@ def _checked(labels: Sequence[str]) -> list[str]:
 
 def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor) -> str:
     """CSV with a row for each question."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)]
-    )
+    head = ["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)]
+    rows = []
     probabilities = scores.double().softmax(1)  # (questions, labels)
     for question, best, logps, shares in zip(
         questions,
@@ -252,7 +248,7 @@ def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor)
         probabilities.tolist(),
         strict=True,
     ):
-        writer.writerow(
+        rows.append(
             [
                 question.line,
                 labels[best],
@@ -261,4 +257,4 @@ def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor)
                 *(f"{logp:.4f}" for logp in logps),
             ]
         )
-    return text.getvalue()
+    return csv_text(head, rows)
