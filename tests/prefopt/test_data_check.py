@@ -180,6 +180,14 @@ def test_the_command_shows_one_row_under_the_template(folder, chat, capsys):
     text = capsys.readouterr().out
     assert "in 20 rows the template renders the prompt differently" in text
     assert "left out, " in text and "<｜Assistant｜>" in text
+    text_rows = write(chat.parent / "text.jsonl", *make_rows(False))
+    given = ["data", "check", str(text_rows), "--tokenizer", str(folder / "chatml")]
+    assert main(given) == 0
+    assert "the tokenizer's chat template is not used" in capsys.readouterr().out
+    assert main([*given, "--as-chat"]) == 0
+    text = capsys.readouterr().out
+    assert "<|im_start|>user" in text and "template is not used" not in text
+    given = ["data", "check", str(chat), "--tokenizer", str(folder / "deepseek_r1_distill")]
     assert main([*given, "--row", "20"]) == 2
     assert "row is 20; expected 0 to 19" in capsys.readouterr().err
 

@@ -149,6 +149,11 @@ def _tokenized(
     else:
         parts.append(f"row {row} cannot be shown: it is one of the bad rows")
     notes = template_notes(loaded, tokenized, tokenizer, chat_template_kwargs)
+    if tokenizer.chat_template and not loaded.conversational:
+        notes.append(
+            "the rows are plain text and are scored as they are; the tokenizer's chat template is not used. To use it, make "
+            "chat messages of them: --as-chat, in training data.as_chat: true"
+        )
     return parts + (["\n".join(f"note: {note}" for note in notes)] if notes else [])
 
 

@@ -75,7 +75,7 @@ def suggestion(labels: Iterable[tuple[type, Any]]) -> str:
 
     Example:
         >>> suggestion({(int, 1), (int, 0)})
-        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_map {1: true, 0: false} (--data.label_map in training, --label-map in `prefopt data check`).'
+        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_map {1: true, 0: false} (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows).'
     """
     found = set(labels)
     for good, bad in USUAL:
@@ -83,6 +83,6 @@ def suggestion(labels: Iterable[tuple[type, Any]]) -> str:
             good, bad = (json.dumps(one, ensure_ascii=False) for one in (good, bad))
             return (
                 f"If {good} marks desirable rows and {bad} undesirable ones, convert them with data.label_map "
-                f"{{{good}: true, {bad}: false}} (--data.label_map in training, --label-map in `prefopt data check`)."
+                f"{{{good}: true, {bad}: false}} (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows)."
             )
     return ""

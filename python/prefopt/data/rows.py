@@ -29,7 +29,6 @@ INVISIBLE = dict.fromkeys(
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
 
 CHAT, TEXT = "chat", "text"  # the form of a row: messages for a chat template, or text as it is
-DEEPEST = 100  # levels of lists and objects in a row
 
 Text = str | list[dict[str, str]]
 LabelTable = Mapping[tuple[type, Any], bool]  # of ``labels.label_table``
@@ -98,7 +97,7 @@ def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list
     """The row itself if it is rated, both its halves (desirable first) if it is a pair.
 
     Args:
-        raw: the row, checked by ``check_values``.
+        raw: the row, checked by ``values.check_values``.
         labels: of ``label_table``; what labels other than true and false mean.
 
     Raises:
@@ -136,28 +135,6 @@ def as_messages(row: Rated) -> Rated:
         return row
     sides = (("user", row.prompt), ("assistant", row.completion))
     return Rated(*([{"role": role, "content": text.strip()}] for role, text in sides), row.label)
-
-
-def check_values(raw: Mapping[str, Any]) -> None:
-    """Refuse what no later step can write or print: half of a surrogate pair in any key or value, and deep nesting.
-
-    Raises:
-        RowError: with the place in the row.
-    """
-    waiting: list[tuple[str, Any, int]] = [("", raw, 0)]
-    while waiting:
-        where, value, level = waiting.pop()
-        if isinstance(value, str):
-            _check_utf8(value, where)
-        elif isinstance(value, (Mapping, list, tuple)):
-            if level == DEEPEST:
-                raise RowError(f"{where[:60]} is nested more than {DEEPEST} levels deep")
-            if isinstance(value, Mapping):
-                for key, part in value.items():
-                    _check_utf8(str(key), f"key {show(key)}")
-                    waiting.append((f"{where}.{key}" if where else str(key), part, level + 1))
-            else:
-                waiting += [(f"{where}[{i}]", part, level + 1) for i, part in enumerate(value)]
 
 
 def key_of(label: Any) -> tuple[type, Any]:
@@ -308,15 +285,6 @@ def _require(row: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]
             near = difflib.get_close_matches(name, spare, n=1)
             hint = f" (found {show(near[0])})" if near else ""
             raise RowError(f"field {name!r} is missing{hint}")
-
-
-def _check_utf8(text: str, where: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{where:.60} holds half of a surrogate pair at character {error.start}"
-        ) from None
 
 
 def folded_turns(text: Text) -> str:

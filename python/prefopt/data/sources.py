@@ -19,7 +19,8 @@ from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
 from prefopt.data.manifest import split_file
-from prefopt.data.rows import RATED_FIELDS, DataError, RowError, check_values, show
+from prefopt.data.rows import RATED_FIELDS, DataError, RowError, show
+from prefopt.data.values import check_values
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 UTF_16 = "is UTF-16; save it as UTF-8"
