@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # how a cell begins that a spreadsheet runs
+FORMULA = ("=", "+", "-", "@", "\t", "\n")  # how a cell begins that a spreadsheet runs
 
 
 def plain(text: str) -> str:
@@ -55,7 +55,12 @@ def csv_text(head: Sequence[str], rows: Iterable[Mapping[str, Any] | Sequence[An
 
 
 def _cell(value: Any) -> Any:
-    if not isinstance(value, str) or not value.startswith(FORMULA):
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r\n", "\n").replace(
+        "\r", "\n"
+    )  # a bare \r is not quoted, and ends a row for a reader
+    if not value.startswith(FORMULA):
         return value
     try:
         float(value)

@@ -58,7 +58,7 @@ def markdown(rows: list[dict]) -> str:
         lines += ["## " + part.title, *map(plain, part.sentences)]
         for one in part.tables:
             lines += [plain(one.caption), table(one.head, one.body)]
-    lines += ["## Definitions", "\n".join(f"- {plain(one)}" for one in DEFINITIONS), plain(SCALE)]
+    lines += ["## Definitions", "\n".join(f"- {one}" for one in DEFINITIONS), SCALE]
     lines += ["## Runs and versions", "\n".join(f"- {plain(one)}" for one in _origin(rows))]
     return "\n\n".join(lines) + "\n"
 
