@@ -19,6 +19,7 @@ def left_over(folder):
     [
         ({"chosen": "\n\nHuman: a\n\nAssistant: b"}, "has no column rejected; found chosen. Expected chosen, rejected"),
         ({"chosen": "x", "rejected": 1}, "rejected is 1; expected text"),
+        ({"chosen": "\n\nHuman: \ud83d", "rejected": "a"}, "chosen holds half of a surrogate pair at character 9"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_leaves_nothing(tmp_path, capsys, line, message):

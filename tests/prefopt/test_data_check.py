@@ -7,6 +7,7 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from prefopt.cli import main
 from prefopt.data import DataError, load_rows, tokenize_rows
@@ -179,6 +180,14 @@ def test_the_command_shows_one_row_under_the_template(folder, chat, capsys):
     text = capsys.readouterr().out
     assert "in 20 rows the template renders the prompt differently" in text
     assert "left out, " in text and "<｜Assistant｜>" in text
+    text_rows = write(chat.parent / "text.jsonl", *make_rows(False))
+    given = ["data", "check", str(text_rows), "--tokenizer", str(folder / "chatml")]
+    assert main(given) == 0
+    assert "the tokenizer's chat template is not used" in capsys.readouterr().out
+    assert main([*given, "--as-chat"]) == 0
+    text = capsys.readouterr().out
+    assert "<|im_start|>user" in text and "template is not used" not in text
+    given = ["data", "check", str(chat), "--tokenizer", str(folder / "deepseek_r1_distill")]
     assert main([*given, "--row", "20"]) == 2
     assert "row is 20; expected 0 to 19" in capsys.readouterr().err
 
@@ -207,12 +216,83 @@ def test_twins_by_line(tmp_path, capsys):
         rated("ما لونه؟", "أحمـر", True),
         rated("Hi", "Bye", False),
     )
-    assert twins(load_rows(path)) == ([1], [2, 3])
+    assert twins(load_rows(path)) == ({1: 0}, {2: 3, 3: 2})
     assert main(["data", "check", str(path)]) == 1
     text = capsys.readouterr().out
+    assert f"repeated rows\n  {path}:2 (desirable): repeats line 1\n" in text
     assert (
-        "repeated rows        1 (lines 2)" in text and "contradictory rows   2 (lines 3, 4)" in text
+        "contradictory rows\n"
+        f"  {path}:3 (undesirable): line 4 has the same answer with the other label\n"
+        f"  {path}:4 (desirable): line 3 has the same answer with the other label\n"
+    ) in text
+    assert text.endswith("bad rows             0\nrepeated rows        1\ncontradictory rows   2\n")
+
+
+def test_every_row_to_mend_is_listed(tmp_path, folder, capsys):
+    """Of 60 rows 15 are broken, 15 repeat another one, 14 contradict each other and one is too long."""
+    rows = [rated(f"Question {i}?", "Yes.") for i in range(15)]
+    rows += [rated(f"question {i}?", "yes.") for i in range(15)]
+    rows += [rated(f"Label {i // 2}?", "Yes.", bool(i % 2)) for i in range(14)]
+    rows += [rated(f"Empty {i}?", "") for i in range(15)]
+    rows += [rated("long " * 200, "Yes.")]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    given = [
+        "data",
+        "check",
+        str(path),
+        "--tokenizer",
+        str(folder / "chatml"),
+        "--max-length",
+        "64",
+    ]
+    assert main(given) == 1
+    text = capsys.readouterr().out
+    for line in range(45, 60):
+        assert f"  {path}:{line}: completion is empty\n" in text
+    for line in range(16, 31):
+        assert f"  {path}:{line} (desirable): repeats line {line - 15}\n" in text
+    for line in range(31, 45):
+        label, other = ("desirable", line - 1) if line % 2 == 0 else ("undesirable", line + 1)
+        assert f"  {path}:{line} ({label}): line {other} has the same answer" in text
+    assert f"  {path}:60: prompt has " in text
+    assert text.endswith(
+        "bad rows             16\nrepeated rows        15\ncontradictory rows   14\n"
     )
+
+
+def test_rows_are_listed_where_none_can_be_used(tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", *(rated(f"{i}?", "Yes.", i % 2) for i in range(12)))
+    assert main(["data", "check", str(path)]) == 1
+    text = capsys.readouterr().out
+    for i in range(12):
+        assert f"  {path}:{i + 1}: label is {i % 2}; expected true or false\n" in text
+    assert "bad rows             12\n" in text and "data.label_map {1: true, 0: false}" in text
+    assert main(["data", "check", str(path), "--label-map", "{1: true, 0: false}"]) == 0
+    text = capsys.readouterr().out
+    assert "desirable      6 (50.0%)" in text and "bad rows             0\n" in text
+
+
+def test_tokens_that_a_model_has_no_embedding_for(tmp_path, folder, chat, capsys):
+    tokenizer = make_tokenizer(tmp_path / "grown")
+    size = len(tokenizer)
+    LlamaConfig(vocab_size=size).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["data", "check", str(chat), "--model", str(tmp_path / "model")]
+    assert main(command) == 0  # no weights there, and none needed
+    tokenizer.add_tokens(["Jupiter"])
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    tokenizer.save_pretrained(tmp_path / "grown")
+    capsys.readouterr()
+    assert main([*command, "--tokenizer", str(tmp_path / "grown")]) == 1
+    text = capsys.readouterr().out
+    has = f"the model has {size}, for ids 0 to {size - 1}"
+    assert f"  {chat}:1: token {size} ('Jupiter') has no embedding: {has}\n" in text
+    assert "bad rows             1\n" in text  # "Jupiter" is in no other row
+    assert (
+        f"pad_token_id is {size + 1} ('<new pad>'): {has}. Use the tokenizer that belongs" in text
+    )
+    assert main([*command[:3], "--model", str(tmp_path / "none")]) == 2
+    assert "cannot read the configuration of a model from" in capsys.readouterr().err
 
 
 def test_clean_data_are_clean(chat):

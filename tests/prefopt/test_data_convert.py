@@ -201,7 +201,6 @@ def test_a_question_shows_all_fields_and_not_its_source():
         ("ultrafeedback_binarized", {"score_chosen": float("nan")}, "score_chosen is nan; expected a number"),
         ("ultrafeedback_binarized", {"chosen": "Eleven."}, "chosen is 'Eleven.'; expected a list of"),
         ("hh-rlhf", {"chosen": 3}, "chosen is 3; expected text"),
-        ("hh-rlhf", {"chosen": "\n\nHuman: \ud83d\n\nAssistant: a"}, "half of a surrogate pair"),
         ("shp", {"labels": 2}, "labels is 2; expected 1"),
         ("shp", {"post_id": None}, "post_id is missing; expected text"),
         ("oasst1", {"role": "user"}, "role is 'user'; expected prompter or assistant"),

@@ -1,7 +1,5 @@
 """What is made of compare.json: compare.csv, compare.md, plots and report.html, and the tables for the terminal."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from prefopt.compare.summary import (
 )
 from prefopt.files import write_whole
 from prefopt.report.figures import placed
+from prefopt.report.markdown import csv_text, plain, table
 from prefopt.report.score import BASE
 
 CSV_NAME, MARKDOWN_NAME, PAGE_NAME = "compare.csv", "compare.md", "report.html"
@@ -50,11 +49,7 @@ def write_report(out: Path, content: dict) -> Path:
 def as_csv(lines: Sequence[Line]) -> str:
     """A line for each method and one for the base model; three columns for each measure, in words where there is no figure."""
     heads = [f"{one.key}{end}" for one in MEASURES for end in ("", "_low", "_high")]
-    table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ["method", "runs", "learned", "sequences_per_step", *heads], lineterminator="\n"
-    )
-    writer.writeheader()
+    rows = []
     for line in lines:
         row = {"method": line.method, "runs": line.runs, "learned": line.learned}
         row["sequences_per_step"] = line.sequences_per_step
@@ -64,8 +59,8 @@ def as_csv(lines: Sequence[Line]) -> str:
             found = line.values.get(one.key)
             three = (line.absent.get(one.key, ""),) * 3 if found is None else found
             row |= dict(zip((one.key, f"{one.key}_low", f"{one.key}_high"), three, strict=True))
-        writer.writerow(row)
-    return table.getvalue()
+        rows.append(row)
+    return csv_text(["method", "runs", "learned", "sequences_per_step", *heads], rows)
 
 
 def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
@@ -84,16 +79,11 @@ def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
 
 def markdown(content: dict, lines: Sequence[Line], notes: Sequence[str]) -> str:
     """Both tables and the notes, ready for a README."""
-    parts = [f"## {title_of(content)}"]
+    parts = [f"## {plain(title_of(content))}"]
     for name, measures in TABLES.items():
         head, *body = _cells(lines, name, measures)
-        grid_lines = [head, ["---"] * len(head), *body]
-        parts.append(
-            "\n".join(
-                f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in grid_lines
-            )
-        )
-    parts.append("\n".join(f"- {note}" for note in notes))
+        parts.append(table(head, body))
+    parts.append("\n".join(f"- {plain(note)}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 

@@ -87,7 +87,7 @@ def as_rated(pairs: Tokenized) -> Tokenized:
     n = len(pairs.dataset)
     sides = []
     for side in SIDES:
-        names = {f"{side}_{part}": part for part in ("prompt_ids", "completion_ids")}
+        names = {f"{side}_{part}": part for part in ("prompt_ids", "completion_ids", "line")}
         half = pairs.dataset.select_columns([*names, "group"]).rename_columns(names)
         sides.append(half.add_column("label", [side == "chosen"] * n))
     order = np.arange(2 * n).reshape(2, n).T.ravel()  # a half of each in turn

@@ -19,8 +19,8 @@ import prefopt
 from prefopt.data.choose import Answers, choose
 from prefopt.data.counts import count, table
 from prefopt.data.intake import Intake
+from prefopt.data.manifest import FORMAT, MANIFEST
 from prefopt.data.plan import Plan
-from prefopt.data.sources import FORMAT, MANIFEST
 from prefopt.data.write import Spool, whole_folder, write_json, write_rows
 
 

@@ -57,9 +57,10 @@ def _check_command(actions: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(
             rest,
-            "--split --revision --tokenizer --model --max-length --template --row --questions --ngram".split(),
+            "--split --revision --tokenizer --model --max-length --template --label-map --as-chat --row --questions "
+            "--ngram".split(),
         )
-        template = _template_arguments(given.template)
+        template = _mapping("--template", given.template)
         from prefopt.data.check import check
         from prefopt.data.template import template_problems
 
@@ -70,8 +71,11 @@ def _check_command(actions: Any) -> None:
             split=given.split,
             revision=given.revision,
             tokenizer=given.tokenizer,
+            model=given.model,
             max_length=given.max_length,
             chat_template_kwargs=template,
+            label_map=None if given.label_map is None else _mapping("--label-map", given.label_map),
+            as_chat=given.as_chat,
             questions=given.questions,
             ngram=given.ngram,
             row=given.row,
@@ -94,10 +98,14 @@ def _check_command(actions: Any) -> None:
     check.add_argument("--revision", help="of a hub dataset")
     check.add_argument(
         "--tokenizer",
+        metavar="PATH",
+        help="folder or hub id of a tokenizer, to count its tokens and show which are scored (default: that of --model)",
+    )
+    check.add_argument(
         "--model",
         type=text_argument,
         metavar="PATH",
-        help="folder or hub id of a tokenizer or model, to count its tokens and show which are scored",
+        help="folder or hub id of a model, to find tokens that it has no embedding for; its weights are not read",
     )
     check.add_argument(
         "--max-length",
@@ -110,7 +118,21 @@ def _check_command(actions: Any) -> None:
         metavar="YAML",
         help="arguments of the chat template, as in training: '{enable_thinking: false}'",
     )
-    check.add_argument("--row", type=int, default=0, help="whose tokens to show (default: 0)")
+    check.add_argument(
+        "--label-map",
+        metavar="YAML",
+        help="what labels other than true and false mean, as data.label_map: '{1: true, 0: false}'",
+    )
+    check.add_argument(
+        "--as-chat",
+        action="store_true",
+        help="make chat messages of text, as data.as_chat",
+    )
+    check.add_argument(
+        "--row",
+        type=int,
+        help="number of the row whose tokens to show, from 0 (default: the first)",
+    )
     check.add_argument(
         "--questions",
         type=text_argument,
@@ -178,11 +200,11 @@ def _build_command(actions: Any) -> None:
         build.add_argument(flag, action="store_true", default=None, help=text)
 
 
-def _template_arguments(text: str | None) -> dict[str, Any]:
+def _mapping(option: str, text: str | None) -> dict[Any, Any]:
     try:
         found = {} if text is None else parse_yaml(text)
     except UserError:
         found = text
     if not isinstance(found, dict):
-        raise RecipeError(f"command line: --template is {text!r}; expected {{NAME: VALUE}}")
+        raise RecipeError(f"command line: {option} is {text!r}; expected {{NAME: VALUE}}")
     return found

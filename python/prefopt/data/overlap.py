@@ -18,10 +18,13 @@ QUESTION_FIELDS = ("question", "prompt", "ctx", "text")
 
 
 class Twins(NamedTuple):
-    """Positions in ``LoadedRows.rows``: later copies of a row, and rows whose answer carries both labels."""
+    """Positions in ``LoadedRows.rows``: later copies of a row, and rows whose answer carries both labels.
 
-    repeated: list[int]
-    contradictory: list[int]
+    Each comes with the position of the row that it repeats, or of the first one that contradicts it.
+    """
+
+    repeated: dict[int, int]
+    contradictory: dict[int, int]
 
 
 def twins(loaded: LoadedRows) -> Twins:
@@ -31,19 +34,21 @@ def twins(loaded: LoadedRows) -> Twins:
         >>> from prefopt.data import load_rows
         >>> row = {"prompt": "2 + 2?", "completion": "4", "label": True}
         >>> twins(load_rows([row, row, {**row, "prompt": "Hi"}, {**row, "prompt": " hi", "label": False}]))
-        Twins(repeated=[1], contradictory=[2, 3])
+        Twins(repeated={1: 0}, contradictory={2: 3, 3: 2})
     """
     rows = defaultdict(list)
     for number, row in enumerate(loaded.rows.select_columns(["prompt", "completion", "label"])):
         key = f"{folded_turns(row['prompt'])}\x1d{folded_turns(row['completion'])}"
         rows[key].append((number, row["label"]))
-    repeated, contradictory = [], []
+    repeated: dict[int, int] = {}
+    contradictory: dict[int, int] = {}
     for same in rows.values():
-        if len({label for _, label in same}) > 1:
-            contradictory += [number for number, _ in same]
+        first = {label: number for number, label in reversed(same)}
+        if len(first) > 1:
+            contradictory |= {number: first[not label] for number, label in same}
         else:
-            repeated += [number for number, _ in same[1:]]
-    return Twins(sorted(repeated), sorted(contradictory))
+            repeated |= {number: same[0][0] for number, _ in same[1:]}
+    return Twins(dict(sorted(repeated.items())), dict(sorted(contradictory.items())))
 
 
 class Leaks(NamedTuple):

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -42,7 +43,7 @@ def tokenize_pairs(
 
     Returns:
         ``Tokenized`` with a row for each pair: ``chosen_prompt_ids``, ``chosen_completion_ids``, ``rejected_prompt_ids``,
-        ``rejected_completion_ids``, ``group`` and ``row``, the number of the pair. ``counts`` are of the rows in pairs,
+        ``rejected_completion_ids``, ``chosen_line``, ``rejected_line``, ``group`` and ``row``, the number of the pair. ``counts`` are of the rows in pairs,
         but for ``rows`` and ``pairs``, the number of pairs, ``paired_by_prompt``, how many of them were made of rows
         that are no pair in the data, and ``without_pair``, rows that were left out.
 
@@ -94,7 +95,7 @@ def tokenize_pairs(
         "without_pair": left_out,
     }
     key = hashlib.sha256(f"pairs, also by prompt|{tokenized.fingerprint}".encode()).hexdigest()
-    return Tokenized(dataset, tokenized.bad, counts, key, max_length)
+    return replace(tokenized, dataset=dataset, counts=counts, fingerprint=key)
 
 
 def _by_prompt(
@@ -149,14 +150,14 @@ def desirable_only(tokenized: Tokenized, name: str) -> Tokenized:
         "undesirable_left_out": left_out,
     }
     key = hashlib.sha256(f"desirable|{tokenized.fingerprint}".encode()).hexdigest()
-    return Tokenized(dataset, tokenized.bad, counts, key, tokenized.max_length)
+    return replace(tokenized, dataset=dataset, counts=counts, fingerprint=key)
 
 
 def _beside(rows: Dataset, chosen: list[int], rejected: list[int]) -> Dataset:
     """One row for each pair of positions."""
     sides = []
     for side, positions in zip(SIDES, (chosen, rejected), strict=True):
-        columns = ["prompt_ids", "completion_ids"] + (["group"] if side == "chosen" else [])
+        columns = ["prompt_ids", "completion_ids", "line"] + (["group"] if side == "chosen" else [])
         names = {name: f"{side}_{name}" for name in columns if name != "group"}
         sides.append(rows.select(positions).select_columns(columns).rename_columns(names))
     return concatenate_datasets(sides, axis=1)

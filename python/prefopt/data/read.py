@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow
 from datasets import Dataset, Features, Value
 
+from prefopt.data.labels import label_table, suggestion
 from prefopt.data.rows import (
     OPTIONAL_FIELDS,
     PAIRED_FIELDS,
@@ -19,10 +20,14 @@ from prefopt.data.rows import (
     REFUSED_FIELDS,
     BadRow,
     DataError,
+    LabelError,
+    LabelTable,
     RowError,
+    as_messages,
     bad_rows_error,
     group_of,
     rated_rows,
+    show,
 )
 from prefopt.data.sources import open_rows
 
@@ -30,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 KNOWN_FIELDS = {*RATED_FIELDS, *PAIRED_FIELDS, *OPTIONAL_FIELDS, *REFUSED_FIELDS}
 ON_BAD_ROW = ("stop", "skip")
+SHOWN_FIELDS = 20
 CHUNK_ROWS = 10_000  # rows held as Python objects before they are packed into Arrow
 
 
@@ -61,6 +67,8 @@ def load_rows(
     on_bad_row: str = "stop",
     split: str | None = None,
     revision: str | None = None,
+    label_map: Mapping | None = None,
+    as_chat: bool = False,
 ) -> LoadedRows:
     """Read and check every row of a source; pairs become two rated rows, one after the other.
 
@@ -70,6 +78,8 @@ def load_rows(
         on_bad_row: "stop" raises ``DataError`` with the count and the first ten bad rows; "skip" leaves them out and
             lists them in ``bad``.
         split, revision: of a hub dataset; split "train" if not given.
+        label_map: what labels other than true and false mean, such as ``{1: True, 0: False}``.
+        as_chat: make a user's message of a prompt that is text, and an assistant's message of its completion.
 
     Returns:
         ``LoadedRows``. Blank lines of a JSONL file are passed over and counted.
@@ -84,8 +94,10 @@ def load_rows(
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row is {on_bad_row!r}; expected {' or '.join(ON_BAD_ROW)}")
+    labels = label_table(label_map)
     name, raws = open_rows(source, split, revision)
-    table, bad, counts, ignored = _Table(name), [], Counter(), Counter()
+    table, bad, counts, ignored = _Table(name, labels, as_chat), [], Counter(), Counter()
+    unknown: set[tuple[type, Any]] = set()  # labels
     for line, raw in raws:
         if raw is None:
             counts["blank_lines"] += 1
@@ -98,14 +110,22 @@ def load_rows(
             ignored.update(key for key in raw if key not in KNOWN_FIELDS)
         except RowError as error:
             bad.append(BadRow(name, line, str(error)))
+            if isinstance(error, LabelError):
+                unknown.add(error.label)
     counts["bad"] = len(bad)
+    hint = "" if table.count else suggestion(unknown)
     if bad and on_bad_row == "stop":
-        raise bad_rows_error(bad, counts["read"], name)
+        raise bad_rows_error(bad, counts["read"], name, hint=hint)
     if ignored:
-        logger.warning("%s: fields without use: %s", name, ", ".join(sorted(ignored)))
+        names = sorted(ignored)
+        more = ", ..." if len(names) > SHOWN_FIELDS else ""
+        shown = ", ".join(name[:60] for name in names[:SHOWN_FIELDS])
+        logger.warning("%s: fields without use: %s%s", name, shown, more)
     if not table.count:
         reason = f"; all {len(bad)} are bad, the first: {bad[0]}" if bad else ""
-        raise DataError(f"{name} has no rows to train on{reason}", bad)
+        raise DataError(
+            f"{name} has no rows to train on{reason}" + (f"\n{hint}" if hint else ""), bad
+        )
     return _loaded(table.finish(), bad, counts, dict(ignored), table.fingerprint(), name)
 
 
@@ -170,8 +190,9 @@ def _loaded(
 class _Table:
     """Rows packed into Arrow a chunk at a time; the first good row decides between text and chat."""
 
-    def __init__(self, name: str):
-        self.name, self.count = name, 0
+    def __init__(self, name: str, labels: LabelTable, as_chat: bool):
+        self.name, self.labels, self.as_chat = name, labels, as_chat
+        self.count = 0
         self.features: Features | None = None
         self._pending: list[dict] = []
         self._chunks: list[pyarrow.Table] = []
@@ -179,10 +200,12 @@ class _Table:
 
     def add(self, line: int, raw: Mapping[str, Any]) -> int:
         """Check a row and keep what it gives; how many rated rows that is (2 for a pair)."""
-        rated = rated_rows(raw)
+        rated = rated_rows(raw, self.labels)
+        if self.as_chat:
+            rated = [as_messages(row) for row in rated]
         source = raw.get("source")
         if source is not None and not isinstance(source, str):
-            raise RowError(f"source is {source!r}; expected text")
+            raise RowError(f"source is {show(source)}; expected text")
         group = group_of(raw, rated[0].prompt)
         chat = isinstance(rated[0].prompt, list)
         if self.features is None:

@@ -4,8 +4,8 @@ A row rates one answer, {prompt, completion, label}, or compares two, {prompt, c
 strings or chat messages ({role, content}), not both. A pair becomes two rated rows here, so that everything behind this
 module knows only one kind.
 
-A label is ``true`` or ``false`` and nothing else: 0 and 1, or the word "true", are refused, because numbers in such a
-column are as often a rank, a score, or "which of the two is better" as they are a verdict.
+A label is ``true`` or ``false``. Anything else (0 and 1, the word "true") is refused unless ``label_map`` says what it means,
+because numbers in such a column are as often a rank, a score, or "which of the two is better" as they are a verdict.
 """
 
 import difflib
@@ -28,7 +28,10 @@ INVISIBLE = dict.fromkeys(
 # They change what the model is shown, so a row that has one cannot be trained on without it.
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
 
+CHAT, TEXT = "chat", "text"  # the form of a row: messages for a chat template, or text as it is
+
 Text = str | list[dict[str, str]]
+LabelTable = Mapping[tuple[type, Any], bool]  # of ``labels.label_table``
 
 
 class BadRow(NamedTuple):
@@ -54,6 +57,14 @@ class RowError(ValueError):
     """The reason why one row is bad, raised where it is found."""
 
 
+class LabelError(RowError):
+    """The label of a row is not true or false; ``label`` is its type and value."""
+
+    def __init__(self, message: str, value: Any):
+        super().__init__(message)
+        self.label = key_of(value)
+
+
 class Rated(NamedTuple):
     """One rated answer; ``prompt`` and ``completion`` are both text or both lists of chat messages."""
 
@@ -67,19 +78,27 @@ def bad_rows_error(
     total: int,
     name: str,
     remedy: str = "--data.on_bad_row skip in training, which lists them in the run folder",
+    hint: str = "",
 ) -> DataError:
-    """The error that stops before any work: how many rows are bad, and the first ten of them."""
+    """The error that stops before any work: how many rows are bad, the first ten of them, and how to go on.
+
+    ``hint`` is a sentence about these rows, after the remedy that holds for all.
+    """
     shown = "\n".join(f"  {row}" for row in bad[:10])
     rest = "" if len(bad) <= 10 else f"\n  ... and {len(bad) - 10} more"
     return DataError(
         f"{len(bad)} of {total} rows of {name} cannot be used:\n{shown}{rest}\n"
-        f"Correct them, or leave them out with {remedy}.",
+        f"Correct them, or leave them out with {remedy}." + (f"\n{hint}" if hint else ""),
         bad,
     )
 
 
-def rated_rows(raw: Mapping[str, Any]) -> list[Rated]:
+def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list[Rated]:
     """The row itself if it is rated, both its halves (desirable first) if it is a pair.
+
+    Args:
+        raw: the row, checked by ``values.check_values``.
+        labels: of ``label_table``; what labels other than true and false mean.
 
     Raises:
         RowError: with the reason, if the row cannot be used.
@@ -101,9 +120,36 @@ def rated_rows(raw: Mapping[str, Any]) -> list[Rated]:
         _require(row, ("chosen", "rejected"), PAIRED_FIELDS)
         return _unpaired(row)
     _require(row, RATED_FIELDS, (*RATED_FIELDS, *PAIRED_FIELDS))
-    if not isinstance(row["label"], bool):
-        raise RowError(f"label is {_show(row['label'])}; expected true or false")
-    return [_checked(row["prompt"], row["completion"], "completion", row["label"])]
+    label = _label(row["label"], labels or {})
+    return [_checked(row["prompt"], row["completion"], "completion", label)]
+
+
+def as_messages(row: Rated) -> Rated:
+    """A row of text as a user's and an assistant's message, without the space around the texts; chat rows as they are.
+
+    Example:
+        >>> as_messages(Rated("2 + 2?", " 4", True)).completion
+        [{'role': 'assistant', 'content': '4'}]
+    """
+    if not isinstance(row.prompt, str):
+        return row
+    sides = (("user", row.prompt), ("assistant", row.completion))
+    return Rated(*([{"role": role, "content": text.strip()}] for role, text in sides), row.label)
+
+
+def key_of(label: Any) -> tuple[type, Any]:
+    """Type and value of a label, so that 1, true and 1.0 are three labels."""
+    return type(label), label if isinstance(label, (str, int, float)) else None
+
+
+def _label(value: Any, labels: LabelTable) -> bool:
+    if isinstance(value, bool):
+        return value
+    if key_of(value) in labels:
+        return labels[key_of(value)]
+    known = ", ".join(show(label) for _, label in labels)
+    expected = f"true or false, or a label of label_map ({known})" if labels else "true or false"
+    raise LabelError(f"label is {show(value)}; expected {expected}", value)
 
 
 def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
@@ -118,8 +164,8 @@ def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
     elif isinstance(given, (str, int)) and not isinstance(given, bool):
         key = f"group\x1e{given}"
     else:
-        raise RowError(f"group is {_show(given)}; expected text or an integer")
-    digest = hashlib.sha256(utf8(key, "group")).digest()
+        raise RowError(f"group is {show(given)}; expected text or an integer")
+    digest = hashlib.sha256(key.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -172,7 +218,7 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
     """The row, if both texts are of one kind and none is empty or in the wrong order."""
     for field, value in (("prompt", prompt), (name, completion)):
         if not isinstance(value, (str, list)):
-            raise RowError(f"{field} is {_show(value)}; expected text or a list of messages")
+            raise RowError(f"{field} is {show(value)}; expected text or a list of messages")
     if isinstance(prompt, str) != isinstance(completion, str):
         kinds = [
             "text" if isinstance(value, str) else "chat messages" for value in (prompt, completion)
@@ -180,7 +226,6 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
         raise RowError(f"prompt is {kinds[0]} but {name} is {kinds[1]}; expected both of one kind")
     if isinstance(prompt, str):
         for field, value in (("prompt", prompt), (name, completion)):
-            utf8(value, field)
             if not value.strip():
                 raise RowError(f"{field} is empty")
         return Rated(prompt, completion, label)
@@ -188,7 +233,7 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
     _check_turns(prompt)
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
-        raise RowError(f"{name} has the roles {', '.join(roles)}; expected one assistant message")
+        raise RowError(f"{name} has the roles {_few(roles)}; expected one assistant message")
     return Rated(prompt, completion, label)
 
 
@@ -199,7 +244,7 @@ def _check_turns(prompt: list[dict[str, str]]) -> None:
     expected = ["assistant" if turn % 2 else "user" for turn in range(len(turns))]
     if turns != expected or not turns or turns[-1] != "user":
         raise RowError(
-            f"prompt has the roles {', '.join(roles)}; expected system (optional), then user and assistant in turn, "
+            f"prompt has the roles {_few(roles)}; expected system (optional), then user and assistant in turn, "
             "with user last"
         )
 
@@ -212,20 +257,21 @@ def _messages(value: list, field: str) -> list[dict[str, str]]:
     for number, message in enumerate(value, start=1):
         where = f"message {number} of {field}"
         if not isinstance(message, Mapping):
-            raise RowError(f"{where} is {_show(message)}; expected {{role, content}}")
+            raise RowError(f"{where} is {show(message)}; expected {{role, content}}")
         message = {key: part for key, part in message.items() if part is not None}
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise RowError(f"{where} has {key} {_show(message.get(key))}; expected text")
+                raise RowError(f"{where} has {key} {show(message.get(key))}; expected text")
         extra = sorted(set(message) - {"role", "content"})
         if extra:
             raise RowError(
-                f"{where} has {extra[0]!r}, which is not supported; expected role and content"
+                f"{where} has {show(extra[0])}, which is not supported; expected role and content"
             )
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise RowError(f"{where} has the unknown role {role!r}; expected {', '.join(ROLES)}")
-        utf8(content, where)
+            raise RowError(
+                f"{where} has the unknown role {show(role)}; expected {', '.join(ROLES)}"
+            )
         if not content.strip() and role != "system":
             raise RowError(f"{where} is empty")
         checked.append({"role": role, "content": content})
@@ -237,18 +283,8 @@ def _require(row: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]
         if name not in row:
             spare = [other for other in row if other not in known]
             near = difflib.get_close_matches(name, spare, n=1)
-            hint = f" (found {near[0]!r})" if near else ""
+            hint = f" (found {show(near[0])})" if near else ""
             raise RowError(f"field {name!r} is missing{hint}")
-
-
-def utf8(text: str, field: str) -> bytes:
-    """The text's bytes; a ``RowError`` for text that has none, because half of a character is missing."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"{field} holds half of a surrogate pair at character {error.start}"
-        ) from None
 
 
 def folded_turns(text: Text) -> str:
@@ -270,6 +306,11 @@ def folded(text: str) -> str:
     return re.sub(r"\s+", " ", plain).strip().casefold()
 
 
-def _show(value: Any) -> str:
+def _few(roles: Sequence[str]) -> str:
+    return ", ".join(roles[:10]) + (", ..." if len(roles) > 10 else "")
+
+
+def show(value: Any) -> str:
+    """A value for a message, cut to 60 characters; None is "missing"."""
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -18,12 +18,21 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
-from prefopt.data.rows import RATED_FIELDS, DataError, RowError
+from prefopt.data.manifest import split_file
+from prefopt.data.rows import RATED_FIELDS, DataError, RowError, show
+from prefopt.data.values import check_values
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
-MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest
+UTF_16 = "is UTF-16; save it as UTF-8"
+NO_JSON = {  # how a file begins that is not JSON lines
+    b"\xff\xfe": UTF_16,
+    b"\xfe\xff": UTF_16,
+    b"\x1f\x8b": "is compressed (gzip); unpack it",
+    b"PAR1": "is a Parquet file; name it .parquet",
+}
 BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a time
+
+UNREADABLE = (ValueError, OverflowError, pyarrow.ArrowException)  # e.g. a date after the year 9999
 
 Raws = Iterator[
     tuple[int, Mapping[str, Any] | RowError | None]
@@ -52,7 +61,8 @@ def open_rows(
             f"the data source is a {type(source).__name__}; expected a map-style datasets.Dataset, a list of rows, "
             "a path or a hub id"
         )
-    path, name = Path(source).expanduser(), str(source)
+    # a file's name may have bytes that are not UTF-8, which could be neither printed nor written
+    path, name = Path(source).expanduser(), str(source).encode("utf-8", "backslashreplace").decode()
     if path.is_dir():
         path = split_file(path, split or "train")
         name = str(path)
@@ -60,6 +70,8 @@ def open_rows(
         if path.suffix.lower() in FILES or not is_hub_id(name):
             raise DataError(f"there is no file {name}")
         return name, _hub(name, split or "train", revision, data_dir, needs)
+    if not path.is_file():
+        raise DataError(f"{name} is not a regular file; expected a .jsonl or .parquet file")
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         return name, _jsonl(path, needs)
@@ -68,40 +80,11 @@ def open_rows(
     raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `prefopt data build` wrote.
-
-    Raises:
-        DataError: the folder has none, or it is none of ours.
-    """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
-            f"wrote (this one has no {MANIFEST})"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not what `prefopt data build` writes (format {FORMAT})")
-    return manifest
-
-
-def split_file(folder: Path, split: str) -> Path:
-    """The file of one split in a folder that `prefopt data build` wrote."""
-    splits = read_manifest(folder)["splits"]
-    if split not in splits:
-        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
-    return folder / splits[split]["file"]
-
-
 def local_file(path: str, split: str | None) -> Path | None:
     """The file of this machine that a source is read from; None for one on the hub."""
     place = Path(path).expanduser()
     if place.is_dir():
-        return split_file(place, split or "train")
+        return split_file(place, split or "train", verify=False)
     return place if place.exists() else None
 
 
@@ -129,7 +112,7 @@ def is_hub_id(name: str) -> bool:
 
 def _listed(rows: Sequence) -> Raws:
     for line, raw in enumerate(rows, start=1):
-        yield line, raw if isinstance(raw, Mapping) else RowError(f"is {raw!r}; expected an object")
+        yield line, _object(raw)
 
 
 def _jsonl(path: Path, needs: Sequence[str] | None) -> Raws:
@@ -142,14 +125,22 @@ def _jsonl(path: Path, needs: Sequence[str] | None) -> Raws:
         for line, data in enumerate(file, start=1):
             bar.update(len(data))
             if line == 1:
-                if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise DataError(f"{path} is UTF-16; save it as UTF-8")
+                _refuse_other_formats(path, data)
                 data = data.removeprefix(b"\xef\xbb\xbf")
             raw = _parsed(data)
             if not checked and isinstance(raw, Mapping):
                 _check_columns(list(raw), str(path), needs)
                 checked = True
             yield line, raw
+
+
+def _refuse_other_formats(path: Path, first: bytes) -> None:
+    """One sentence about a file that is not JSON lines, instead of one about each of its lines."""
+    for magic, problem in NO_JSON.items():
+        if first.startswith(magic):
+            raise DataError(f"{path} {problem}")
+    if b"\0" in first[:2]:  # UTF-16 without a byte order mark
+        raise DataError(f"{path} {UTF_16}")
 
 
 def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
@@ -169,16 +160,25 @@ def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
         return RowError(
             f"cannot be read as JSON: {error}"
         )  # nested a thousand deep, a number of 5,000 digits
-    return (
-        raw if isinstance(raw, dict) else RowError(f"is a {type(raw).__name__}; expected an object")
-    )
+    return _object(raw)
+
+
+def _object(raw: Any) -> Mapping[str, Any] | RowError:
+    """The row, if it is an object that can be written and printed."""
+    if not isinstance(raw, Mapping):
+        return RowError(f"is a {type(raw).__name__}; expected an object")
+    try:
+        check_values(raw)
+    except RowError as error:
+        return error
+    return raw
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RowError(f"has the key {twice!r} twice")
+        raise RowError(f"has the key {show(twice)} twice")
     return found
 
 
@@ -187,23 +187,63 @@ def _parquet(path: Path, needs: Sequence[str] | None) -> Raws:
         file = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
-    _check_columns(file.schema_arrow.names, str(path), needs)
+    names = file.schema_arrow.names
+    _check_columns(names, str(path), needs)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{path} has the column {show(twice)} twice")
     line = 0
     with tqdm(total=file.metadata.num_rows, unit="row", desc=path.name, delay=1) as bar:
+        batches = file.iter_batches(batch_size=BATCH_ROWS)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise DataError(f"{path} cannot be read after row {line}: {error}") from None
+            if batch is None:
+                return
+            for raw in _python_rows(batch):
+                line += 1
+                bar.update()
+                yield line, raw
+
+
+def _python_rows(batch: pyarrow.RecordBatch) -> Iterator[Mapping[str, Any] | RowError]:
+    """The rows of a batch; one whose values Python cannot hold is a ``RowError`` and does not hide the others."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UNREADABLE:
+        pass
+    for row in range(batch.num_rows):
+        yield _python_row(batch, row)
+
+
+def _python_row(batch: pyarrow.RecordBatch, row: int) -> Mapping[str, Any] | RowError:
+    raw = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for raw in batch.to_pylist():
-                    line += 1
-                    bar.update()
-                    yield line, raw
-        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read after row {line}: {error}") from None
+            raw[name] = column[row].as_py()
+        except UNREADABLE as error:
+            return RowError(f"{name} cannot be read: {error}")
+    return raw
 
 
 def _columnar(dataset: Dataset, name: str, needs: Sequence[str] | None) -> Raws:
     _check_columns(dataset.column_names, name, needs)
-    rows = dataset.with_format(None)
-    yield from enumerate(tqdm(rows, desc=name, unit="row", delay=1), start=1)
+    rows, line = dataset.with_format(None), 0
+    with tqdm(total=len(rows), desc=name, unit="row", delay=1) as bar:
+        while line < len(rows):
+            try:
+                for raw in rows.select(range(line, len(rows))) if line else rows:
+                    line += 1
+                    bar.update()
+                    yield line, raw
+            except (
+                UNREADABLE
+            ) as error:  # the iterator ends with it: a new one goes on behind the row
+                line += 1
+                yield line, RowError(f"cannot be read: {error}")
 
 
 def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | None) -> None:
@@ -216,9 +256,13 @@ def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | Non
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
-            f"{name} has no column {', '.join(missing)}; found {', '.join(columns) or 'none'}. "
+            f"{name} has no column {', '.join(missing)}; found {_few(columns) or 'none'}. "
             f"Expected {expected}"
         )
+
+
+def _few(columns: Sequence[str]) -> str:
+    return ", ".join(name[:60] for name in columns[:20]) + (", ..." if len(columns) > 20 else "")
 
 
 def _hub(

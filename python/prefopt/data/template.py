@@ -1,10 +1,82 @@
-"""Arguments of a chat template, checked before a row is rendered."""
+"""Chat templates rendered within bounds: they are programs from a model's folder, and may fail, loop or write without end."""
 
 import inspect
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
+
+from prefopt.errors import UserError
+
+SECONDS = 10.0  # for one conversation; a usual template takes less than a millisecond
+MOST_CHARACTERS = 1_000_000  # beyond ten times what the messages hold
+
+
+class TemplateError(UserError):
+    """The template cannot render a conversation; the message is the reason."""
+
+
+class TemplateTimeout(TemplateError):
+    """The template did not end in time."""
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    template_kwargs: Mapping | None = None,
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """A conversation as the tokenizer's chat template writes it.
+
+    The limit of time holds in the main thread, on systems with interval timers. A single operation of the interpreter, such
+    as a product of huge numbers, is not interrupted.
+
+    Raises:
+        TemplateError: the template fails, takes longer than ``SECONDS``, or writes more than it can have a reason to.
+    """
+    arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        with _time_limit(SECONDS):
+            text = tokenizer.apply_chat_template(messages, **arguments, **(template_kwargs or {}))
+    except TemplateTimeout:
+        raise
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the chat template refuses it: {str(error):.200}") from None
+    except Exception as error:  # a template can raise whatever Python can
+        raise TemplateError(
+            f"the chat template fails: {type(error).__name__}: {str(error):.200}"
+        ) from None
+    room = MOST_CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
+    if len(text) > room:
+        raise TemplateError(
+            f"the chat template writes {len(text):,} characters; expected at most {room:,} for this conversation"
+        )
+    return text
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``TemplateTimeout`` inside the block when the time is over."""
+    here = threading.current_thread() is threading.main_thread()
+    if not here or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TemplateTimeout(f"the chat template took longer than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def template_problems(kwargs: Mapping[Any, Any], key: str) -> list[str]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
-import jinja2
 import numpy as np
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.read import ON_BAD_ROW, LoadedRows
 from prefopt.data.rows import BadRow, DataError, bad_rows_error
+from prefopt.data.template import TemplateError, TemplateTimeout, render
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ class Tokenized:
     """Token ids of the rows that can be trained on, and what was found on the way.
 
     ``dataset`` has the columns ``prompt_ids``, ``completion_ids`` (with the end of turn, and not yet cut to
-    ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group`` and
-    ``row``, the position in ``LoadedRows.rows``. ``bad`` has the rows that had to leave here. ``counts`` is that of
+    ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group``, ``row``,
+    the position in ``LoadedRows.rows``, and ``line``, the line in the source ``name``. ``bad`` has the rows that had to leave here. ``counts`` is that of
     ``LoadedRows``, with ``rows``, ``desirable``, ``undesirable``, ``groups`` and ``bad`` brought up to date, and
     ``truncated`` (rows that lose the end of their completion), ``truncated_tokens``, ``prompt_cut`` (rows whose prompt
     ends in tokens that the rendered conversation has not), ``prompt_tokens`` and ``completion_tokens`` (within
     ``max_length``). ``fingerprint`` depends on the rows, the tokenizer, its template and ``max_length`` alone.
+    ``conversational`` is whether the rows were chat messages.
     """
 
     dataset: Dataset
@@ -39,6 +40,8 @@ class Tokenized:
     counts: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
     max_length: int | None = None
+    name: str = ""
+    conversational: bool = True
 
 
 def tokenize_rows(
@@ -80,14 +83,18 @@ def tokenize_rows(
         )
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     key = _key(loaded.fingerprint, _tokenizer_key(tokenizer), encode.template_kwargs)
-    encoded = loaded.rows.select_columns(["prompt", "completion"]).map(
-        encode,
-        batched=True,
-        remove_columns=["prompt", "completion"],
-        features=_FEATURES,
-        desc=f"Tokenizing {loaded.name}",
-        **_cache(key),
-    )
+    columns = ["prompt", "completion", "line"]
+    try:
+        encoded = loaded.rows.select_columns(columns).map(
+            encode,
+            batched=True,
+            remove_columns=columns,
+            features=_FEATURES,
+            desc=f"Tokenizing {loaded.name}",
+            **_cache(key),
+        )
+    except TemplateTimeout as error:  # it may do so on every row: none of them is tried again
+        raise DataError(f"{loaded.name}:{encode.line}: {error}") from None
     return _judged(loaded, encoded, max_length, on_bad_row, _key(key, max_length))
 
 
@@ -139,12 +146,12 @@ def _judged(
         "completion_tokens": int((completion - lost).sum()),
     }
     kept = encoded.select_columns(["prompt_ids", "completion_ids"])
-    for name in ("label", "group"):
+    for name in ("label", "group", "line"):
         kept = kept.add_column(name, loaded.rows[name][:])
     kept = kept.add_column("row", list(range(len(kept))))
     if bad:
         kept = kept.select(good)
-    return Tokenized(kept, bad, counts, fingerprint, max_length)
+    return Tokenized(kept, bad, counts, fingerprint, max_length, loaded.name, loaded.conversational)
 
 
 _FEATURES = Features(
@@ -160,14 +167,20 @@ _FEATURES = Features(
 
 
 class Encode:
-    """A batch of rows to ids; a row that the template refuses gets a ``problem`` instead."""
+    """A batch of rows to ids; a row that the template refuses gets a ``problem`` instead.
+
+    ``line`` is that of the last row that was rendered, where the batch has a column of lines.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, template_kwargs: dict):
         self.tokenizer, self.chat, self.template_kwargs = tokenizer, chat, template_kwargs
+        self.line: int | None = None
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
         prompts, wholes, problems = [], [], []
-        for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True):
+        lines = batch.get("line", [None] * len(batch["prompt"]))
+        rows = zip(batch["prompt"], batch["completion"], lines, strict=True)
+        for prompt, completion, self.line in rows:
             text, whole, problem = self.texts(prompt, completion)
             prompts.append(text)
             wholes.append(whole)
@@ -194,13 +207,13 @@ class Encode:
         if not self.chat:
             eos = self.tokenizer.eos_token
             return prompt, prompt + completion + ("" if completion.endswith(eos) else eos), ""
-        render = self.tokenizer.apply_chat_template
-        kwargs = {"tokenize": False, **self.template_kwargs}
         try:
-            asked = render(prompt, add_generation_prompt=True, **kwargs)
-            return asked, render(prompt + completion, **kwargs), ""
-        except jinja2.TemplateError as error:
-            return "", "", f"the chat template refuses it: {error}"
+            asked = render(self.tokenizer, prompt, self.template_kwargs, add_generation_prompt=True)
+            return asked, render(self.tokenizer, prompt + completion, self.template_kwargs), ""
+        except TemplateTimeout:
+            raise
+        except TemplateError as error:
+            return "", "", str(error)
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """The tokens of rendered texts, one list each."""

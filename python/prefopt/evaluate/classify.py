@@ -51,8 +51,12 @@ class Questions:
     split: str | None = None
 
 
-def read_questions(request: EvalRequest) -> Questions:
+def read_questions(request: EvalRequest, row_options: dict | None = None) -> Questions:
     """The rows of ``--data``: the published schema of MMLU-Pro, or rows whose completion is one of the names.
+
+    Args:
+        request: names the rows.
+        row_options: arguments of ``load_rows`` for rows that are not of the published schema.
 
     Raises:
         DataError: neither, or rows that cannot be used.
@@ -62,7 +66,7 @@ def read_questions(request: EvalRequest) -> Questions:
         loaded = load_rows(_converted(source, request))
     else:
         split = split or (SPLIT if Path(source).is_dir() else None)
-        loaded = load_rows(source, split=split)
+        loaded = load_rows(source, split=split, **(row_options or {}))
     questions = replace(_questions(loaded, source), split=split)
     if request.limit is not None:
         questions = replace(
@@ -77,7 +81,9 @@ def evaluate(subject: Subject, questions: Questions, request: EvalRequest) -> Re
     """Both ways of asking, for base and run; accuracies, a table by field and confusion matrices in ``details``."""
     found = {who: _ask(subject, who, questions, request) for who in subject.models}
     data = {TASK: asked_on(questions.name, questions.split)}
-    return replace(judged(questions.right, found), data=data)
+    results = replace(judged(questions.right, found), data=data)
+    results.warnings[:0] = subject.other_format(questions.chat)
+    return results
 
 
 def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:

@@ -53,7 +53,7 @@ def read_rows(run: Source, request: EvalRequest) -> Texts:
         raise EvalError(
             f"{run.folder} sets aside rows of {path}, and there is no file or folder {path}; name the rows by --data"
         )
-    loaded = load_rows(path, split=split, revision=revision)
+    loaded = load_rows(path, split=split, revision=revision, **run.row_options)
     if fraction:
         loaded = split_by_group(loaded, fraction, _seed(run.recipe))[1]
     if request.limit is not None and request.limit < len(loaded.rows):
@@ -82,7 +82,13 @@ def trained_on(recipe: dict) -> set[int]:
     path = data.get("path")
     if not path or not Path(path).expanduser().exists():
         return set()
-    loaded = load_rows(path, split=data.get("split"), on_bad_row=data.get("on_bad_row", "stop"))
+    loaded = load_rows(
+        path,
+        split=data.get("split"),
+        on_bad_row=data.get("on_bad_row", "stop"),
+        label_map=data.get("label_map"),
+        as_chat=bool(data.get("as_chat")),
+    )
     if data.get("eval_fraction"):
         loaded = split_by_group(loaded, data["eval_fraction"], _seed(recipe))[0]
     return set(loaded.rows["group"])

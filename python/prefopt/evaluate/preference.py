@@ -79,7 +79,7 @@ class _Judge:
         self.pad = pad_token_id(subject.tokenizer, subject.model)
         self.temperature = 1.0 if request.temperature is None else request.temperature
         self.max_new_tokens = request.max_new_tokens or MAX_NEW_TOKENS
-        self.warnings: list[str] = []
+        self.warnings = subject.other_format(held_out.tokens.conversational)
         if len(set(self.labels.tolist())) == 1:
             self.warnings.append(
                 "The rows have one label alone, so there is neither a margin nor an accuracy of all."

@@ -1,7 +1,5 @@
 """eval.json and eval_summary.csv, each put in place in one step, and the table for the terminal."""
 
-import csv
-import io
 import json
 import math
 import os
@@ -13,6 +11,7 @@ from typing import Any
 from prefopt.evaluate.request import EvalError
 from prefopt.files import write_whole
 from prefopt.report.facts import hub_id
+from prefopt.report.markdown import csv_text
 from prefopt.report.score import CHANGE, RUN, Score, interval, number
 
 FORMAT = 1  # of eval.json
@@ -90,13 +89,12 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
     """
     out.mkdir(parents=True, exist_ok=True)
     suites = _known(out / JSON_NAME) | {suite: entry}
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for name, one in suites.items():
-        for score in one["scores"]:
-            writer.writerow({"suite": name} | {key: score[key] for key in COLUMNS[1:]})
-    write_whole(out / CSV_NAME, table.getvalue(), "replace")
+    rows = [
+        {"suite": name} | {key: score[key] for key in COLUMNS[1:]}
+        for name, one in suites.items()
+        for score in one["scores"]
+    ]
+    write_whole(out / CSV_NAME, csv_text(COLUMNS, rows), "replace")
     content = {"format": FORMAT, "suites": suites}
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(out / JSON_NAME, text, "replace")

@@ -87,7 +87,7 @@ def _asked(source: Source, request: EvalRequest) -> Any:
         raise EvalError(
             "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
         )
-    return classify.read_questions(request)
+    return classify.read_questions(request, source.row_options)
 
 
 def _preference(subject: Subject, texts: Texts, request: EvalRequest) -> Results:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.command_line import WHOLE
+from prefopt.data.rows import TEXT
 from prefopt.evaluate.request import EvalError
 from prefopt.recipe.load import RecipeError
 from prefopt.report.score import BASE, RUN
@@ -24,6 +25,7 @@ from prefopt.use.load import (
     load_weights,
     read_object,
     stop_ids,
+    trained_format,
 )
 
 
@@ -79,6 +81,17 @@ class Subject:
         places = (self.recipe.get(section), self.record.get("config"))
         said = [one[name] for one in places if isinstance(one, dict) and name in one]
         return next((one for one in said if one is not None), None if said else default)
+
+    def other_format(self, chat: bool) -> list[str]:
+        """A warning if the rows to evaluate on, chat messages or text, are not of the form that the run was trained on."""
+        trained = trained_format(self.record)
+        if trained is None or (trained == TEXT) is not chat:
+            return []
+        names = ("chat messages", "plain text")
+        there, here = names if chat else names[::-1]
+        return [
+            f"The run was trained on {here}, and these rows are {there}: the prompts look different to it."
+        ]
 
     def about(self) -> dict:
         """For eval.json; no local path but the base's, which is the user's own name for it."""

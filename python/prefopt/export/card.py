@@ -1,12 +1,14 @@
 """README.md of an export: the metadata that the hub reads, and how to load what is in the folder."""
 
 import json
+import shlex
 from pathlib import Path
 
 import yaml
 
 from prefopt.export.folder import RECORD
 from prefopt.report.facts import hub_id
+from prefopt.report.markdown import code, plain
 from prefopt.use.load import Source
 
 RELATIONS = {
@@ -37,19 +39,19 @@ def write_card(folder: Path, source: Source, format: str) -> None:
     }
     parts = [
         f"---\n{yaml.safe_dump(block, sort_keys=False, allow_unicode=True)}---",
-        f"# {made['run']}, {format}",
+        f"# {plain(made['run'])}, {format}",
         WHAT[format],
         _use(folder, format, base),
     ]
     if made["notes"]:
-        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in made["notes"]))
+        parts.append("## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in made["notes"]))
     (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _use(folder: Path, format: str, base: str | None) -> str:
     if format == "gguf":
         file = next(folder.glob("*.gguf")).name
-        return f"```sh\nllama-cli -m {file} -cnv\n```"
+        return code(f"llama-cli -m {shlex.quote(file)} -cnv", "sh")
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if format == "adapter":
         lines.insert(0, "from peft import PeftModel")
@@ -60,4 +62,4 @@ def _use(folder: Path, format: str, base: str | None) -> str:
     else:
         lines.append('model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")')
     lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")')
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return code("\n".join(lines), "python")

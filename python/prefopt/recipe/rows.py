@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
 from prefopt.data.build import build
 from prefopt.data.choose import VALIDATION
+from prefopt.data.manifest import MANIFEST, read_manifest
 from prefopt.data.pairs import tokenize_pairs
 from prefopt.data.plan import Plan, make_plan
-from prefopt.data.sources import MANIFEST, local_file, read_manifest
+from prefopt.data.sources import local_file
 from prefopt.data.write import file_digest
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
@@ -31,16 +32,16 @@ def load_data(
             raise DataError(
                 f"{recipe.name}: {key} is {path}, and there is no file or folder {path}; name the rows by --{key}"
             )
-    train = load_rows(
-        data.path, on_bad_row=data.on_bad_row, split=data.split, revision=data.revision
-    )
+    options = {
+        "on_bad_row": data.on_bad_row,
+        "label_map": data.label_map,
+        "as_chat": data.as_chat,
+    }
+    train = load_rows(data.path, split=data.split, revision=data.revision, **options)
     held_out = None
     if data.eval_path is not None:
         held_out = load_rows(
-            data.eval_path,
-            on_bad_row=data.on_bad_row,
-            split=data.eval_split,
-            revision=data.eval_revision,
+            data.eval_path, split=data.eval_split, revision=data.eval_revision, **options
         )
     elif data.eval_fraction:
         train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
@@ -90,7 +91,8 @@ def _refuse_outdated(folder: Path, plan: Plan, name: str) -> None:
     manifest = read_manifest(folder)
     remedy = "remove the folder, or choose another data.path"
     # as JSON, for a tuple comes back as a list
-    if manifest["arguments"] != json.loads(json.dumps(plan.described())):
+    same = manifest["arguments"] == json.loads(json.dumps(plan.described()))
+    if not same or len(manifest["sources"]) != len(plan.sources):
         raise DataError(
             f"{folder} was built with other arguments than data.plan {name} has now (see its {MANIFEST}); {remedy}"
         )

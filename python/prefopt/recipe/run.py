@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, Tokenized
+from prefopt.data.labels import label_table
 from prefopt.errors import UserError
 from prefopt.failure import first_line, traceback_in
 from prefopt.files import write_whole
@@ -110,6 +111,10 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         )
     if recipe.data.eval_path is not None and recipe.data.eval_fraction:
         problems.append("data.eval_path and data.eval_fraction are both set; expected one of them")
+    try:
+        label_table(recipe.data.label_map)
+    except DataError as error:
+        problems.append(f"data.{error}")
     if recipe.model.ref_path is not None and not METHODS[recipe.loss.method].needs_reference:
         problems.append(
             f"model.ref_path is set, but {recipe.loss.method} has no reference model; drop it"

@@ -71,6 +71,16 @@ class Data:
     on_bad_row: Literal["stop", "skip"] = option(
         "stop before training, or skip and list the rows", "stop"
     )
+    label_map: dict | None = option(
+        "what labels other than true and false mean, in training and evaluation rows: {1: true, 0: false} or "
+        '{"yes": true, "no": false}',
+        None,
+    )
+    as_chat: bool = option(
+        "make chat messages of rows of text: the prompt becomes a user turn, the completion an assistant turn, and the "
+        "chat template renders them",
+        False,
+    )
     max_length: int | None = option(
         "tokens of prompt and answer together; null for no limit", 1024, least=2
     )

@@ -1,12 +1,11 @@
 """README.md: a model card with the metadata that the hub reads."""
 
 import html
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from prefopt.report import components, evaluation, facts
 from prefopt.report.figures import Picture
+from prefopt.report.markdown import code, plain, table
 from prefopt.report.metadata import base_model, metadata, title
 from prefopt.report.read import Run
 from prefopt.report.words import Story
@@ -25,11 +24,11 @@ def card(
         plots: of training.
         evaluated: pictures of the evaluations.
     """
-    parts = [f"---\n{metadata(run).to_yaml()}\n---", f"# {_plain(title(run))}"]
-    parts.append(f"**{_plain(story.verdict)}**")
-    parts.append("\n".join(f"- {_plain(sentence)}" for sentence in story.sentences))
+    parts = [f"---\n{metadata(run).to_yaml()}\n---", f"# {plain(title(run))}"]
+    parts.append(f"**{plain(story.verdict)}**")
+    parts.append("\n".join(f"- {plain(sentence)}" for sentence in story.sentences))
     parts += [
-        _plain(run.summary[key]) for key in ("how", "note") if isinstance(run.summary.get(key), str)
+        plain(run.summary[key]) for key in ("how", "note") if isinstance(run.summary.get(key), str)
     ]
     parts += _evaluations(run, evaluated)
     if run.samples:
@@ -39,8 +38,8 @@ def card(
         parts += ["## Training", _pictures(plots)]
     head, body = components.table(run)
     if body:
-        parts += ["## Components", _table(head, body)]
-        parts += [_plain(sentence) for sentence in components.notes(run)]
+        parts += ["## Components", table(head, body)]
+        parts += [plain(sentence) for sentence in components.notes(run)]
     parts += _settings(run)
     parts.append("## Use\n\n" + _use(run))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -49,16 +48,16 @@ def card(
 def _evaluations(run: Run, pictures: Sequence[Picture]) -> list[str]:
     parts = ["## Evaluation"] if run.suites else []
     for suite in run.suites:
-        parts.append(f"### {_plain(evaluation.title(suite))}")
-        parts.append(_table(evaluation.HEAD, evaluation.table(suite)))
+        parts.append(f"### {plain(evaluation.title(suite))}")
+        parts.append(table(evaluation.HEAD, evaluation.table(suite)))
         parts.append(
             "Values with their standard errors, or in brackets the 95 % interval where all outcomes are equal."
         )
-        parts.append("\n".join(f"- {_plain(sentence)}" for sentence in suite.warnings))
+        parts.append("\n".join(f"- {plain(sentence)}" for sentence in suite.warnings))
         head, body = evaluation.by_category(suite)
         if body:
-            parts.append(_table(head, body))
-        parts += [_plain(sentence) for sentence in suite.how]
+            parts.append(table(head, body))
+        parts += [plain(sentence) for sentence in suite.how]
     return parts + ([_pictures(pictures)] if pictures else [])
 
 
@@ -74,30 +73,30 @@ def _settings(run: Run) -> list[str]:
             for name in names
             if name != "fingerprint"
         ]
-        parts.append(_table(["data", *sets], counts))
+        parts.append(table(["data", *sets], counts))
     sources = facts.built_from(run)
     if sources:
         rows = [
             ["" if one is None else facts.shown(one) for one in row.values()] for row in sources
         ]
-        parts.append(_table(list(sources[0]), rows))
+        parts.append(table(list(sources[0]), rows))
     settings = facts.main_settings(run) | facts.model_settings(run)
     if settings:
         parts.append(
-            _table(["setting", "value"], [[k, facts.shown(v)] for k, v in settings.items()])
+            table(["setting", "value"], [[k, facts.shown(v)] for k, v in settings.items()])
         )
     memory = facts.memory(run)
     if memory:
-        parts.append(_table(["memory", ""], list(memory.items())))
+        parts.append(table(["memory", ""], list(memory.items())))
     versions = run.record.get("versions")
     if isinstance(versions, dict):
-        parts.append(_table(["version", ""], [[str(k), str(v)] for k, v in versions.items()]))
+        parts.append(table(["version", ""], [[str(k), str(v)] for k, v in versions.items()]))
     if len(parts) == 1:
         return []
     commands = facts.commands(run)
     if commands:
         parts.append("To do it again, with this folder as RUN (recipe.yaml has every option):")
-        parts.append("```sh\n" + "\n".join(commands) + "\n```")
+        parts.append(code("\n".join(commands), "sh"))
     return parts
 
 
@@ -119,11 +118,11 @@ def _use(run: Run) -> str:
             'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")',
         )
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return code("\n".join(lines), "python")
 
 
 def _pictures(pictures: Iterable[Picture]) -> str:
-    return "\n".join(f"![{_plain(one.title)}](plots/{one.name}.png)" for one in pictures)
+    return "\n".join(f"![{plain(one.title)}](plots/{one.name}.png)" for one in pictures)
 
 
 def _sample(sample: dict) -> str:
@@ -133,14 +132,3 @@ def _sample(sample: dict) -> str:
         for label, key in (("Question", "prompt"), ("Before", "before"), ("After", "after"))
     )
     return f"<div>\n{rows}</div>"
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    plain = [line if line[0] == "---" else [_plain(str(one)) for one in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in plain)
-
-
-def _plain(text: str) -> str:
-    """A text on one line in which Markdown and HTML find nothing to interpret."""
-    return re.sub(r"([\\`*_\[\]#|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))

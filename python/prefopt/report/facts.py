@@ -28,6 +28,7 @@ LORA = {
 }
 COUNT_NAMES = {
     "rows": "rows used",
+    "format": "form of the rows",
     "bad": "bad rows skipped",
     "truncated": "answers cut at max_length",
     "groups": "different prompts",

@@ -1,7 +1,5 @@
 """Everything a report consists of, written so that no reader ever meets half a file."""
 
-import csv
-import io
 from pathlib import Path
 
 from prefopt.files import write_whole
@@ -9,6 +7,7 @@ from prefopt.report.card import card
 from prefopt.report.charts import draw_suite
 from prefopt.report.edited import keep_if_edited, marked
 from prefopt.report.figures import placed
+from prefopt.report.markdown import csv_text
 from prefopt.report.page import page
 from prefopt.report.plots import draw, drawable
 from prefopt.report.read import Run, read_run
@@ -58,10 +57,4 @@ def _evaluations(run: Run) -> str:
     """A row for each evaluation: its step, then every eval_ metric that was ever logged; empty without evaluations."""
     logs = [log for log in run.logs if any(key.startswith("eval_") for key in log)]
     keys = sorted({key for log in logs for key in log if key.startswith("eval_")})
-    table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ["step", "epoch", *keys], extrasaction="ignore", lineterminator="\n"
-    )
-    writer.writeheader()
-    writer.writerows(logs)
-    return table.getvalue() if logs else ""
+    return csv_text(["step", "epoch", *keys], logs) if logs else ""

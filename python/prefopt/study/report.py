@@ -7,6 +7,7 @@ from pathlib import Path
 from prefopt.files import write_whole
 from prefopt.report.figures import Picture, for_page
 from prefopt.report.html import document, section, text
+from prefopt.report.markdown import plain, table
 from prefopt.study.findings import find
 from prefopt.study.grid import Config
 from prefopt.study.plots import draw_all, label
@@ -52,14 +53,13 @@ def write_report(out: Path) -> Path:
 
 def markdown(rows: list[dict]) -> str:
     """The answers alone, to be read where Markdown is shown."""
-    lines = ["# " + TITLE, find(rows).verdict]
+    lines = ["# " + TITLE, plain(find(rows).verdict)]
     for part in sections(rows):
-        lines += ["## " + part.title, *part.sentences]
-        for table in part.tables:
-            grid = [table.head, ["---"] * len(table.head), *table.body]
-            lines += [table.caption, "\n".join(f"| {' | '.join(line)} |" for line in grid)]
+        lines += ["## " + part.title, *map(plain, part.sentences)]
+        for one in part.tables:
+            lines += [plain(one.caption), table(one.head, one.body)]
     lines += ["## Definitions", "\n".join(f"- {one}" for one in DEFINITIONS), SCALE]
-    lines += ["## Runs and versions", "\n".join(f"- {one}" for one in _origin(rows))]
+    lines += ["## Runs and versions", "\n".join(f"- {plain(one)}" for one in _origin(rows))]
     return "\n\n".join(lines) + "\n"
 
 

@@ -1,11 +1,10 @@
 """From rows to shares of unstable runs with their intervals, and medians."""
 
-import csv
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 
+from prefopt.report.markdown import csv_text
 from prefopt.report.statistics import mean_interval, wilson
 from prefopt.study.grid import Config
 
@@ -100,17 +99,16 @@ def paired(
 
 def as_csv(rows: Iterable[dict]) -> str:
     """A line for each configuration: its columns, runs, outcomes, share with interval, medians."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
+    head = (
         "form components precision learning_rate changes runs unstable not_finite spike collapse share low high "
         "median_accuracy median_margin".split()
     )
+    lines = []
     order = sorted(by_config(rows).items(), key=lambda item: str(item[0].fields()))
     for config, some in order:
         cell = cell_of(some)
         low, high = cell.unstable.interval
-        writer.writerow(
+        lines.append(
             [
                 *config.fields().values(),
                 cell.unstable.n,
@@ -121,7 +119,7 @@ def as_csv(rows: Iterable[dict]) -> str:
                 f"{cell.margin:.4f}",
             ]
         )
-    return out.getvalue()
+    return csv_text(head, lines)
 
 
 def _percent(share: float) -> str:

@@ -21,6 +21,18 @@ def describe(
     args, model, head = trainer.args, trainer.model, trainer.head
     if args.spec.data == RATED:
         _observe_labels(trainer.diagnostics, args, train.tokenized.counts)
+    if not train.tokenized.conversational and getattr(
+        trainer.processing_class, "chat_template", None
+    ):
+        trainer.diagnostics.add(
+            "text_beside_template",
+            0,
+            "The training rows are plain text and are trained on as they are, but the tokenizer has a chat template, "
+            "which is not used",
+            "Either keep to text when the model generates, as `prefopt chat` and `prefopt eval` do for this run, or set "
+            "data.as_chat: true (in python load_rows(..., as_chat=True)), which makes a user turn of each prompt and an "
+            "assistant turn of each completion",
+        )
     text = model.config.get_text_config()
     if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):
         trainer.diagnostics.add(

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import BadRow, LoadedRows, Tokenized, load_rows, tokenize_rows
 from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
+from prefopt.data.rows import CHAT, TEXT
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import ANSWERS, PAIRS
 
@@ -39,9 +40,10 @@ class Prepared:
     bad: list[BadRow]
 
     def summary(self) -> dict:
-        """Counts and fingerprint, JSON-ready."""
+        """Counts, fingerprint and the form of the rows, JSON-ready."""
         return {
             "fingerprint": self.tokenized.fingerprint,
+            "format": CHAT if self.tokenized.conversational else TEXT,
             **self.tokenized.counts,
             "bad": len(self.bad),
         }

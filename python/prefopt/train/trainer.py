@@ -34,6 +34,7 @@ from prefopt.train.reference import AdapterOff, NoReference, choose_reference
 from prefopt.train.run_folder import RunFolder
 from prefopt.train.scoring import PackingCollator, Scores, score, to_device
 from prefopt.train.spread import Spread
+from prefopt.train.vocabulary import check_token_ids
 from prefopt.train.window import drop_repeats, share_out
 from prefopt_kernels.integrations.transformers import check_lm_head, lm_head_of
 
@@ -118,6 +119,8 @@ class PreferenceTrainer(RecordedTrainer):
         fresh_adapter: bool,
     ) -> None:
         pad_token_id = prepare.pad_token_id(processing_class, model)
+        models = [model] if ref_model is None else [model, ref_model]
+        check_token_ids(models, processing_class, [train, *evals.values()], pad_token_id)
         self._row_collator = PackingCollator(
             PreferenceCollator(pad_token_id, max_length=args.max_length)
         )
@@ -420,6 +423,7 @@ class PreferenceTrainer(RecordedTrainer):
 
     def _prepared_later(self, data: object, name: str) -> Dataset:
         rows = prepare_rows(data, self.processing_class, self.args, name)
+        check_token_ids([self.model], self.processing_class, [rows])
         return self._scored(rows, self.args.per_device_eval_batch_size)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import jinja2
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from prefopt.data.template import TemplateError, render
 from prefopt.recipe.load import RecipeError
 from prefopt.use.load import (
     check_length,
@@ -65,7 +65,9 @@ class Conversation:
         generation: dict[str, Any] | None = None,
     ):
         if system is not None and not tokenizer.chat_template:
-            raise RecipeError("--system is given, but the run's tokenizer has no chat template")
+            raise RecipeError(
+                "--system is given, but the run has no chat template, or was trained on plain text without it"
+            )
         self.model, self.tokenizer = model, tokenizer
         self.template_kwargs = template_kwargs or {}
         self.generation = {
@@ -105,15 +107,13 @@ class Conversation:
         """(1, L) int64"""
         if not self.tokenizer.chat_template:
             return self.tokenizer(text, return_tensors="pt")["input_ids"]
+        messages = [*self.system, *turns]
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                [*self.system, *turns],
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.template_kwargs,
+            rendered = render(
+                self.tokenizer, messages, self.template_kwargs, add_generation_prompt=True
             )
-        except jinja2.TemplateError as error:
-            raise RecipeError(f"the run's chat template refuses this: {error}") from None
+        except TemplateError as error:
+            raise RecipeError(str(error)) from None
         return self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
@@ -159,7 +159,10 @@ def chat(
     found = find_run(run, base)
     tokenizer = load_tokenizer(found)
     model = load_model(found, quantization=quantization, device=device)
-    if not tokenizer.chat_template:
+    if found.trained_on_text:
+        tokenizer.chat_template = None  # it was not used in training
+        print("trained on plain text: each line is text that the model continues", file=sys.stderr)
+    elif not tokenizer.chat_template:
         print("no chat template: each line is text that the model goes on with", file=sys.stderr)
     conversation = Conversation(
         model,

@@ -1,7 +1,5 @@
 """Which of a few answers a run would give: the likelihood of each label under the model, and no parsing of what it writes."""
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Encode
 from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
+from prefopt.report.markdown import csv_text
 from prefopt.use.load import (
     Source,
     check_length,
@@ -75,7 +74,7 @@ def classify(
         labels: at least two; the different desirable answers of the run's training rows if not given.
         out: .csv file to write.
         ask: put around each text; ``{text}`` stands for it.
-        plain: leave a text as it is; otherwise it becomes a user's message where the run has a chat template.
+        plain: leave a text as it is; otherwise it becomes a user's message where the run was trained with a chat template.
         split: of a folder or hub dataset.
         base: base model, instead of the one that the adapter names.
         quantization: of the base's weights, "nf4" or "none"; as in training if not given.
@@ -99,7 +98,7 @@ def classify(
     device = choose_device(device)
     source = find_run(run, base)
     tokenizer = load_tokenizer(source)
-    chat = bool(tokenizer.chat_template) and not plain
+    chat = bool(tokenizer.chat_template) and not plain and not source.trained_on_text
     questions = read_questions(file, split, ask, chat)
     names = _labels(source) if labels is None else _checked(labels)
     model = load_model(source, quantization=quantization, device=device)
@@ -207,7 +206,11 @@ def _labels(source: Source) -> list[str]:
         raise RecipeError(f"{source.folder} has no recipe that says its training rows; {remedy}")
     try:
         loaded = load_rows(
-            path, on_bad_row="skip", split=split, revision=source.data.get("revision")
+            path,
+            on_bad_row="skip",
+            split=split,
+            revision=source.data.get("revision"),
+            **source.row_options,
         )
     except DataError as error:
         raise RecipeError(f"the run's labels cannot be read: {error}; {remedy}") from None
@@ -235,11 +238,8 @@ def _checked(labels: Sequence[str]) -> list[str]:
 
 def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor) -> str:
     """CSV with a row for each question."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)]
-    )
+    head = ["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)]
+    rows = []
     probabilities = scores.double().softmax(1)  # (questions, labels)
     for question, best, logps, shares in zip(
         questions,
@@ -248,7 +248,7 @@ def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor)
         probabilities.tolist(),
         strict=True,
     ):
-        writer.writerow(
+        rows.append(
             [
                 question.line,
                 labels[best],
@@ -257,4 +257,4 @@ def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor)
                 *(f"{logp:.4f}" for logp in logps),
             ]
         )
-    return text.getvalue()
+    return csv_text(head, rows)

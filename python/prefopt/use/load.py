@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -19,6 +18,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.command_line import QUANTIZATIONS, WHOLE
+from prefopt.data.rows import TEXT
+from prefopt.data.template import TemplateError, render
 from prefopt.errors import UserError
 from prefopt.failure import first_line
 from prefopt.four_bits import (
@@ -50,6 +51,17 @@ class Source:
     dtype: str = "auto"  # that of training
     template_kwargs: dict = field(default_factory=dict)  # of the chat template, as in training
     recipe: dict = field(default_factory=dict)  # recipe.yaml, its paths as they are now
+    record: dict = field(default_factory=dict)  # run.json, as it is
+
+    @property
+    def row_options(self) -> dict:
+        """Arguments of ``load_rows`` that read rows as the run's own were read."""
+        return {"label_map": self.data.get("label_map"), "as_chat": bool(self.data.get("as_chat"))}
+
+    @property
+    def trained_on_text(self) -> bool:
+        """Whether the rows were plain text; a run that does not record it may have had chat messages."""
+        return trained_format(self.record) == TEXT
 
     @property
     def data(self) -> dict:
@@ -105,6 +117,7 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
         "dtype": model["dtype"] if isinstance(model.get("dtype"), str) else "auto",
         "template_kwargs": kwargs if isinstance(kwargs, dict) else {},
         "recipe": recipe,
+        "record": _record(folder),
     }
     if (folder / ADAPTER_CONFIG).is_file():
         adapter = read_object(folder / ADAPTER_CONFIG)
@@ -238,15 +251,11 @@ def end_of_turn(
     if not tokenizer.chat_template:
         return None
     mark = "ANSWER"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}],
-            tokenize=False,
-            **(template_kwargs or {}),
-        )
-    except jinja2.TemplateError as error:
-        where = tokenizer.name_or_path
-        raise RecipeError(f"the chat template of {where} cannot be used: {error}") from None
+        text = render(tokenizer, messages, template_kwargs)
+    except TemplateError as error:
+        raise RecipeError(str(error)) from None
     behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     special = {
         token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
@@ -332,11 +341,30 @@ def base_of(adapter: dict, stored: dict, home: Path) -> str | None:
     return path_from(named, section(stored, "training").get("output_dir"), home) if named else None
 
 
+def _run_folders(folder: Path) -> list[Path]:
+    """The folder, and the run that it is a checkpoint of."""
+    return [folder, folder.absolute().parent] if folder.name.startswith("checkpoint-") else [folder]
+
+
+def _record(folder: Path) -> dict:
+    """run.json of the folder, or of the run that the folder is a checkpoint of; {} if there is none."""
+    path = next(
+        (one for place in _run_folders(folder) if (one := place / "run.json").is_file()), None
+    )
+    try:
+        return {} if path is None else read_object(path)
+    except RecipeError:  # a broken file costs what it records, and not the model beside it
+        return {}
+
+
+def trained_format(record: dict) -> str | None:
+    """The form of a run's training rows, CHAT or TEXT, from its run.json; None where it is not recorded."""
+    return section(section(record, "data"), "train").get("format")
+
+
 def stored_recipe(folder: Path) -> tuple[dict, Path]:
     """recipe.yaml of the folder, or of the run that the folder is a checkpoint of, and its folder; {} if there is none."""
-    for place in (folder, folder.absolute().parent):
-        if place != folder and not folder.name.startswith("checkpoint-"):
-            break
+    for place in _run_folders(folder):
         try:
             content = read_yaml(place / RECIPE_NAME)
         except FileNotFoundError:

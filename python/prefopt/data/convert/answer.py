@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from prefopt.data.rows import RowError, Text, rated_rows, utf8
+from prefopt.data.rows import RowError, Text, rated_rows, show
 
 
 class Answer(NamedTuple):
@@ -78,8 +78,7 @@ def text_of(raw: Mapping[str, Any], name: str) -> str:
     """A field that must hold text."""
     value = raw.get(name)
     if not isinstance(value, str):
-        raise RowError(f"{name} is {_show(value)}; expected text")
-    utf8(value, name)
+        raise RowError(f"{name} is {show(value)}; expected text")
     return value
 
 
@@ -87,10 +86,5 @@ def number_of(raw: Mapping[str, Any], name: str) -> float:
     """A field that must hold a number."""
     value = raw.get(name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise RowError(f"{name} is {_show(value)}; expected a number")
+        raise RowError(f"{name} is {show(value)}; expected a number")
     return value
-
-
-def _show(value: Any) -> str:
-    shown = "missing" if value is None else repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Outcomes, Raws, each, user
-from prefopt.data.rows import group_of, rated_rows
+from prefopt.data.convert.answer import Answer, Outcomes, Raws, each
+from prefopt.data.rows import as_messages, group_of, rated_rows
 
 
 def convert(raws: Raws, *, messages: bool = False) -> Outcomes:
@@ -19,12 +19,12 @@ def convert(raws: Raws, *, messages: bool = False) -> Outcomes:
 
 def _answers(raw: Mapping[str, Any], messages: bool) -> list[Answer]:
     answers = []
-    for prompt, completion, label in rated_rows(raw):
+    for row in rated_rows(raw):
+        prompt, completion, label = row
         key = group_of(raw, prompt)
         given = raw.get("group")
         group = f"{key:016x}" if given is None else str(given)
-        if messages and isinstance(prompt, str):
-            prompt = [user(prompt.strip())]
-            completion = [{"role": "assistant", "content": completion.strip()}]
+        if messages:
+            prompt, completion, label = as_messages(row)
         answers.append(Answer(prompt, completion, label, group))
     return answers

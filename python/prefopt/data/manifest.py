@@ -1,0 +1,96 @@
+"""manifest.json of a folder that `prefopt data build` wrote: checked before anything in it is used."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefopt.data.rows import DataError, show
+from prefopt.data.write import file_digest
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+NAMES = {str: "text", int: "a whole number", dict: "an object", list: "a list", type(None): "null"}
+FIELDS = {"fingerprint": (str,), "splits": (dict,), "sources": (list,), "arguments": (dict,)}
+SPLIT_FIELDS = {"file": (str,), "rows": (int,), "sha256": (str,)}
+SOURCE_FIELDS = {
+    "name": (str,),
+    "kind": (str,),
+    "path": (str,),
+    "split": (str, type(None)),
+    "revision": (str, type(None)),
+    "rows": (int,),
+    "sha256_of_file": (str, type(None)),
+}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder that `prefopt data build` wrote, with every field that is used of the right type.
+
+    Raises:
+        DataError: the folder has none, or it is not what `prefopt data build` writes.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
+            f"wrote (this one has no {MANIFEST})"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not what `prefopt data build` writes (format {FORMAT})")
+    _check(manifest, FIELDS, path, "")
+    for name, split in manifest["splits"].items():
+        _check(split, SPLIT_FIELDS, path, f"splits.{name:.40}")
+        _check_file(split["file"], folder, path, f"splits.{name:.40}.file")
+    for number, source in enumerate(manifest["sources"]):
+        _check(source, SOURCE_FIELDS, path, f"sources[{number}]")
+    return manifest
+
+
+def split_file(folder: Path, split: str, *, verify: bool = True) -> Path:
+    """The file of one split in a folder that `prefopt data build` wrote.
+
+    Args:
+        folder: the folder.
+        split: its name.
+        verify: compare the file's SHA-256 with that of the manifest.
+
+    Raises:
+        DataError: there is no such split or file, or the file is not the one that was built.
+    """
+    splits = read_manifest(folder)["splits"]
+    if split not in splits:
+        raise DataError(f"{folder} has no split {split!r}; it has {', '.join(splits)}")
+    path = folder / splits[split]["file"]
+    if not path.is_file():
+        raise DataError(f"there is no file {path}, which {folder / MANIFEST} names")
+    if verify and file_digest(path)[0] != splits[split]["sha256"]:
+        raise DataError(
+            f"{path} was changed after it was built: its SHA-256 is not the one in {MANIFEST}; build the folder again"
+        )
+    return path
+
+
+def _check(value: Any, fields: Mapping[str, tuple[type, ...]], path: Path, where: str) -> None:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {where} is {show(value)}; expected an object")
+    for name, kinds in fields.items():
+        given = value.get(name)
+        if not isinstance(given, kinds) or isinstance(given, bool):
+            expected = " or ".join(NAMES[kind] for kind in kinds)
+            place = f"{where}.{name}" if where else name
+            raise DataError(f"{path}: {place} is {show(given)}; expected {expected}")
+
+
+def _check_file(name: str, folder: Path, path: Path, where: str) -> None:
+    """A manifest may come from elsewhere: what it names is read only inside its own folder."""
+    plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
+    if not plain or (folder / name).resolve().parent != folder.resolve():
+        raise DataError(
+            f"{path}: {where} is {show(name)}; expected the name of a file in the same folder, and not a link out of it"
+        )
