@@ -232,12 +232,12 @@ def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
 
 def stop_after(recipe, step):
     """Run a recipe up to a checkpoint, as if the power had gone there."""
-    from transformers import Trainer
+    from prefopt.train import PreferenceTrainer
 
     class Gone(Exception):
         pass
 
-    original = Trainer._save_checkpoint
+    original = PreferenceTrainer._save_checkpoint
 
     def save(self, *args, **kwargs):
         original(self, *args, **kwargs)
@@ -245,7 +245,7 @@ def stop_after(recipe, step):
             raise Gone
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Gone):
-        patch.setattr(Trainer, "_save_checkpoint", save)
+        patch.setattr(PreferenceTrainer, "_save_checkpoint", save)
         run_recipe(recipe)
 
 

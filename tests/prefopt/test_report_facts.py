@@ -17,6 +17,7 @@ from prefopt.report.facts import (
     memory,
     model_settings,
     other_settings,
+    resumes,
     shown,
 )
 from prefopt.report.read import Run, read_run
@@ -46,6 +47,18 @@ def test_rows_in_a_step_are_those_of_all_processes():
     config = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "max_steps": -1}
     found = main_settings(Run(Path("run"), record={"config": config, "world_size": 4}))
     assert found["rows or pairs in an optimizer step"] == 64 and "max_steps" not in found
+
+
+def test_resumes_with_what_they_changed():
+    rows = [
+        {"at": "2026-01-02T03:04:05+00:00", "from_step": 0, "checkpoint": None, "changed": {}},
+        {"at": "2026-01-02T04:04:05+00:00", "from_step": 4, "changed": {"training.max_steps": [4, 6]}},
+    ]  # fmt: skip
+    assert resumes(Run(Path("run"), record={"resumes": rows})) == [
+        ["2026-01-02T03:04:05+00:00", "0", "nothing"],
+        ["2026-01-02T04:04:05+00:00", "4", "training.max_steps: 4 to 6"],
+    ]
+    assert resumes(Run(Path("run"))) == []
 
 
 def test_model_and_adapter_without_a_local_path():

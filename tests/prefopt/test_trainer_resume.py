@@ -104,6 +104,7 @@ def test_defect_08_a_checkpoint_of_the_model_alone_keeps_the_counters(world, tmp
     state = json.loads((checkpoint / "prefopt_state.json").read_text(encoding="utf-8"))
     assert set(state) == {
         "num_tokens",
+        "loss_sum",
         "sums",
         "reference_point",
         "baselines",

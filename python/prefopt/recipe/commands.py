@@ -57,6 +57,9 @@ def add_train_command(commands: Any) -> None:
         help="try the recipe on a tiny model and embedded rows, without network, in under a minute",
     )
     train.add_argument(
-        "--resume", action="store_true", help="go on from the run folder's last checkpoint"
+        "--resume",
+        action="store_true",
+        help="continue the run in the run folder from its newest whole checkpoint; the recipe must be the same but for "
+        "budget, logging, saving and evaluation",
     )
     add_options(train)

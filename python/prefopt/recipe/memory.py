@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,14 +43,18 @@ def measured(folder: Path, device: torch.device, writes: bool) -> Iterator[None]
         print(f"memory before training: {_shown(found, 'before')}", flush=True)
     try:
         yield
-    finally:  # of a run that was stopped, too
-        found |= probe.after()
-        if writes:
-            print(
-                f"memory at its peak: {_shown(found, 'peak')}; after: {_shown(found, 'after')}",
-                flush=True,
-            )
-            write_whole(folder / NAME, json.dumps(found, indent=2) + "\n")
+    except BaseException:
+        with suppress(OSError):  # of a full disk: the error that stopped the run says more
+            _keep(found | probe.after(), folder, writes)
+        raise
+    _keep(found | probe.after(), folder, writes)
+
+
+def _keep(found: dict, folder: Path, writes: bool) -> None:
+    if writes:
+        peak, after = _shown(found, "peak"), _shown(found, "after")
+        print(f"memory at its peak: {peak}; after: {after}", flush=True)
+        write_whole(folder / NAME, json.dumps(found, indent=2) + "\n")
 
 
 class _OnGPU:

@@ -80,10 +80,15 @@ def with_plan(recipe: Recipe) -> Recipe:
     else:
         print(f"data: building {data.plan} into {folder}", flush=True)
         print(build(plan, folder).table, flush=True)
+    return with_validation(recipe)
+
+
+def with_validation(recipe: Recipe) -> Recipe:
+    """The recipe, evaluated on its plan's validation split where it names no other rows."""
     if not _validates(recipe):
         return recipe
-    found = dataclasses.replace(data, eval_path=data.path, eval_split=VALIDATION)
-    return dataclasses.replace(recipe, data=found)
+    data = dataclasses.replace(recipe.data, eval_path=recipe.data.path, eval_split=VALIDATION)
+    return dataclasses.replace(recipe, data=data)
 
 
 def _refuse_outdated(folder: Path, plan: Plan, name: str) -> None:

@@ -10,14 +10,13 @@ from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data import DataError, Tokenized
 from prefopt.data.labels import label_table
 from prefopt.errors import UserError
 from prefopt.failure import first_line, traceback_in
 from prefopt.files import write_whole
-from prefopt.folder_lock import is_unused, only_writer
+from prefopt.folder_lock import only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.error import RecipeError
@@ -32,8 +31,9 @@ from prefopt.recipe.models import (
     quantize_for,
 )
 from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
-from prefopt.recipe.rows import has_eval, load_data, with_plan
-from prefopt.recipe.schema import SECTIONS, Recipe, options_of
+from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
+from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
+from prefopt.recipe.schema import Recipe, options_of
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.read import read_run
@@ -53,13 +53,15 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
 
     Args:
         recipe: from ``load_recipe`` or ``make_recipe``.
-        resume: go on from the last checkpoint in the run folder, if it has one.
+        resume: continue the run in the run folder from its newest whole checkpoint. A finished run is left as it is.
 
     Returns:
         The run folder, with the model or adapter, metrics, report and card.
 
     Raises:
-        RecipeError: options that cannot be combined, a run folder in use, a model that cannot be loaded.
+        RecipeError: options that cannot be combined, a run folder in use, a run of another recipe or of other rows, a
+            model that cannot be loaded.
+        CheckpointError: the run folder has checkpoints, and none of them is whole.
         DataError: rows that cannot be trained on.
     """
     config = preference_config(recipe)
@@ -73,12 +75,21 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
 
 
 def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -> Path:
-    checkpoint = _checkpoint(recipe, folder, resume)
+    previous = _previous(recipe, config, folder, resume)
+    step = previous and previous.finished_at(recipe.training)
+    if step is not None:
+        logger.warning("%s: training is finished (step %d); nothing is changed", folder, step)
+        return folder
     tokenizer = load_tokenizer(recipe)
     with config.main_process_first(local=False, desc="data"):  # the others read what it has built
         recipe = with_plan(recipe)
     train, held_out = load_data(recipe, tokenizer)
     trainer = make_trainer(recipe, config, tokenizer, train, held_out)
+    checkpoint = None
+    if previous is not None:
+        previous.refuse_other_rows(trainer.run_folder.record, recipe.name)
+        checkpoint = trainer.verified(previous.has_checkpoint or None)
+        trainer.run_folder.changes = previous.changes
     if trainer.is_world_process_zero():
         write_recipe(recipe, config, folder)
     with traceback_in(folder):
@@ -94,6 +105,7 @@ def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -
         if trainer.is_world_process_zero():
             write_report(folder)
             print("\n".join(closing(read_run(folder))), flush=True)
+    trainer.run_folder.update(complete=True)
     return folder
 
 
@@ -167,16 +179,9 @@ def _culprit(options: dict[str, Any]) -> str | None:
 
 def write_recipe(recipe: Recipe, config: PreferenceConfig, folder: Path) -> Path:
     """Write the recipe that repeats the run: every option spelled out, local paths absolute, secrets left out."""
-    sections = {name: getattr(recipe, name) for name in SECTIONS}
-    content = {
-        name: None if one is None else dataclasses.asdict(one) for name, one in sections.items()
-    }
-    # Where null stood for the method's default, that; what is still null has no place in the method.
-    content["loss"] = {name: getattr(config, name) for name in content["loss"]}
-    content["training"]["sampler"] = config.sampler
+    content = _spelled_out(recipe, config)
     path = folder / RECIPE_NAME
     head = "".join(f"# {line}\n" for note in recipe.notes for line in note.splitlines())
-    content = absolute_paths(redacted(content))
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     write_whole(path, head + text)
     return path
@@ -227,17 +232,30 @@ def make_trainer(
         raise RecipeError(f"{recipe.name}: {error}") from error
 
 
-def _checkpoint(recipe: Recipe, folder: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from; a folder in use is refused unless it is to be resumed."""
-    # The other processes of a distributed run may find what the first has already written.
-    if _is_first() and not is_unused(folder) and not resume:
-        raise RecipeError(
-            f"{recipe.name}: training.output_dir {folder} has files in it; choose another, or go on with --resume"
-        )
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.exists() else None
-    if resume and checkpoint is None:
+def _spelled_out(recipe: Recipe, config: PreferenceConfig) -> dict:
+    """The sections as they are stored.
+
+    Where null stood for the method's default, that is in its place; what is still null has no place in the method.
+    """
+    content = sections_of(recipe)
+    content["loss"] = {name: getattr(config, name) for name in content["loss"]}
+    content["training"]["sampler"] = config.sampler
+    return absolute_paths(redacted(content))
+
+
+def _previous(
+    recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool
+) -> Previous | None:
+    """The run to continue; a folder in use is refused unless it is to be resumed."""
+    if not resume:
+        # The other processes of a distributed run may find what the first has already written.
+        if _is_first():
+            refuse_used(recipe, folder)
+        return None
+    previous = previous_run(recipe, _spelled_out(with_validation(recipe), config), folder)
+    if previous is None or not previous.has_checkpoint:
         logger.warning("%s has no checkpoint; training starts at the beginning", folder)
-    return checkpoint
+    return previous
 
 
 def _is_first() -> bool:

@@ -1,5 +1,6 @@
 """What a reader needs to repeat a run: its settings, its data, its memory and its commands, for page and card alike."""
 
+import json
 import math
 import re
 import shlex
@@ -105,6 +106,24 @@ def built_from(run: Run) -> list[dict[str, Any]]:
         }
         for source in (sources if isinstance(sources, list) else [])
         if isinstance(source, dict)
+    ]
+
+
+def resumes(run: Run) -> list[list[str]]:
+    """When a run was resumed, from which step, and which options changed; one line for each time."""
+    rows = run.record.get("resumes")
+    return [
+        [
+            str(row.get("at", "")),
+            shown(row.get("from_step", "")),
+            ", ".join(
+                f"{key}: {json.dumps(before)} to {json.dumps(now)}"
+                for key, (before, now) in _dict(row.get("changed")).items()
+            )
+            or "nothing",
+        ]
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
     ]
 
 

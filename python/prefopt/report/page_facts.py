@@ -47,6 +47,10 @@ def settings(run: Run) -> str:
     rest = facts.other_settings(run)
     if rest:
         parts.append(fold("All other settings", mapping(rest)))
+    resumes = facts.resumes(run)
+    if resumes:
+        parts.append("<p>Training was resumed:</p>")
+        parts.append(grid(["when (UTC)", "from step", "options changed"], resumes))
     commands = facts.commands(run)
     if commands:
         parts.append("<p>To do it again, with this folder as RUN:</p>")

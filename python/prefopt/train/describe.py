@@ -11,7 +11,7 @@ from prefopt.train.recorded import RecordedTrainer
 def describe(
     trainer: RecordedTrainer, reference_kind: str, train: Prepared, evals: dict[str, Prepared]
 ) -> None:
-    """Look at data and model, and write the first run.json.
+    """Look at data and model, and note what run.json will say of them.
 
     Args:
         trainer: built.
@@ -42,8 +42,8 @@ def describe(
             "Freeze the router, for example by training an adapter on the attention layers",
         )
     parameters = list(model.parameters())
-    trainer.run_folder.bad_rows(row for rows in [train, *evals.values()] for row in rows.bad)
-    trainer.run_folder.update(
+    trainer.run_folder.describe(
+        [row for rows in [train, *evals.values()] for row in rows.bad],
         status="prepared",
         method=args.method,
         config=args.to_dict(),

@@ -3,15 +3,18 @@
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt.train.baselines import BaselineEstimators
+from prefopt.train.checkpoint import CheckpointError, ResumableTrainer
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.finite import FiniteWatch
 from prefopt.train.metrics import MetricSums, quotients
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "prefopt_state.json"
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer(ResumableTrainer):
     """The part of the trainer that does not compute. The subclass sets these before ``_reset_state``:"""
 
     objective: Objective
@@ -39,6 +42,7 @@ class RecordedTrainer(Trainer):
         self._sums = {mode: MetricSums(device) for mode in ("train", "eval")}
         self._watch = FiniteWatch(self.args.output_dir)
         self._num_tokens = 0
+        self._loss_sum: float | None = 0.0  # over steps, up to the last log
         self.diagnostics = Diagnostics(fades=self.args.spec.fades)
 
     # ---- logs ----
@@ -49,10 +53,16 @@ class RecordedTrainer(Trainer):
             sums = self._read_sums()
             self._sums["train"].reset()
             self._num_tokens += round(sums["num_tokens"])
+            if self._loss_sum is not None:
+                self._loss_sum += sums["loss"]
             metrics = quotients(sums, loss_count=sums["steps"], parts=self.objective.parts)
             logs.update(metrics, num_tokens=self._num_tokens)
             self.baselines.step(self.state.global_step, logs.get("rewards/margins"))
             self._diagnose(sums, logs)
+        elif "train_loss" in logs and self._loss_sum is not None:
+            # Trainer's is the mean of this call alone; a resumed run has steps before it.
+            total = self._loss_sum + self._read_sums()["loss"]
+            logs["train_loss"] = total / max(1, self.state.global_step)
         super().log(logs, start_time)
         self.run_folder.metrics({"step": self.state.global_step, **logs})
 
@@ -114,24 +124,18 @@ class RecordedTrainer(Trainer):
 
     # ---- checkpoints, resume ----
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        sums = self._read_sums()
-        folder = (
-            Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        )
+    def _checkpoint_files(self) -> dict[str, str]:
         kl = {} if self.mismatched is None else self.mismatched.estimator.state_dict()
         state = {
             "num_tokens": self._num_tokens,
-            "sums": sums,
+            "loss_sum": self._loss_sum,
+            "sums": self._read_sums(),
             "reference_point": {name: value.tolist() for name, value in kl.items()},
             "baselines": self.baselines.state_dict(),
             "diagnostics": self.diagnostics.state_dict(),
             "reference_fingerprint": self._reference_fingerprint,
         }
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        super()._save_checkpoint(model, trial)
+        return {STATE_NAME: json.dumps(state, indent=2) + "\n"}
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's; a model card that is there already stays as it is, where PEFT would write into it."""
@@ -162,25 +166,27 @@ class RecordedTrainer(Trainer):
         if self.mismatched is not None:
             self.mismatched.reset()
         if resume_from_checkpoint is not None:
-            self._load_state(Path(resume_from_checkpoint) / STATE_NAME)
+            self._load_state(Path(resume_from_checkpoint))
+            _log_new_schedule(_trainer_state(resume_from_checkpoint).max_steps, max_steps)
+            self.state.compute_steps(self.args, max_steps)  # or the checkpoint's cadence would stay
         self.diagnostics.max_steps = max_steps
         self.run_folder.start_metrics(self.state.global_step)
+        self.run_folder.update(
+            steps={"planned": max_steps, "per_epoch": num_update_steps_per_epoch, "done": None}
+        )
         return found
 
-    def _load_state(self, file: Path) -> None:
-        if not file.is_file():
+    def _load_state(self, checkpoint: Path) -> None:
+        state = _own_state(checkpoint)
+        if state is None:
             logger.warning(
-                "%s has no %s: num_tokens, metrics and estimates start anew", file.parent, file.name
+                "%s has no %s: num_tokens, metrics and estimates start from zero",
+                checkpoint,
+                STATE_NAME,
             )
             return
-        state = json.loads(file.read_text(encoding="utf-8"))
-        fingerprints = {state["reference_fingerprint"], self._reference_fingerprint} - {None}
-        if len(fingerprints) > 1:
-            raise ValueError(
-                f"the reference is not the one that {file.parent} was trained against (its weights differ); pass the "
-                "starting model as model, or the same ref_model: the checkpoint itself is loaded by Trainer"
-            )
         self._num_tokens = state["num_tokens"]
+        self._loss_sum = state.get("loss_sum")  # not in a checkpoint of an earlier version
         if self.is_world_process_zero():  # they are the sums of all ranks
             self._sums["train"].load(state["sums"])
         if self.mismatched is not None:
@@ -190,19 +196,62 @@ class RecordedTrainer(Trainer):
         self.baselines.load_state_dict(state["baselines"])
         self.diagnostics.load_state_dict(state["diagnostics"])
 
+    def verified(self, checkpoint: str | bool | None) -> str | None:
+        """As above; also refuses a checkpoint that was trained against another reference."""
+        path = super().verified(checkpoint)
+        state = (_own_state(Path(path)) if path is not None else None) or {}
+        known = {state.get("reference_fingerprint"), self._reference_fingerprint} - {None}
+        if len(known) > 1:
+            raise CheckpointError(
+                f"the reference is not the one that {path} was trained against (its weights differ); pass the "
+                "starting model as model, or the same ref_model: the checkpoint itself is loaded by Trainer"
+            )
+        return path
+
     # ---- run folder ----
 
-    def train(self, *args, **kwargs):
-        """Trainer's; run.json tells whether it is running, finished or stopped, and by what."""
-        self.run_folder.update(status="running", stopped_by=None)
-        status, reason = "stopped", "interrupted"
+    @contextmanager
+    def _training(self, checkpoint: str | None) -> Iterator[None]:
+        """Keep run.json up to date: running, finished, or stopped and by what."""
+        from_step = 0 if checkpoint is None else _trainer_state(checkpoint).global_step
+        self.run_folder.start(resumed_from=checkpoint, step=from_step)
         try:
-            result = super().train(*args, **kwargs)
-            status, reason = "finished", None
-            return result
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            yield
+        except BaseException as error:
+            known = isinstance(error, (RuntimeError, ValueError, OSError))
+            reason = f"{type(error).__name__}: {error}" if known else "interrupted"
+            try:
+                self._record_end("stopped", reason)
+            except OSError as full:  # the first error says more
+                logger.warning("run.json cannot be written: %s", full)
             raise
-        finally:
-            findings = self.diagnostics.state_dict()["findings"]
-            self.run_folder.update(status=status, stopped_by=reason, diagnostics=findings)
+        self._record_end("finished", None)
+
+    def _record_end(self, status: str, reason: str | None) -> None:
+        self.run_folder.update(
+            status=status,
+            stopped_by=reason,
+            diagnostics=self.diagnostics.state_dict()["findings"],
+            steps=self.run_folder.record.get("steps", {}) | {"done": self.state.global_step},
+        )
+
+
+def _own_state(checkpoint: Path) -> dict | None:
+    """What ``_checkpoint_files`` saved; None where it is missing."""
+    file = checkpoint / STATE_NAME
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _trainer_state(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def _log_new_schedule(before: int, now: int) -> None:
+    if before != now:
+        logger.warning(
+            "the run is now of %d steps instead of %d: from here on the learning rate follows the schedule of %d "
+            "steps, so the result differs from a run that was planned with them",
+            now,
+            before,
+            now,
+        )

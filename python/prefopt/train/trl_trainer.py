@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import KTOConfig, KTOTrainer
 
+from prefopt.train.checkpoint import ResumableTrainer
 from prefopt_kernels.integrations.trl import patch
 from prefopt_kernels.losses import apo_zero_loss, bco_loss, enhanced_kto_loss, kto_loss
 from prefopt_kernels.reference_point import MicrobatchKL, WindowKL, WindowShift
@@ -40,7 +40,7 @@ POSITION = "prefopt_window_position"
 STATE_NAME = "prefopt_shift.json"
 
 
-class FusedKTOTrainer(KTOTrainer):
+class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
     """``trl.KTOTrainer`` with fused log-probabilities, a window's reference point, and two more losses.
 
     ``KTOConfig(loss_type=...)`` may also be "enhanced_kto" (:func:`prefopt_kernels.losses.enhanced_kto_loss`) and "bco"
@@ -181,15 +181,11 @@ class FusedKTOTrainer(KTOTrainer):
         options = self.loss_options | ({} if shift is None else {"shift": shift})
         return enhanced_kto_loss(**rows, lengths=lengths, reference_point=z0, **weights, **options)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        """TRL's, and the shift beside it: a window with one class takes the last one."""
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        folder = Path(self._get_output_dir(trial)) / name
-        if self._needs_shift and self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"shift": float(self._shift.value)}
-            (folder / STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
-        super()._save_checkpoint(model, trial)
+    def _checkpoint_files(self) -> dict[str, str]:
+        """The shift: a window with one class takes the last one."""
+        if not self._needs_shift:
+            return {}
+        return {STATE_NAME: json.dumps({"shift": float(self._shift.value)}) + "\n"}
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
