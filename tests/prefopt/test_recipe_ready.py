@@ -136,7 +136,7 @@ def test_extra_options_have_the_types_of_training_arguments(content):
         adam_epsilon="1e-7",  # YAML reads it as text
         logging_strategy=False,  # and no as false
         lr_scheduler_kwargs={"num_cycles": 0.25},
-        accelerator_config={"even_batches": False},
+        accelerator_config={"non_blocking": True},
         dataloader_num_workers=2,
         dataloader_prefetch_factor=4,
     )
@@ -145,7 +145,7 @@ def test_extra_options_have_the_types_of_training_arguments(content):
     )
     assert config.adam_epsilon == 1e-7 and config.logging_strategy == "no"
     assert config.lr_scheduler_kwargs == {"num_cycles": 0.25}
-    assert config.accelerator_config.even_batches is False
+    assert config.accelerator_config.non_blocking is True
     assert (config.dataloader_num_workers, config.dataloader_prefetch_factor) == (2, 4)
 
 
