@@ -61,7 +61,7 @@ def test_a_wheel_that_was_made_without_torch_builds_its_kernels_once(tmp_path):
     first = run([sys.executable, "-c", code], tmp_path, PATH=path)
     assert first.stdout == "None first use\n"
     assert first.stderr.count("building the C++ kernels, once") == 1
-    second = run([sys.executable, "-c", code], tmp_path, CXX="no-such-compiler")
+    second = run([sys.executable, "-c", code], tmp_path)
     assert (second.stdout, second.stderr) == ("None first use\n", "")
 
 
