@@ -20,32 +20,19 @@ VERSION = re.search(
     re.MULTILINE,
 ).group(1)
 
+NEEDED = ["torch>=2.10", "ninja>=1.11", "setuptools>=77"]  # the last two build the kernels
 TRAIN = [
-    "transformers>=5,<6",
-    "peft>=0.18",
-    "datasets>=4",
-    "accelerate>=1.10",
-    "filelock>=3.20",
-    "huggingface_hub>=1",
-    "matplotlib>=3.11",
-    "psutil>=7",
-    "pyyaml>=6",
-    "safetensors>=0.6",
+    *("transformers>=5,<6", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "safetensors>=0.6"),
+    *("filelock>=3.20", "huggingface_hub>=1", "matplotlib>=3.11", "psutil>=7", "pyyaml>=6"),
 ]
 EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
 # Exactly this one: its task definitions are part of what a score means. Not in constraints.txt, for typepy, which it needs,
 # wants an older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
 TEST = [
-    *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8"),
-    "hypothesis>=6",
-    "trl==1.16.0",
-    "liger-kernel==0.8.5",
-    "kernels==0.17.2",
-    "pytorch-lightning>=2.6,<3",
-    "deepspeed==0.19.8",
-    *EXPORT,
-    *QUANT,
+    *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8", "hypothesis>=6"),
+    *("trl==1.16.0", "liger-kernel==0.8.5", "kernels==0.17.2", "deepspeed==0.19.8"),
+    *("pytorch-lightning>=2.6,<3", *EXPORT, *QUANT),
 ]
 DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
 EXTRAS = dict(train=TRAIN, export=EXPORT, quant=QUANT, eval=EVAL, test=TEST, dev=DEV)
@@ -136,11 +123,7 @@ def main() -> None:
         license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.10",
-        install_requires=[
-            "torch>=2.10",
-            "ninja>=1.11",
-            "setuptools>=77",
-        ],  # the last two build the kernels
+        install_requires=NEEDED,
         extras_require=EXTRAS,
         packages=[
             *find_packages(".", include=["prefopt_kernels*"]),

@@ -66,6 +66,7 @@ def test_a_wheel_that_was_made_without_torch_builds_its_kernels_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(_extension.why_not() is not None, reason=f"no kernels: {_extension.why_not()}")
 def test_an_sdist_is_complete_installs_and_passes_op_tests(tmp_path):
     tree = copy_of_the_tree(tmp_path)
     for name in ("tests", "benchmarks", "docs", "examples"):
@@ -84,17 +85,13 @@ def test_an_sdist_is_complete_installs_and_passes_op_tests(tmp_path):
     installed = run([*pip, "--target", str(site), str(sdist)], tmp_path, PREFOPT_BUILD="none")
     assert installed.returncode == 0, installed.stderr
     assert not list(site.rglob("_C_cpu*"))
-    library = _extension.library() if _extension.why_not() is None else None
-    if library is not None:  # what its first use would build, from the same sources
-        name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
-        (tmp_path / "cache" / name).mkdir(parents=True)
-        shutil.copy(library, tmp_path / "cache" / name / f"{name}.so")
-        built = run(INFO, tmp_path)
-        assert built.returncode == 0 and f"{name}.so (built" in built.stdout, built.stdout
+    # what its first use would build in minutes, if its sources are those of the checkout
+    name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
+    (tmp_path / "cache" / name).mkdir(parents=True)
+    shutil.copy(_extension.library(), tmp_path / "cache" / name / f"{name}.so")
     tests = [source / "tests" / "ops" / f"test_{op}.py" for op in OP_TESTS]
     options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={site} {source / 'tests'}"]
     ran = run([sys.executable, "-m", "pytest", *options, *tests], tmp_path)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout
-    where = "import prefopt_kernels, prefopt; print(prefopt_kernels.__file__, prefopt.__file__)"
-    found = run([sys.executable, "-c", where], tmp_path).stdout.split()
-    assert all(Path(path).is_relative_to(site) for path in found)
+    ended = run(INFO, tmp_path)
+    assert ended.returncode == 0 and str(tmp_path / "cache") in ended.stdout, ended.stdout

@@ -184,7 +184,7 @@ def test_every_pin_is_exact():
 
 def needed(setup_module) -> set[str]:
     """Every package that the extras pull in here, directly or not."""
-    todo = ["torch", "setuptools", "wheel", "ninja"]
+    todo = ["wheel", *setup_module.NEEDED]
     todo += [*setup_module.TRAIN, *setup_module.TEST, *setup_module.DEV]
     found: set[str] = set()
     while todo:
