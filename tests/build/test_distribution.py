@@ -16,7 +16,7 @@ from trees import ROOT, copy_of_the_tree, tree_with_stand_in
 needs_compiler = pytest.mark.skipif(
     _sources.why_not_compile() is not None, reason=f"cannot compile: {_sources.why_not_compile()}"
 )
-OP_TESTS = ("linear_logprob_threads", "sequence_loss_policy")
+OP_TESTS = ("linear_logprob_layouts.py::test_targets_of_both_dtypes", "sequence_loss_policy.py")
 INFO = [sys.executable, "-m", "prefopt_kernels.info", "--build"]
 
 
@@ -89,8 +89,16 @@ def test_an_sdist_is_complete_installs_and_passes_op_tests(tmp_path):
     name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
     (tmp_path / "cache" / name).mkdir(parents=True)
     shutil.copy(_extension.library(), tmp_path / "cache" / name / f"{name}.so")
-    tests = [source / "tests" / "ops" / f"test_{op}.py" for op in OP_TESTS]
-    options = ["-q", "-p", "no:cacheprovider", "-o", f"pythonpath={site} {source / 'tests'}"]
+    tests = [f"{source}/tests/ops/test_{name}" for name in OP_TESTS]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not triton",
+        "-o",
+        f"pythonpath={site} {source / 'tests'}",
+    ]
     ran = run([sys.executable, "-m", "pytest", *options, *tests], tmp_path)
     assert ran.returncode == 0 and " passed" in ran.stdout, ran.stdout
     ended = run(INFO, tmp_path)
