@@ -135,17 +135,7 @@ def make_run(
     base, run = folder / "base", folder / "run"
     tokenizer = make_split_tokenizer(split, base)
     make_base(arch, tokenizer, base, dtype, **changes)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
-    set_seed(1)
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(options | (lora or {}))))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=0.2)
-            elif "modules_to_save" in name:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(run)
+    model = adapt(base, run, lora or {})
     tokenizer.save_pretrained(run)
     RunFolder(run, active=True).update(method="kto", status="finished")
     content = {
@@ -155,13 +145,45 @@ def make_run(
         "training": {"output_dir": str(run)},
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return Run(run, base, model.eval(), tokenizer)
+    return Run(run, base, model, tokenizer)
+
+
+def adapt(base: Path, run: Path, lora: dict) -> PeftModel:
+    """Write an adapter whose values are all away from their start into ``run``; the base with it, in evaluation mode."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    set_seed(1)
+    with torch.no_grad():
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(options | lora)))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+            elif "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(run)
+    return model.eval()
 
 
 def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """(B, L, V) fp32"""
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits.float()
+
+
+def assert_same_function(
+    merged: torch.nn.Module, trained: torch.nn.Module, ids: torch.Tensor
+) -> None:
+    """The merged model errs as the trained one does in fp32, against fp64.
+
+    A merged weight is off by a rounding or two of fp32, as each product in the trained model is: the same size of error,
+    and some room for luck.
+    """
+    own = logits_of(trained, ids).double()
+    with torch.no_grad():
+        exact = trained.double()(input_ids=ids).logits
+        trained.float()  # as it was
+    own = (own - exact).abs().max()
+    assert (logits_of(merged, ids).double() - exact).abs().max() <= 8 * own < 1e-2
 
 
 def some_ids(tokenizer: PreTrainedTokenizerBase, rows: int = 3, length: int = 24) -> torch.Tensor:

@@ -1,23 +1,26 @@
 """Export: adapters with their base's name, merged weights that are the same function, folders that are whole or not there."""
 
 import copy
-import importlib.util
+import json
+from importlib.util import find_spec
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefopt.export.run as export
 from prefopt.cli import main
-from prefopt.export.merge import merged_model, separate_tied_head
+from prefopt.export.merge import merged_model
 from prefopt.export.run import export_run
 from prefopt.four_bits import refuse_broken_blocks
 from prefopt.recipe.load import RecipeError
 from prefopt.use.load import find_run, load_tokenizer
 from use_testing import (
     EOS,
+    assert_same_function,
     logits_of,
     make_base,
     make_run,
@@ -40,17 +43,6 @@ def exact_merge(run, name):
     up = adapter[f"base_model.model.{name}.lora_B.weight"].double()  # (out, r)
     config = read_json(run.folder / "adapter_config.json")
     return base[f"{name}.weight"].double() + config["lora_alpha"] / config["r"] * up @ down
-
-
-def assert_same_function(merged, trained, ids):
-    """The merged model errs as the trained one does in fp32, against fp64.
-
-    A merged weight is off by a rounding or two of fp32, as each product in the trained model is: the same size of error,
-    and some room for luck.
-    """
-    exact = copy.deepcopy(trained).double()(input_ids=ids).logits.detach()
-    own = (logits_of(trained, ids).double() - exact).abs().max()
-    assert (logits_of(merged, ids).double() - exact).abs().max() <= 8 * own < 1e-2
 
 
 def test_merged_weights_are_the_sum_and_need_no_adapter(run, tmp_path):
@@ -86,43 +78,19 @@ def test_dtype_is_the_bases_unless_another_is_named_and_the_merge_is_made_in_fp3
     assert read_json(wide / "export.json")["dtype"] == "float32"
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    ],
-    ids=["lora-on-head", "lora-on-embedding", "trained-head", "trained-embedding"],
-)
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_adapter_on_one_of_two_tied_matrices_leaves_the_other_alone(lora, tmp_path):
-    run = make_run(tmp_path, "qwen2", "gpt-2", tie_word_embeddings=True, lora=lora)
-    out = export_run(run.folder, "merged")
-    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    assert merged.config.tie_word_embeddings is False
-    trained = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(run.base, dtype=torch.float32), run.folder
-    )
-    assert_same_function(merged, trained, some_ids(run.tokenizer))
-    shared = load_file(run.base / "model.safetensors")["model.embed_tokens.weight"]
-    moved = [
-        not torch.equal(merged.get_input_embeddings().weight, shared),
-        not torch.equal(merged.get_output_embeddings().weight, shared),
-    ]
-    assert moved == ([True, False] if "embed_tokens" in str(lora) else [False, True])
+def test_a_run_on_four_bits_is_merged_into_whole_weights_with_a_note(run, tmp_path):
+    import shutil
 
-
-def test_tied_matrices_without_an_adapter_stay_tied(tmp_path):
-    run = make_run(tmp_path, "qwen2", "gpt-2", tie_word_embeddings=True)
-    model = copy.deepcopy(run.model)
-    separate_tied_head(model)
-    base = model.get_base_model()
-    assert base.get_input_embeddings().weight is base.get_output_embeddings().weight
-    out = export_run(run.folder, "merged")
-    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["model"]["quantization"] = "nf4"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    out = export_run(folder, "merged")
+    (note,) = read_json(out / "export.json")["notes"]
+    assert "trained on a base in nf4" in note
+    whole = load_file(export_run(run.folder, "merged", out=tmp_path / "out") / "model.safetensors")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_generation_stops_where_the_template_ends_a_turn(run, tmp_path):
@@ -135,12 +103,13 @@ def test_generation_stops_where_the_template_ends_a_turn(run, tmp_path):
     assert read_json(out / "generation_config.json")["eos_token_id"] == [0, end]
 
 
-def test_a_temperature_without_sampling_does_not_stop_an_export(tmp_path):
+def test_a_temperature_without_sampling_does_not_stop_an_export(tmp_path, caplog):
     """Published generation configs have one, and transformers refuses to save it again."""
     run = make_run(tmp_path, "llama", "gpt-2")
     (run.base / "generation_config.json").write_text('{"temperature": 0.6}', encoding="utf-8")
     made = read_json(export_run(run.folder, "merged") / "generation_config.json")
     assert made["temperature"] == 0.6 and made["do_sample"] is True
+    assert "sampling values without do_sample" in caplog.text
 
 
 def test_an_adapter_is_copied_with_its_bases_name(run, tmp_path):
@@ -260,7 +229,6 @@ def test_bad_arguments_are_named(run, arguments, said, tmp_path):
 
 
 def test_a_quantised_base_is_refused(run, tmp_path):
-    import json
     import shutil
 
     base = tmp_path / "base"
@@ -295,9 +263,8 @@ def test_a_checkpoint_has_the_recipe_of_its_run(run, tmp_path):
 def test_four_bits_without_the_package_are_one_sentence_and_exit_2(
     run, tmp_path, monkeypatch, capsys
 ):
-    find = importlib.util.find_spec
     monkeypatch.setattr(
-        export, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
+        export, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
     )
     out = tmp_path / "out"
     assert main(["export", str(run.folder), "--format", "merged-4bit", "--out", str(out)]) == 2

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from prefopt.export import gguf_model, gguf_tokenizer
+from prefopt.export import gguf_model, gguf_tokenizer, gguf_write
+from prefopt.export.gguf_readback import rounding_of
 from prefopt.export.gguf_write import write_gguf
 from prefopt.export.run import export_run
 from prefopt.recipe.load import RecipeError
@@ -132,6 +133,56 @@ def test_rows_left_as_they_are_give_another_llama(runs, tmp_path, monkeypatch):
     ids = some_ids(run.tokenizer)
     difference = (logits_of(found, ids) - logits_of(merged(run), ids)).abs().max()
     assert difference > 0.1
+
+
+def test_a_file_that_is_another_model_is_refused(runs, tmp_path, monkeypatch):
+    run = runs("qwen2", "qwen2")
+    encode = gguf_write.encoded
+    blocks = gguf_write.tensors
+
+    def off(tensor):
+        if (
+            tensor.name == "blk.1.ffn_up.weight"
+        ):  # half a step of the largest value more than the format rounds
+            largest = tensor.values.abs().max()
+            moved = torch.where(tensor.values.abs() == largest, tensor.values * 0.99, tensor.values)
+            tensor = tensor._replace(values=moved)
+        return encode(tensor)
+
+    for name, planted, said in (
+        ("encoded", off, "blk.1.ffn_up.weight is off by"),
+        ("tensors", lambda *a: list(blocks(*a))[:-1], "it has no"),
+        (
+            "add_metadata",
+            lambda writer, config: gguf_model.add_metadata(writer, wider(config)),
+            "intermediate_size is",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(gguf_write, name, planted)
+            with pytest.raises(
+                RecipeError, match=f"GGUF file, read again, is not the model: {said}"
+            ):
+                export_run(run.folder, "gguf", out=tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+
+def wider(config):
+    other = copy.deepcopy(config)
+    other.intermediate_size += 32
+    return other
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_the_rounding_that_is_allowed_is_that_of_the_type(kind):
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    values[:8] *= 2.0**-13  # scales of q8_0 and values of f16 below the normal numbers of F16
+    kind_of_gguf = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.dequantize(
+        gguf.quants.quantize(values.numpy(), kind_of_gguf), kind_of_gguf
+    )
+    share = (torch.tensor(stored) - values).abs() / rounding_of(values, kind)
+    assert 0.9 < share.max() <= 1
 
 
 def fields_of(path):

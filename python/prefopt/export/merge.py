@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -16,9 +15,19 @@ from transformers import (
 )
 
 from prefopt.command_line import WHOLE
-from prefopt.four_bits import quantization_options, refuse_broken_blocks
+from prefopt.export.readback import (
+    Snapshot,
+    check_four_bits,
+    check_logits,
+    probe_logits,
+    read_back,
+    snapshot,
+)
+from prefopt.four_bits import check_blocks, quantization_options
+from prefopt.generation_config import make_savable
 from prefopt.pretrained import from_pretrained
 from prefopt.recipe.load import RecipeError
+from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import Source, load_model, stop_ids
 
 
@@ -28,72 +37,74 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     Its generation config stops where the run's chat template ends a turn.
 
     Raises:
-        RecipeError: the base is stored quantised, the adapter cannot be merged, or weights are not finite.
+        UserError: the base is stored quantised, the adapter cannot be merged, weights are not finite, or the merged model
+            computes something else than the adapter beside its base.
     """
     _refuse_quantised(source)
     model = load_model(source, dtype="float32", quantization=WHOLE)
     if source.base is not None:
-        separate_tied_head(model)
+        expected = probe_logits(model)
+        failed = f"the adapter in {source.folder} cannot be merged"
         try:
-            # safe_merge looks for values that are not finite before it writes them
-            model = model.merge_and_unload(safe_merge=True)
-        except (ValueError, AttributeError, NotImplementedError) as error:
-            raise RecipeError(
-                f"the adapter in {source.folder} cannot be merged: {str(error).strip()}"
-            ) from None
+            model = merge_adapter(model)
+        except (ValueError, AttributeError, NotImplementedError, KeyError) as error:
+            raise RecipeError(f"{failed}: {str(error).strip()}") from None
     _check_finite(model, f"{source.folder} has weights")
+    if source.base is not None:
+        check_logits(model, probe_logits(model), expected, f"{failed}: the merged model")
     settled = model.generation_config
     stops = stop_ids(model, tokenizer, source.template_kwargs)
     settled.eos_token_id = stops[0] if len(stops) == 1 else stops
-    try:
-        settled.validate(strict=True)
-    except ValueError:
-        settled.do_sample = (
-            True  # a temperature without it, as some published models have, cannot be saved again
-        )
+    make_savable(model, source.weights)
     return model
-
-
-def separate_tied_head(model: nn.Module) -> None:
-    """Give head and embedding a matrix each where they share one and an adapter sits on either.
-
-    Merged into the shared matrix, a change of the one would also be made to the other.
-    """
-    base = model.get_base_model()
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    adapted = [
-        isinstance(module, BaseTunerLayer) or hasattr(module, "modules_to_save")
-        for module in (head, embedding)
-    ]
-    if not base.config.get_text_config().tie_word_embeddings or not any(adapted):
-        return
-    inner = getattr(head, "base_layer", head)
-    if not hasattr(inner, "modules_to_save"):
-        inner.weight = nn.Parameter(inner.weight.detach().clone(), requires_grad=False)
-    base.config.get_text_config().tie_word_embeddings = False
-    base.config.tie_word_embeddings = False
 
 
 def save_merged(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> None:
-    """Merged weights (safetensors), configuration, generation config, tokenizer and chat template."""
-    _save(_rounded(merged_model(source, tokenizer), source, dtype), tokenizer, folder)
+) -> PreTrainedModel:
+    """Write merged weights (safetensors), configuration, generation config, tokenizer and chat template.
+
+    Returns:
+        the model as it is loaded again from the folder, cast to fp32.
+
+    Raises:
+        RecipeError: it cannot be merged or saved, or is another model when it is loaded again.
+    """
+    return read_back(folder, _write(source, tokenizer, folder, dtype), source.trust_remote_code)
+
+
+def _write(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
+) -> Snapshot:
+    """``save_merged`` without loading; returns after the model is freed, so that one model is in memory at a time."""
+    model = merged_model(source, tokenizer)
+    kind = _stored_dtype(source, dtype)
+    for parameter in (
+        model.parameters()
+    ):  # not the rotary frequencies, which are not stored and stay fp32 in use
+        parameter.data = parameter.data.to(kind)
+    _check_finite(model, f"--dtype {str(kind).removeprefix('torch.')} gives weights")
+    _save(model, tokenizer, folder)
+    return snapshot(model)
 
 
 def save_four_bit(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
 ) -> None:
     """The merged weights in bitsandbytes' NF4 with doubly quantised scales; head and embedding are not quantised."""
-    model = merged_model(source, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
-        refuse_broken_blocks(model, "--format merged-4bit", "--format merged")
-    model = _rounded(model, source, dtype)
-    compute = torch.bfloat16 if model.dtype == torch.float32 else model.dtype
+        check_blocks(
+            source.weights,
+            "--format merged-4bit",
+            "--format merged",
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+        )
+    kind = _stored_dtype(source, dtype)
+    compute = torch.bfloat16 if kind == torch.float32 else kind
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as scratch:
-        _save(model, tokenizer, Path(scratch))
-        del model
+        whole = save_merged(source, tokenizer, Path(scratch), dtype)
         quantised = AutoModelForCausalLM.from_pretrained(
             scratch,
             dtype=compute,
@@ -101,14 +112,13 @@ def save_four_bit(
             **quantization_options(compute, device),
         )
         _save(quantised, tokenizer, folder)
+        del quantised
+    check_four_bits(folder, whole, compute, source.trust_remote_code)
 
 
-def _rounded(model: PreTrainedModel, source: Source, dtype: str) -> PreTrainedModel:
-    """The model in the dtype it is to be kept in."""
-    kind = getattr(torch, dtype) if dtype != "auto" else config_of(source).dtype or torch.float32
-    model.to(kind)
-    _check_finite(model, f"--dtype {str(kind).removeprefix('torch.')} gives weights")
-    return model
+def _stored_dtype(source: Source, dtype: str) -> torch.dtype:
+    """The dtype of the weights that are written."""
+    return getattr(torch, dtype) if dtype != "auto" else config_of(source).dtype or torch.float32
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

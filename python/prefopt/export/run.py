@@ -11,9 +11,11 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from prefopt.command_line import WHOLE
 from prefopt.export.card import write_card
 from prefopt.export.folder import RECORD, export_folder
 from prefopt.export.merge import merged_model, save_four_bit, save_merged
+from prefopt.export.readback import read_back_adapter
 from prefopt.recipe.load import RecipeError
 from prefopt.report.facts import hub_id
 from prefopt.train.run_folder import versions
@@ -46,7 +48,7 @@ def export_run(
     base: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a run's model in another form, into a folder that appears when it is complete.
+    """Write a run's model in another form, into a folder that appears when it is complete and was read back.
 
     Args:
         run: run folder.
@@ -62,7 +64,8 @@ def export_run(
         the folder, which has the weights, the tokenizer, a model card and export.json (what it was made of).
 
     Raises:
-        RecipeError: the run, the format and the model do not go together, a package is missing, or ``out`` is in use.
+        UserError: the run, the format and the model do not go together, a package is missing, ``out`` is in use, or what was
+            written is another model when it is loaded again.
         OSError: it cannot be written.
     """
     if format not in FORMATS:
@@ -81,6 +84,13 @@ def export_run(
     folder = source.folder / "export" / format if out is None else Path(out).expanduser()
     with export_folder(folder, force) as partial:
         notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
+        if (
+            source.quantization != WHOLE
+        ):  # an adapter's recipe is not read, and its base stays as it is
+            notes.append(
+                f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole weights, on "
+                "which it computes something else: evaluate the result before you rely on it"
+            )
         _record(partial, source, format, quant, dtype, notes)
         write_card(partial, source, format)
     for note in notes:
@@ -99,8 +109,9 @@ def _published(run: str | Path, base: str | None) -> Source:
     adapter = read_object(folder / ADAPTER_CONFIG)
     if base is not None:
         adapter |= {"base_model_name_or_path": base, "revision": None}
-    named = base_of(adapter, *stored_recipe(folder)) or ""
-    return Source(folder, named, adapter.get("revision"), adapter)
+    stored, home = stored_recipe(folder)
+    named = base_of(adapter, stored, home) or ""
+    return Source(folder, named, adapter.get("revision"), adapter, recipe=stored)
 
 
 def _write_adapter(
@@ -116,12 +127,22 @@ def _write_adapter(
     text = json.dumps(adapter, indent=2, ensure_ascii=False)
     (folder / ADAPTER_CONFIG).write_text(text + "\n", encoding="utf-8")
     tokenizer.save_pretrained(folder)
+    trained = read_object(source.folder / ADAPTER_CONFIG)
+    bases = [
+        (source.base, source.revision),
+        (base_of(trained, *stored_recipe(source.folder)), trained.get("revision")),
+    ]
+    notes = []
+    if not read_back_adapter(folder, source.folder, bases, source.trust_remote_code):
+        notes.append(
+            "the base model is not on this machine: the adapter's tensors were compared with the run's, its logits were not"
+        )
     if hub_id(source.base) is None:
-        return [
+        notes.append(
             f"adapter_config.json names the base model {base or 'nothing'}, which is a local folder; before you "
             "publish the adapter, name the hub id by --base"
-        ]
-    return []
+        )
+    return notes
 
 
 def _public_name(base: str | None) -> str | None:
@@ -148,12 +169,14 @@ def _write_four_bit(
 def _write_gguf(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
 ) -> list[str]:
+    from prefopt.export.gguf_readback import read_back_gguf
     from prefopt.export.gguf_write import check_gguf, write_gguf
 
     check_gguf(source, tokenizer)  # before the weights are read
     model = merged_model(source, tokenizer)
     path = folder / f"{source.folder.resolve().name}-{quant}.gguf"
     notes = write_gguf(model, tokenizer, path, quant, source.template_kwargs)
+    read_back_gguf(path, model, quant)
     if source.template_kwargs:
         notes.append(
             f"the run was trained with the chat template's arguments {json.dumps(source.template_kwargs)}, which the file "

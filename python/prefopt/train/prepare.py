@@ -23,8 +23,10 @@ from transformers import (
     set_seed,
 )
 
+from prefopt.generation_config import make_savable
 from prefopt.pretrained import from_pretrained
 from prefopt.train.config import PreferenceConfig
+from prefopt.train.vocabulary import check_token_indices
 from prefopt_kernels.integrations.transformers import lm_head_of
 
 # Training and evaluation, with and without gradient, adapter on and off, and each of them checkpointed or not.
@@ -75,6 +77,7 @@ def _check_adapter(model: nn.Module, peft_config: object) -> None:
             "model is a PeftModel and peft_config is given; expected one of the two: merge the adapter first, or "
             "leave peft_config out"
         )
+    check_token_indices(model, peft_config)
 
 
 def check_separate(model: nn.Module, ref_model: nn.Module, *, adapted_later: bool) -> None:
@@ -146,7 +149,8 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
     """
     models = [model for model in models if model is not None]
     fields = [vars(module) for model in models for module in model.modules()]
-    fields += [vars(model.config) for model in models if hasattr(model, "config")]
+    for name in ("config", "generation_config"):
+        fields += [vars(getattr(model, name)) for model in models if getattr(model, name, None)]
     inner = [  # but not buffers, which a move to another device replaces
         value
         for each in fields
@@ -180,7 +184,10 @@ def ready(
     if args.disable_dropout:
         for module in [model] if ref_model is None else [model, ref_model]:
             disable_dropout(module)
-    if hasattr(model, "peft_config") and args.activation_checkpointing:
+    if not hasattr(model, "peft_config"):  # an adapter is saved without a generation config
+        if getattr(model, "generation_config", None) is not None:
+            make_savable(model, model.name_or_path or type(model).__name__)
+    elif args.activation_checkpointing:
         model.enable_input_require_grads()
     return model
 

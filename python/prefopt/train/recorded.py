@@ -21,6 +21,7 @@ from prefopt.train.metrics import MetricSums, quotients
 from prefopt.train.mismatched import MismatchedRows
 from prefopt.train.objective import Objective
 from prefopt.train.run_folder import RunFolder
+from prefopt.train.vocabulary import embedding_rows, resized_from
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +153,21 @@ class RecordedTrainer(ResumableTrainer):
             if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
                 self._save(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.args.should_save and hasattr(self.model, "get_base_model"):
+            self._warn_of_resized_base()
+
+    def _warn_of_resized_base(self) -> None:
+        published = resized_from(self.model)
+        if published is None:
+            return
+        config = self.model.get_base_model().config
+        logger.warning(
+            "the adapter was trained on a vocabulary of %d rows, which are saved with it, and %s has %d: to load it, resize the "
+            "base in the same way (resize_token_embeddings), save it, and name it by --base",
+            embedding_rows(self.model),
+            config._name_or_path,
+            published,
+        )
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial

@@ -1,7 +1,11 @@
-"""Token ids without an embedding, found before training rather than as an index error, or a device-side assert, in it."""
+"""Token ids without an embedding, found before training rather than as an index error, or a device-side assert, in it.
 
+And a base whose vocabulary was resized under an adapter.
+"""
+
+from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data import DataError
 from prefopt.data.rows import BadRow
@@ -46,3 +50,38 @@ def embedding_rows(model: nn.Module) -> int:
     """Rows of the input embedding; not read from its weight, of which ZeRO-3 and tensor parallelism keep a part."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return rows if isinstance(rows, int) else model.config.get_text_config().vocab_size
+
+
+def check_token_indices(model: PreTrainedModel, peft_config: object) -> None:
+    """Raise ``ValueError`` for tokens to train that the vocabulary does not have."""
+    rows = embedding_rows(model)
+    for name in ("trainable_token_indices", "token_indices"):
+        named = getattr(peft_config, name, None) or []
+        ids = [i for some in named.values() for i in some] if isinstance(named, dict) else named
+        wrong = [i for i in ids if not 0 <= i < rows]
+        if wrong:
+            raise ValueError(
+                f"peft_config.{name} has {wrong[0]}, and the vocabulary has {rows} rows; expected ids from 0 to {rows - 1}: "
+                "resize the model first (model.resize_token_embeddings), or correct the ids"
+            )
+
+
+def resized_from(model: PeftModel) -> int | None:
+    """Rows of the vocabulary that the base of an adapter is published with, where this one has others; otherwise None.
+
+    None as well where the model has no name, its base is not on this machine, or it comes with code of its own.
+    """
+    config = model.get_base_model().config
+    if not config._name_or_path:
+        return None
+    try:
+        published = AutoConfig.from_pretrained(
+            config._name_or_path,
+            revision=getattr(config, "_commit_hash", None) or "main",
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError):
+        return None
+    rows = published.get_text_config().vocab_size
+    return None if rows == embedding_rows(model) else rows

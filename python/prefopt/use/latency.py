@@ -16,6 +16,7 @@ from prefopt.command_line import WHOLE
 from prefopt.files import write_whole
 from prefopt.recipe.load import RecipeError
 from prefopt.train.run_folder import versions
+from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import check_length, choose_device, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
@@ -95,7 +96,7 @@ def bench_inference(
     model = load_model(source, dtype=dtype, quantization=quantization, device=device)
     check_length(model, prompt_tokens + new_tokens, "prompt and answer have")
     if merge:
-        model = model.merge_and_unload(safe_merge=True)
+        model = merge_adapter(model)
     timings = time_runs(model, runs, warmup, prompt_tokens, new_tokens, batch_size)
     result = {
         "run": source.folder.name,

@@ -32,6 +32,7 @@ from prefopt.paths import RECIPE_NAME, is_path, path_from, paths_from
 from prefopt.pretrained import from_pretrained
 from prefopt.read_yaml import read_yaml
 from prefopt.recipe.load import RecipeError
+from prefopt.use.adapter import vocabulary_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -177,23 +178,37 @@ def load_model(
             f"the base model of {source.folder}: {error}; name another folder or hub id with --base"
         ) from None
     if source.base is not None:
-        try:
-            with warnings.catch_warnings():
-                # peft asks transformers for an attribute by its former name; nothing a user could act on
-                warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-                model = PeftModel.from_pretrained(model, source.folder)
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            raise RecipeError(
-                f"the adapter in {source.folder} does not fit the base model {source.base}: {first_line(error)}"
-            ) from None
+        model = apply_adapter(model, source.folder, source.base)
     return (model.to(device) if kind == WHOLE else model).eval()
+
+
+def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
+    """The model with the adapter of a folder beside its weights.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        base: names the base model in messages.
+
+    Raises:
+        RecipeError: the adapter does not fit.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers for an attribute by its former name; nothing a user could act on
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            return PeftModel.from_pretrained(model, folder)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
+        trained = vocabulary_rows(folder)
+        if trained not in (None, rows):
+            raise RecipeError(
+                f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has {rows}: "
+                f"resize the base as in training (model.resize_token_embeddings({trained})), save it, and name it by --base"
+            ) from None
+        raise RecipeError(
+            f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}"
+        ) from None
 
 
 def load_weights(path: str, revision: str | None, dtype: str, **options: Any) -> PreTrainedModel:

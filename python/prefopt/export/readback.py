@@ -1,0 +1,217 @@
+"""Every export is loaded again before it appears, as its user will load it, and compared with the model it was made of."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel, load_peft_weights
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from prefopt.recipe.load import RecipeError
+from prefopt.train.reference import weights_fingerprint
+from prefopt.use.load import apply_adapter, load_weights
+
+NF4_GAP = 0.304  # between the two most distant neighbours among NF4's levels, whose largest is 1
+# How far values are off that went through 4 bits, relative to the largest of their block: half a gap, and 1/50 for the
+# block's scale, which is stored in 8 bits, and for the dtype that the values are rounded to.
+NF4_ERROR = NF4_GAP / 2 + 0.02
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # names of their count
+
+
+class Snapshot(NamedTuple):
+    """What an export has to reproduce."""
+
+    fingerprint: str  # of the weights
+    logits: Tensor  # (L, V) fp32, of the probe
+
+
+def snapshot(model: PreTrainedModel) -> Snapshot:
+    """Fingerprint and logits of a model in the dtype that is stored; it is cast to fp32, in which rounding is small."""
+    model.float()
+    return Snapshot(weights_fingerprint(model), probe_logits(model))
+
+
+def probe_ids(rows: int) -> Tensor:
+    """(L,) token ids: some of a vocabulary, and its last ones, where tokens are added."""
+    some = torch.randint(rows, (24,), generator=torch.Generator().manual_seed(0))
+    return torch.cat([some, torch.arange(max(rows - 8, 0), rows)])
+
+
+def probe_logits(model: nn.Module) -> Tensor:
+    """(L, V) fp32 logits of the probe."""
+    weight = model.get_input_embeddings().weight
+    ids = probe_ids(len(weight))[None].to(weight.device)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids, use_cache=False).logits[0].float().cpu()
+
+
+def rounding(model: nn.Module, logits: Tensor) -> float:
+    """How far apart two fp32 computations of the same logits may be.
+
+    A sum of n terms is off by ``8 sqrt(n) 2**-24`` of their size or less, but for a chance of 1e-13 (Higham and Mary,
+    2019); n is the length of all dot products that a token goes through.
+    """
+    terms = sum(m.in_features for m in model.modules() if isinstance(m, nn.Linear))
+    return 8 * terms**0.5 * 2.0**-24 * logits[logits.isfinite()].abs().max().item()
+
+
+def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -> None:
+    """Refuse logits that differ by more than rounding.
+
+    Args:
+        model: that computed ``found``.
+        found, expected: (L, V) fp32.
+        what: begins the sentence.
+
+    Raises:
+        RecipeError: they differ.
+    """
+    if found.shape != expected.shape:
+        raise RecipeError(
+            f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
+        )
+    differences = torch.where(found == expected, 0.0, (found - expected).abs()).amax(1)  # (L,)
+    # A router may send a token to another of two experts that are equal up to rounding; not so many tokens.
+    config = model.config.get_text_config()
+    routed = any(getattr(config, name, None) for name in EXPERTS)
+    difference = (differences.median() if routed else differences.max()).item()
+    allowed = rounding(model, expected)
+    if not difference <= allowed:
+        raise RecipeError(
+            f"{what} has logits that differ by {difference:.2g} from those of the trained model, where rounding explains "
+            f"{allowed:.1g}; nothing was exported"
+        )
+
+
+def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a saved model and compare its weights bit by bit, then its logits.
+
+    Args:
+        folder: of the saved model.
+        expected: of the model that was saved.
+        trust_remote_code: run Python code that was saved with the model.
+
+    Returns:
+        the loaded model, cast to fp32.
+
+    Raises:
+        RecipeError: it cannot be loaded, or is another one.
+    """
+    model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
+    found = snapshot(model)
+    check_logits(model, found.logits, expected.logits, "the export, loaded again,")
+    if found.fingerprint != expected.fingerprint:
+        raise RecipeError(
+            "the export, loaded again, has weights that differ from those of the trained model; nothing was exported"
+        )
+    return model
+
+
+def read_back_adapter(
+    folder: Path,
+    trained: Path,
+    bases: Iterable[tuple[str | None, str | None]],
+    trust_remote_code: bool = False,
+) -> bool:
+    """Compare an exported adapter with the run's: its tensors, and its logits on the first base that is on this machine.
+
+    Args:
+        folder: of the export.
+        trained: of the run.
+        bases: paths or hub ids, each with its revision.
+        trust_remote_code: run Python code that comes with the base.
+
+    Returns:
+        whether there was a base.
+
+    Raises:
+        RecipeError: it cannot be loaded, or is another adapter.
+    """
+    found, expected = load_peft_weights(folder, "cpu"), load_peft_weights(trained, "cpu")
+    if found.keys() != expected.keys() or not all(
+        torch.equal(found[name], expected[name]) for name in expected
+    ):
+        raise RecipeError("the adapter, loaded again, has other tensors; nothing was exported")
+    for path, revision in bases:
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if path and (model := _adapted(trained, path, **options)) is not None:
+            expected = probe_logits(model)
+            del model
+            model = _adapted(folder, path, **options)
+            check_logits(
+                model, probe_logits(model), expected, f"the adapter, loaded again on {path},"
+            )
+            return True
+    return False
+
+
+def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
+    """A base model with the adapter of a folder, fp32; None if the base is not on this machine."""
+    try:
+        model = load_weights(base, dtype="float32", local_files_only=True, **options)
+    except RecipeError:
+        if Path(base).is_dir():
+            raise
+        return None
+    return apply_adapter(model, folder, base)
+
+
+def check_four_bits(
+    folder: Path, whole: PreTrainedModel, compute: torch.dtype, trust_remote_code: bool = False
+) -> None:
+    """Load a model in 4 bits and compare it with the one it was made of.
+
+    Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights ``whole`` has to
+    give the same logits, computed in fp32 by both.
+
+    Args:
+        folder: of the model in 4 bits.
+        whole: not quantised, fp32; gets the other's weights.
+        compute: dtype of what is not quantised.
+        trust_remote_code: run Python code that was saved with the model.
+
+    Raises:
+        RecipeError: it is another model.
+    """
+    import bitsandbytes
+
+    model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
+    originals = dict(whole.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        quantised = isinstance(module, bitsandbytes.nn.Linear4bit)
+        if quantised:
+            module.compute_dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False  # would pack the weights, and compute in bf16
+        for part, parameter in module.named_parameters(recurse=False):
+            key = f"{name}.{part}"
+            original = originals[key].data
+            if quantised and part == "weight":
+                parameter.quant_state.dtype = torch.float32  # of the values it stands for
+                values = bitsandbytes.functional.dequantize_4bit(
+                    parameter.data, parameter.quant_state
+                )
+                right = within_nf4(values.float().cpu(), original)
+            else:
+                values = parameter.data
+                right = torch.equal(values.to("cpu", compute), original.to(compute))
+                parameter.data = values.float()
+            if not right:
+                raise RecipeError(
+                    f"{key} is stored in 4 bits and, loaded again, is not what was merged; nothing was exported"
+                )
+            original.copy_(values)
+    found = probe_logits(model)
+    check_logits(whole, found, probe_logits(whole), "the export in 4 bits, loaded again,")
+
+
+def within_nf4(values: Tensor, original: Tensor) -> bool:
+    """Whether values that went through 4 bits are off by no more than NF4's rounding; blocks are 64 values in a row."""
+    rest = -original.numel() % 64
+    blocks, errors = (
+        pad(tensor.abs().flatten(), (0, rest)).view(-1, 64)
+        for tensor in (original, values - original)
+    )
+    return bool((errors <= NF4_ERROR * blocks.amax(1, keepdim=True)).all())
