@@ -76,6 +76,19 @@ def test_the_folder_itself_may_be_a_link(folder):
     assert load_rows(link).counts["rows"] == 10
 
 
+def test_a_snapshot_in_the_cache_of_the_hub_is_read(folder):
+    """There every file is a link into the folder blobs of the same repository."""
+    home = folder.parent / "datasets--me--thumbs"
+    (home / "snapshots").mkdir(parents=True)
+    snapshot = home / "snapshots" / "0123abc"
+    shutil.move(folder, snapshot)
+    (home / "blobs").mkdir()
+    for file in snapshot.iterdir():
+        shutil.move(file, home / "blobs" / file.name)
+        file.symlink_to(f"../../blobs/{file.name}")
+    assert load_rows(snapshot).counts["rows"] == 10
+
+
 def test_a_file_that_was_changed_or_is_gone(folder):
     path = folder / "train.jsonl"
     assert split_file(folder, "train") == path
