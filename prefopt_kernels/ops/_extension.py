@@ -85,6 +85,12 @@ def _find_and_load() -> tuple[Path | None, str | None]:
         return installed, None
     reason = why_not_build()
     if reason is not None:
+        # without setuptools torch cannot even name its cache
+        may_load = os.environ.get("PREFOPT_BUILD") != "none" and importlib.util.find_spec(
+            "setuptools"
+        )
+        if may_load and _loads(built := _cached()):  # which needs no compiler
+            return built, None
         return None, f"{missing}, and it cannot be built now: {reason}"
     try:
         return _build(missing), None
@@ -117,6 +123,26 @@ def why_not_build() -> str | None:
         return None if is_ninja_available() else "ninja is not installed (pip install ninja)"
 
 
+def _cached() -> Path:
+    """Where the library for these sources is, or will be, in torch's cache of extensions."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(cache) / name / f"{name}.so"
+
+
+def _loads(built: Path) -> bool:
+    """Load a library of the cache; False where it is missing, incomplete, or does not load."""
+    if not built.is_file() or not _sources.is_whole(built):
+        return False
+    try:
+        torch.ops.load_library(built)
+    except OSError:
+        return False
+    return True
+
+
 def _build(missing: str) -> Path:
     """Compiles csrc/ into torch's cache, one folder per version of the sources, and loads it.
 
@@ -125,19 +151,15 @@ def _build(missing: str) -> Path:
     """
     from torch.utils import cpp_extension
 
-    name = f"prefopt_kernels_cpu_{_sources.digest()[:12]}"
-    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(cache) / name
+    built = _cached()
+    folder = built.parent
     folder.mkdir(parents=True, exist_ok=True)
-    built = folder / f"{name}.so"
     with _only_process(folder / "building"), _scripts_on_path():
         for left in folder.iterdir():
             if left.is_dir():  # of a build that was killed
                 shutil.rmtree(left, ignore_errors=True)
-        if built.exists() and _sources.is_whole(built):
-            with contextlib.suppress(OSError):  # it does not load: it is built again
-                torch.ops.load_library(built)
-                return built
+        if _loads(built):
+            return built
         print(
             f"prefopt_kernels: building the C++ kernels, once, because {missing}: in {folder}",
             file=sys.stderr,
@@ -145,7 +167,7 @@ def _build(missing: str) -> Path:
         )
         with tempfile.TemporaryDirectory(dir=folder) as work:
             cpp_extension.load(
-                name,
+                built.stem,
                 [str(path) for path in _sources.sources()],
                 extra_cflags=list(_sources.CXX_FLAGS),
                 extra_ldflags=_sources.link_flags(),
