@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from trl import KTOConfig, KTOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
+from prefopt.train.checkpoint import MANIFEST
 from prefopt.train.trl_trainer import ENHANCED, FusedKTOTrainer
 from prefopt_kernels import enhanced_kto_loss
 from prefopt_kernels.integrations.trl import FusedHead
@@ -277,6 +278,7 @@ def test_a_resumed_run_goes_on_from_the_shift_of_its_checkpoint(world, tmp_path)
     assert [entry["shift"] for entry in logs] == [0.0] * 3
     checkpoint = tmp_path / "one" / "checkpoint-2"
     (checkpoint / "prefopt_shift.json").write_text('{"shift": 0.25}', encoding="utf-8")
+    (checkpoint / MANIFEST).unlink()  # or the change would be refused
     resumed = make(FusedKTOTrainer, world, tmp_path / "two", **options)
     logs = train(resumed, resume_from_checkpoint=str(checkpoint))
     assert logs[-1]["shift"] == 0.25

@@ -177,6 +177,9 @@ def test_a_longer_budget_goes_on_and_is_written_down(recipe, caplog):
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logs = [json.loads(line) for line in lines]
     assert [log["step"] for log in logs if "loss" in log] == [3, 5, 6]
+    # linear, of 6 steps: the schedule of 4 steps would have ended at 0
+    rates = [log["learning_rate"] for log in logs if log.get("step") in (5, 6) and "loss" in log]
+    assert rates == pytest.approx([1e-3 * 2 / 6, 1e-3 * 1 / 6])
     assert sum("train_runtime" in log for log in logs) == 1  # that of the shorter run is gone
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "Training was resumed" in page and "training.max_steps: 4 to 6" in page

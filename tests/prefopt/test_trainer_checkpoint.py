@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import prefopt.train.checkpoint as checkpoints
+from prefopt.errors import RunError
 from prefopt.train.checkpoint import MANIFEST, PARTIAL, CheckpointError, newest_whole, problem_of
 from prefopt_testing import make_rows
 from trainer_testing import make_trainer, make_world, train
@@ -200,7 +201,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatc
 
         monkeypatch.setattr(checkpoints, "_sync", full)
     trainer = make_trainer(world, run, **OPTIONS)
-    with pytest.raises(OSError) as error:
+    with pytest.raises(RunError) as error:
         train(trainer)
     monkeypatch.undo()
     message = str(error.value)

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from prefopt.data.write import file_digest
-from prefopt.errors import UserError
+from prefopt.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class ResumableTrainer(Trainer):
         """Trainer's, into a temporary folder that becomes ``checkpoint-N`` once all of it is on disk.
 
         Raises:
-            OSError: the checkpoint cannot be written; the ones before it are untouched.
+            RunError: the checkpoint cannot be written; the ones before it are untouched.
         """
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -130,7 +130,7 @@ class ResumableTrainer(Trainer):
             last = (
                 f"the last one is {Path(before[-1]).name}" if before else "there is none before it"
             )
-            raise OSError(
+            raise RunError(
                 f"{run_dir / name} could not be saved ({' '.join(str(error).split())}); {last}. Check the free space, "
                 "then resume the run"
             ) from error

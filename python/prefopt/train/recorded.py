@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -44,6 +45,7 @@ class RecordedTrainer(ResumableTrainer):
         self._watch = FiniteWatch(self.args.output_dir)
         self._num_tokens = 0
         self._loss_sum: float | None = 0.0  # over steps, up to the last log
+        self._resumed_between_logs = False
         self.diagnostics = Diagnostics(fades=self.args.spec.fades)
 
     # ---- logs ----
@@ -53,6 +55,7 @@ class RecordedTrainer(ResumableTrainer):
         if "loss" in logs:  # the training loop's; evaluation's keys have a prefix
             sums = self._read_sums()
             self._sums["train"].reset()
+            self._resumed_between_logs = False
             self._num_tokens += round(sums["num_tokens"])
             if self._loss_sum is not None:
                 self._loss_sum += sums["loss"]
@@ -62,8 +65,10 @@ class RecordedTrainer(ResumableTrainer):
             self._diagnose(sums, logs)
         elif "train_loss" in logs and self._loss_sum is not None:
             # Trainer's is the mean of this call alone; a resumed run has steps before it.
-            total = self._loss_sum + self._read_sums()["loss"]
-            logs["train_loss"] = total / max(1, self.state.global_step)
+            total, step = self._loss_sum, self.state.global_step
+            if step != self._globalstep_last_logged or self._resumed_between_logs:
+                total += self._read_sums()["loss"]
+            logs["train_loss"] = total / max(1, step)
         super().log(logs, start_time)
         self.run_folder.metrics({"step": self.state.global_step, **logs})
 
@@ -192,6 +197,16 @@ class RecordedTrainer(ResumableTrainer):
         )
         return found
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; the first step of a changed budget, too, has its rate from the new schedule."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        changed = checkpoint is not None and (
+            _trainer_state(checkpoint).max_steps != self.state.max_steps
+        )
+        if changed and isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.last_epoch -= 1
+            self.lr_scheduler.step()
+
     def _load_state(self, checkpoint: Path) -> None:
         state = _own_state(checkpoint)
         if state is None:
@@ -202,6 +217,7 @@ class RecordedTrainer(ResumableTrainer):
             )
             return
         self._num_tokens = state["num_tokens"]
+        self._resumed_between_logs = state["sums"]["steps"] > 0
         self._loss_sum = state.get("loss_sum")  # not in a checkpoint of an earlier version
         if self.is_world_process_zero():  # they are the sums of all ranks
             self._sums["train"].load(state["sums"])
