@@ -44,7 +44,8 @@ def read_back_gguf(path: Path, model: PreTrainedModel, quant: str) -> None:
         original = tensor.values.float().cpu()
         if values.shape != original.shape:
             raise _differs(f"{tensor.name} is {values.shape}, expected {tuple(original.shape)}")
-        error = (torch.tensor(values) - original).abs()
+        error = torch.tensor(values).sub_(original).abs_()
+        del values
         if not (error <= rounding_of(original, kind_of(tuple(original.shape), quant))).all():
             raise _differs(f"{tensor.name} is off by {error.max():.2g}")
     if stored:

@@ -61,16 +61,13 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 def save_merged(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> PreTrainedModel:
+) -> None:
     """Write merged weights (safetensors), configuration, generation config, tokenizer and chat template.
-
-    Returns:
-        the model as it is loaded again from the folder, cast to fp32.
 
     Raises:
         RecipeError: it cannot be merged or saved, or is another model when it is loaded again.
     """
-    return read_back(folder, _write(source, tokenizer, folder, dtype), source.trust_remote_code)
+    read_back(folder, _write(source, tokenizer, folder, dtype), source.trust_remote_code)
 
 
 def _write(
@@ -79,9 +76,8 @@ def _write(
     """``save_merged`` without loading; returns after the model is freed, so that one model is in memory at a time."""
     model = merged_model(source, tokenizer)
     kind = _stored_dtype(source, dtype)
-    for parameter in (
-        model.parameters()
-    ):  # not the rotary frequencies, which are not stored and stay fp32 in use
+    # Parameters alone: the rotary frequencies are not stored, and stay fp32 when the model is loaded.
+    for parameter in model.parameters():
         parameter.data = parameter.data.to(kind)
     _check_finite(model, f"--dtype {str(kind).removeprefix('torch.')} gives weights")
     _save(model, tokenizer, folder)
@@ -104,7 +100,7 @@ def save_four_bit(
     kind = _stored_dtype(source, dtype)
     compute = torch.bfloat16 if kind == torch.float32 else kind
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as scratch:
-        whole = save_merged(source, tokenizer, Path(scratch), dtype)
+        save_merged(source, tokenizer, Path(scratch), dtype)
         quantised = AutoModelForCausalLM.from_pretrained(
             scratch,
             dtype=compute,
@@ -113,7 +109,7 @@ def save_four_bit(
         )
         _save(quantised, tokenizer, folder)
         del quantised
-    check_four_bits(folder, whole, compute, source.trust_remote_code)
+        check_four_bits(folder, Path(scratch), compute, source.trust_remote_code)
 
 
 def _stored_dtype(source: Source, dtype: str) -> torch.dtype:

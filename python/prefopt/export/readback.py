@@ -86,16 +86,13 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
         )
 
 
-def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Load a saved model and compare its weights bit by bit, then its logits.
+def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False) -> None:
+    """Load a saved model and compare its logits, then its weights bit by bit.
 
     Args:
         folder: of the saved model.
         expected: of the model that was saved.
         trust_remote_code: run Python code that was saved with the model.
-
-    Returns:
-        the loaded model, cast to fp32.
 
     Raises:
         RecipeError: it cannot be loaded, or is another one.
@@ -107,7 +104,6 @@ def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False)
         raise RecipeError(
             "the export, loaded again, has weights that differ from those of the trained model; nothing was exported"
         )
-    return model
 
 
 def read_back_adapter(
@@ -160,16 +156,16 @@ def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
 
 
 def check_four_bits(
-    folder: Path, whole: PreTrainedModel, compute: torch.dtype, trust_remote_code: bool = False
+    folder: Path, merged: Path, compute: torch.dtype, trust_remote_code: bool = False
 ) -> None:
     """Load a model in 4 bits and compare it with the one it was made of.
 
-    Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights ``whole`` has to
-    give the same logits, computed in fp32 by both.
+    Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights the model that is
+    not quantised has to give the same logits, computed in fp32 by both.
 
     Args:
         folder: of the model in 4 bits.
-        whole: not quantised, fp32; gets the other's weights.
+        merged: of the model that it was made of.
         compute: dtype of what is not quantised.
         trust_remote_code: run Python code that was saved with the model.
 
@@ -179,6 +175,7 @@ def check_four_bits(
     import bitsandbytes
 
     model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
+    whole = load_weights(str(merged), None, "float32", trust_remote_code=trust_remote_code)
     originals = dict(whole.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         quantised = isinstance(module, bitsandbytes.nn.Linear4bit)
