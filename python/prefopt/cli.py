@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         on = getattr(given, "goes_on", None)
         hint = f"; {on}" if on else ""
         stopped = isinstance(end, Terminated)
+        failure.finish_progress_bars()
         print(f"prefopt: {'terminated' if stopped else 'interrupted'}{hint}", file=sys.stderr)
         return TERMINATED if stopped else INTERRUPTED
     except BrokenPipeError:  # the reader has what it wants, as in `prefopt train --list | head -1`

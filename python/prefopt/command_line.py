@@ -145,4 +145,6 @@ def no_more(rest: Sequence[str], known: Sequence[str]) -> None:
         name = rest[0].partition("=")[0]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if name in known:
+            hint = " here; options come after the command, and not after --"
         raise RecipeError(f"command line: {name} is unknown{hint}")

@@ -1,6 +1,7 @@
 """How a failed command ends: one sentence on stderr, the traceback in a file, an exit code."""
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -13,6 +14,7 @@ from prefopt.errors import RunError, UserError
 FAILED = 1
 USAGE_ERROR = 2  # as argparse exits on a wrong argument
 TRACEBACK_NAME = "traceback.txt"
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 LONGEST_LINE, MOST_LINES = 1_000, 40  # of a message
 # What the extra [train] installs, by the names that Python imports.
 NEEDED = "accelerate datasets huggingface_hub matplotlib peft safetensors transformers yaml".split()
@@ -35,8 +37,27 @@ def end(error: Exception, show_traceback: bool) -> int:
     elif code == FAILED:
         path = _write_traceback(error)
         where = f" (traceback: {path or 'not written; --traceback shows it'})"
-    print(f"prefopt: {bounded(_sentence(error))}{where}", file=sys.stderr)
+    finish_progress_bars()
+    print(f"prefopt: {bounded(printable(_sentence(error)))}{where}", file=sys.stderr)
     return code
+
+
+def finish_progress_bars() -> None:
+    """End the line of every progress bar that an exception has left open."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm and tqdm.tqdm, "_instances", ())):
+        bar.close()
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters escaped, which could move the cursor or change the title of a terminal.
+
+    Example:
+        >>> print(printable("a\x1b[2Jb\nc"))
+        a\x1b[2Jb
+        c
+    """
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 @contextmanager

@@ -167,13 +167,31 @@ def test_a_path_that_cannot_be_one(text, reason, capsys):
         assert capsys.readouterr().err.splitlines()[-1].endswith(f": {reason}")
 
 
+def test_an_empty_value_is_not_the_default(capsys):
+    """As a shell makes of a variable that is not set."""
+    assert main(["train", "kto-lora", "--beta", ""]) == 2
+    assert "beta is empty; expected a value, or null for the default" in capsys.readouterr().err
+
+
+def test_options_before_the_command(capsys):
+    assert main(["--resume", "train", "kto-lora"]) == 2
+    assert "--resume is unknown here; options come after the command" in capsys.readouterr().err
+
+
+def test_no_message_moves_the_cursor(tmp_path, capsys):
+    path = tmp_path / "a\x1b[2Jb.jsonl"
+    assert main(["data", "check", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "\x1b" not in error and r"a\x1b[2Jb.jsonl" in error
+
+
 # ---------------------------------------------------------------- missing packages
 
 
 def test_without_the_extra_train_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "prefopt.data.describe", raising=False)
-    monkeypatch.delitem(sys.modules, "prefopt.data.sources", raising=False)
+    for name in ("describe", "read", "sources"):
+        monkeypatch.delitem(sys.modules, f"prefopt.data.{name}", raising=False)
     assert main(["data", "inspect", "rows.jsonl"]) == 2
     assert capsys.readouterr().err == (
         "prefopt: the package datasets is not installed, and prefopt needs it; run "

@@ -141,9 +141,7 @@ def test_pairs_rated_rows_text_and_messages(tmp_path, capsys):
     assert counts["sources"]["paired"]["answers"] == 6 and counts["total"]["kept"] == 9
     assert counts["sources"]["unpaired"]["groups"] == 2
     assert counts["sources"]["unpaired"]["without_use"] == {"rater": 3}
-    assert (
-        (tmp_path / "text" / "counts.txt").read_text().endswith("fields without use: rater (3)\n")
-    )
+    assert (tmp_path / "text" / "counts.txt").read_text().endswith("unused fields: rater (3)\n")
     rows = read(tmp_path / "text")
     assert all(isinstance(row["prompt"], str) for row in rows)
     table = pyarrow.parquet.read_table(tmp_path / "text" / "train.parquet").to_pylist()

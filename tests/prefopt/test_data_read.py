@@ -274,7 +274,7 @@ def test_bad_rows_in_parquet_have_row_numbers(tmp_path):
 def test_fields_without_use_are_counted_and_said(caplog):
     loaded = load_rows([{**GOOD, "score": 3}, {**GOOD, "score": None, "id": "x"}])
     assert loaded.ignored == {"score": 2, "id": 1}
-    assert "fields without use: id, score" in caplog.text
+    assert "unused fields: id, score" in caplog.text
 
 
 # ---------------------------------------------------------------- sources that cannot be read

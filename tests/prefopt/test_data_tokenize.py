@@ -248,6 +248,6 @@ def test_rows_that_render_to_nothing_are_bad_rows(tokenizer):
         tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
     with pytest.raises(
-        DataError, match="rows:1: prompt and completion have no token in common to begin with"
+        DataError, match="rows:1: the prompt's first token changes once the completion follows it"
     ):
         tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)

@@ -159,7 +159,7 @@ def test_every_command_works_from_anywhere(run, tmp_path, capsys):
 def test_training_goes_on_from_the_runs_own_recipe(run, capsys):
     words = ["train", str(run / "recipe.yaml"), "--training.max_steps", "2"]
     assert main(words) == 2
-    assert f"training.output_dir {run} has files in it" in capsys.readouterr().err
+    assert f"training.output_dir {run} is not empty" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert max(json.loads(line)["step"] for line in lines) == 2
@@ -192,7 +192,11 @@ def test_what_is_not_found_is_named_with_the_option_that_replaces_it(
         train = ("train", str(run / "recipe.yaml"), "--resume")
         assert f"model.path is {base}, which is not a folder" in said(*train)
         train += ("--model.path", str(hidden / "models" / "x"))
-        assert f"data.path is {rows}" in (error := said(*train)) and "by --data.path" in error
+        assert f"data.path is {rows}, which does not exist; name the rows by --data.path" in said(
+            *train
+        )
+        train += ("--data.path", str(hidden / "rows.jsonl"))
+        assert main([*train, "--max_steps", "3"]) == 0
     finally:
         hidden.rename(trained)
 

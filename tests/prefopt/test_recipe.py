@@ -222,7 +222,7 @@ def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
     first = make_recipe(content, overrides)
     stop_after(first, 2)
     with pytest.raises(
-        RecipeError, match="has files in it; choose another, or go on with --resume"
+        RecipeError, match="is not empty; choose another folder, or continue the run with --resume"
     ):
         run_recipe(first)
     run_recipe(first, resume=True)
@@ -303,7 +303,10 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"training.extra": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is set"),
+        (
+            {"training.extra": {"label_smoothing_factor": 0.1}},
+            "label_smoothing_factor is 0.1; it smooths",
+        ),
         (
             {"training.extra": {"weight_decy": 0.1}},
             "  training.extra.weight_decy is not an option; did you mean weight_decay",

@@ -165,7 +165,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def test_a_longer_budget_goes_on_and_is_written_down(recipe, caplog):
     run = resume(recipe, training__max_steps=6, training__logging_steps=1)
-    assert "the run is now of 6 steps instead of 4: from here on the learning rate follows" in (
+    assert "the run now has 6 steps instead of 4: from here on the learning rate follows" in (
         caplog.text
     )
     record = record_of(run)
@@ -235,7 +235,7 @@ def test_a_folder_whose_start_failed_is_used_again_without_resume(whole, tmp_pat
     assert not (run / "bad_rows.jsonl").exists()  # of the start that failed
     assert result_of(run) == result_of(whole.with_name("run"))
     assert "resumes" not in record_of(run)
-    with pytest.raises(RecipeError, match="has files in it; choose another"):
+    with pytest.raises(RecipeError, match="is not empty; choose another"):
         run_recipe(make_recipe(content))
 
 

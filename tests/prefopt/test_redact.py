@@ -1,5 +1,6 @@
 """Secrets among the options of a run reach none of its files."""
 
+import copy
 import json
 import pickle
 
@@ -58,6 +59,9 @@ def test_a_pickled_configuration_has_no_token_and_the_live_one_keeps_it(tmp_path
     text = pickle.dumps(config)
     again = pickle.loads(text)
     assert SECRET.encode() not in text
+    assert SECRET not in repr(config)
+    for copied in (copy.copy(config), copy.deepcopy(config)):
+        assert (copied.hub_token, copied.beta) == (SECRET, 0.3) and copied is not config
     assert (config.hub_token, again.hub_token, again.beta) == (SECRET, None, 0.3)
 
 

@@ -53,7 +53,10 @@ def test_train_is_cleaned_up_and_names_resume(recipe, tmp_path, monkeypatch, cap
     monkeypatch.setattr("prefopt.recipe.run_recipe", killed)
     assert main(["train", str(recipe)]) == 143
     error = capsys.readouterr().err
-    assert error == "prefopt: terminated; `--resume` goes on from the last checkpoint\n"
+    assert (
+        error
+        == "prefopt: terminated; the same command with --resume continues from the last checkpoint, if there is one\n"
+    )
     assert list(tmp_path.iterdir()) == [recipe]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

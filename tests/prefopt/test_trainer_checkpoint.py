@@ -80,6 +80,31 @@ def test_every_file_that_is_missing_cut_or_changed_is_named(run):
     assert problem_of(checkpoint).startswith(f"{MANIFEST} cannot be read (")
 
 
+@pytest.mark.parametrize(
+    "files", ["{}", "[1]", '{"optimizer.pt": {}}', '{"trainer_state.json": {"bytes": 1}}', "3"]
+)
+def test_a_manifest_that_lists_nothing_is_not_trusted(run, files):
+    (run / "checkpoint-4" / MANIFEST).write_text(f'{{"files": {files}}}', encoding="utf-8")
+    assert problem_of(run / "checkpoint-4") == (
+        f"{MANIFEST} cannot be read (it does not list the files of a checkpoint with sizes and digests)"
+    )
+    assert newest_whole(run) == run / "checkpoint-2"
+
+
+def test_without_a_manifest_files_have_to_be_there_and_open(run):
+    """As Trainer and earlier versions saved them; a cut file is found by its format."""
+    checkpoint = run / "checkpoint-4"
+    (checkpoint / MANIFEST).unlink()
+    assert problem_of(checkpoint) is None
+    for name in ("optimizer.pt", "scheduler.pt", "model.safetensors", "prefopt_state.json"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        assert problem_of(checkpoint).startswith(f"{name} ")
+        (checkpoint / name).write_bytes(content)
+    (checkpoint / "optimizer.pt").unlink()
+    assert "optimizer.pt are missing" in problem_of(checkpoint)
+
+
 def test_resume_takes_the_newest_whole_checkpoint_and_says_which_it_passed_over(run, caplog):
     (run / "checkpoint-4" / "optimizer.pt").unlink()
     (run / PARTIAL / "checkpoint-6").mkdir(parents=True)

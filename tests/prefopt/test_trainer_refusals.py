@@ -201,3 +201,31 @@ def test_models_that_are_not_causal_are_refused(world, tmp_path):
         make_trainer(world, tmp_path, ref=False, model=t5)
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
         make_trainer(world, tmp_path, ref=t5)
+
+
+# ---- runs that could not end well ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 64, "dataloader_drop_last": True}, "nothing to train on"),
+        ({"max_steps": 0, "num_train_epochs": 0}, "expected one of them above 0"),
+    ],
+)
+def test_a_run_without_a_step_is_refused(world, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(world, tmp_path, **options)
+
+
+def test_the_best_of_several_evaluation_sets_needs_the_name_of_one(world, tmp_path):
+    saving = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1}
+    options = {"load_best_model_at_end": True, "max_steps": 1, **saving}
+    sets = {"x": make_rows(True), "y": make_rows(False)}
+    with pytest.raises(ValueError, match="such as eval_x_loss, eval_y_loss"):
+        make_trainer(world, tmp_path, eval_dataset=sets, **options)
+    options |= {"metric_for_best_model": "eval_x_loss"}
+    assert (
+        make_trainer(world, tmp_path, eval_dataset=sets, **options).eval_dataset.keys()
+        == sets.keys()
+    )

@@ -94,7 +94,7 @@ def test_sft_takes_desirable_answers_alone_and_says_so(world, tmp_path, caplog):
     trainer = make_trainer(world, tmp_path, method="sft", data=rows)
     assert "13 undesirable rows are left out" in caplog.text
     assert set(trainer.train_dataset["label"][:]) == {True}
-    counts = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["data"]["train"]
+    counts = trainer.run_folder.record["data"]["train"]
     assert counts["rows"] == 15 and counts["undesirable_left_out"] == 13
     bad = [row | {"label": False} for row in make_rows(True)]
     with pytest.raises(DataError, match="train_dataset has no desirable rows"):
@@ -180,6 +180,15 @@ def test_evaluation_moves_no_shift(world, tmp_path, shift):
     rows = [row for row in make_rows(True) if row["label"]]
     assert run(eval_dataset=rows, eval_strategy="steps", eval_steps=1) == quiet
     assert quiet[1]["shift"]["value"] != 0.0
+
+
+def test_evaluate_takes_a_path(world, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(True)), encoding="utf-8")
+    trainer = make_trainer(world, tmp_path / "run")
+    expected = trainer.evaluate(make_rows(True))["eval_loss"]
+    assert trainer.evaluate(str(path))["eval_loss"] == expected
+    assert trainer.evaluate({"a": str(path)})["eval_a_loss"] == expected
 
 
 @pytest.mark.parametrize("method", ["kto", "dpo", "cpo", "sft"])

@@ -222,7 +222,7 @@ def _rows(loaded: LoadedRows) -> str:
         lines.append(f"  blank lines    {counts['blank_lines']}")
     if loaded.ignored:
         used = ", ".join(f"{name} ({count})" for name, count in sorted(loaded.ignored.items()))
-        lines.append(f"  without use    {used}")
+        lines.append(f"  unused fields  {used}")
     if not counts["desirable"] or not counts["undesirable"]:
         lines.append("  kto and apo_zero need rows of both labels to train on")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from prefopt.command_line import (
     text_argument,
 )
 from prefopt.errors import UserError
+from prefopt.failure import printable
 from prefopt.read_yaml import parse_yaml
 from prefopt.recipe.error import RecipeError
 
@@ -36,7 +37,8 @@ def _inspect_command(actions: Any) -> None:
         no_more(rest, ["--split", "--revision", "--rows"])
         from prefopt.data.describe import describe
 
-        print(describe(given.source, split=given.split, revision=given.revision, rows=given.rows))
+        options = {"split": given.split, "revision": given.revision, "rows": given.rows}
+        print(printable(describe(given.source, **options)))
         return 0
 
     inspect = new_command(actions, "inspect", run, "counts, lengths and a few rows")
@@ -80,7 +82,7 @@ def _check_command(actions: Any) -> None:
             ngram=given.ngram,
             row=given.row,
         )
-        print(checked.text)
+        print(printable(checked.text))
         return 0 if checked.clean else FOUND_BAD_ROWS
 
     check = new_command(

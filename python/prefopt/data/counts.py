@@ -137,4 +137,4 @@ def table(counts: Mapping[str, Any]) -> str:
         for title, values in [("", list(columns)), *lines]
     ]  # fmt: skip
     fields = [f"{name} ({many:,})" for name, many in total["without_use"].items()]
-    return "\n".join([*text, *([f"fields without use: {', '.join(fields)}"] if fields else [])])
+    return "\n".join([*text, *([f"unused fields: {', '.join(fields)}"] if fields else [])])

@@ -120,7 +120,7 @@ def load_rows(
         names = sorted(ignored)
         more = ", ..." if len(names) > SHOWN_FIELDS else ""
         shown = ", ".join(name[:60] for name in names[:SHOWN_FIELDS])
-        logger.warning("%s: fields without use: %s%s", name, shown, more)
+        logger.warning("%s: unused fields: %s%s", name, shown, more)
     if not table.count:
         reason = f"; all {len(bad)} are bad, the first: {bad[0]}" if bad else ""
         raise DataError(

@@ -77,7 +77,7 @@ def open_rows(
         return name, _jsonl(path, needs)
     if suffix == ".parquet":
         return name, _parquet(path, needs)
-    raise DataError(f"{name} ends in {suffix or 'nothing'}; expected .jsonl or .parquet")
+    raise DataError(f"{name} has the extension {suffix or 'none'}; expected .jsonl or .parquet")
 
 
 def local_file(path: str, split: str | None) -> Path | None:

@@ -191,7 +191,7 @@ class Encode:
         ):
             length = common_prefix(prompt, whole)
             if not problem and length == 0:
-                problem = "prompt and completion have no token in common to begin with"
+                problem = "the prompt's first token changes once the completion follows it"
             if not problem and length == len(whole):
                 problem = "completion has no tokens once it is rendered"
             out["prompt_ids"].append(whole[:length])

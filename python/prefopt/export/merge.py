@@ -47,7 +47,7 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         failed = f"the adapter in {source.folder} cannot be merged"
         try:
             model = merge_adapter(model)
-        except (ValueError, AttributeError, NotImplementedError, KeyError) as error:
+        except (ValueError, AttributeError, NotImplementedError, KeyError, RuntimeError) as error:
             raise RecipeError(f"{failed}: {str(error).strip()}") from None
     _check_finite(model, f"{source.folder} has weights")
     if source.base is not None:

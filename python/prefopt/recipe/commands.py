@@ -40,7 +40,9 @@ def add_train_command(commands: Any) -> None:
         epilog="Any option of the recipe can be set here, over what the file says: --loss.beta 0.2. "
         "`--lora null` trains all weights instead of an adapter.",
     )
-    train.set_defaults(goes_on="`--resume` goes on from the last checkpoint")
+    train.set_defaults(
+        goes_on="the same command with --resume continues from the last checkpoint, if there is one"
+    )
     train.add_argument(
         "recipe",
         type=text_argument,

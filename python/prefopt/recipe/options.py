@@ -92,6 +92,10 @@ def overrides_of(
 
 def _value(key: str, text: str) -> Any:
     """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
+    if not text.strip():
+        raise RecipeError(
+            f"command line: {key} is empty; expected a value, or null for the default"
+        )
     old = OLD.get(key)
     section, _, name = (old.new if old and old.new else key).partition(".")
     try:

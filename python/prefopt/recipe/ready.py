@@ -25,6 +25,7 @@ from prefopt.failure import first_line
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import nearest, show
 from prefopt.recipe.models import chat_template, located
+from prefopt.recipe.rows import refuse_missing_rows
 from prefopt.recipe.schema import Lora, Recipe
 from prefopt.train import PreferenceConfig
 from prefopt_kernels import explain
@@ -80,6 +81,10 @@ def check_device(recipe: Recipe, config: PreferenceConfig) -> None:
 
 def check_inputs(recipe: Recipe, folder: Path) -> None:
     """Raise ``RecipeError`` or ``DataError`` for a file or folder that is not there, or a run folder that cannot be written."""
+    if not str(folder).isprintable():  # transformers does not find checkpoints in such a folder
+        raise RecipeError(
+            f"{recipe.name}: training.output_dir is {str(folder)!r}, which has characters that cannot be printed"
+        )
     _check_writable(folder, f"{recipe.name}: training.output_dir")
     cache = recipe.training.extra.get("reference_cache_dir")
     if cache is not None:
@@ -89,6 +94,7 @@ def check_inputs(recipe: Recipe, folder: Path) -> None:
         located(recipe.model.ref_path, f"{recipe.name}: model.ref_path")
     chat_template(recipe)
     data = recipe.data
+    refuse_missing_rows(recipe)
     if data.plan is None:
         _with_key("data.path", recipe, lambda: open_rows(data.path, data.split, data.revision))
     else:

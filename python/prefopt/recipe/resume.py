@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from prefopt.failure import TRACEBACK_NAME
 from prefopt.files import TEMPORARY
 from prefopt.folder_lock import LOCK_NAME
-from prefopt.paths import RECIPE_NAME, absolute_paths
+from prefopt.paths import RECIPE_NAME, SOURCES, absolute_paths, is_missing
 from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.memory import NAME as MEMORY
@@ -81,7 +81,7 @@ def refuse_used(recipe: Recipe, folder: Path) -> None:
     """Refuse a folder with anything in it but what a start leaves that did not get to its first log."""
     if not _is_unused(folder):
         raise RecipeError(
-            f"{recipe.name}: training.output_dir {folder} has files in it; choose another, or go on with --resume"
+            f"{recipe.name}: training.output_dir {folder} is not empty; choose another folder, or continue the run with --resume"
         )
 
 
@@ -105,7 +105,7 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
             "another folder"
         )
     changes = differences(absolute_paths(redacted(sections_of(load_recipe(stored)))), content)
-    refused = {key: pair for key, pair in changes.items() if not _may_change(key)}
+    refused = {key: pair for key, pair in changes.items() if not _may_change(key, pair[0])}
     if refused:
         lines = (
             f"  {key}: {json.dumps(a)} in the run, {json.dumps(b)} now"
@@ -167,6 +167,8 @@ def sections_of(recipe: Recipe) -> dict[str, dict | None]:
     return {name: None if one is None else asdict(one) for name, one in sections.items()}
 
 
-def _may_change(key: str) -> bool:
+def _may_change(key: str, before: Any) -> bool:
     section, _, option = key.rpartition(".")
-    return option in MAY_CHANGE.get(section, "").split()
+    # what was moved is named by its new place; the rows are compared all the same
+    moved = key in SOURCES and isinstance(before, str) and is_missing(before)
+    return moved or option in MAY_CHANGE.get(section, "").split()

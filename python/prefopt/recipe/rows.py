@@ -27,11 +27,7 @@ def load_data(
 ) -> tuple[Tokenized, Tokenized | None]:
     """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
     data = recipe.data
-    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
-        if path is not None and is_missing(path):
-            raise DataError(
-                f"{recipe.name}: {key} is {path}, and there is no file or folder {path}; name the rows by --{key}"
-            )
+    refuse_missing_rows(recipe)
     options = {
         "on_bad_row": data.on_bad_row,
         "label_map": data.label_map,
@@ -53,6 +49,17 @@ def load_data(
                 f"{recipe.loss.method} learns from the contrast and needs both"
             )
     return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
+
+
+def refuse_missing_rows(recipe: Recipe) -> None:
+    """Raise ``DataError`` for a path of rows where there is nothing; of a plan the rows may be built later."""
+    data = recipe.data
+    paths = {"data.path": None if data.plan else data.path, "data.eval_path": data.eval_path}
+    for key, path in paths.items():
+        if path is not None and is_missing(path):
+            raise DataError(
+                f"{recipe.name}: {key} is {path}, which does not exist; name the rows by --{key}"
+            )
 
 
 def has_eval(recipe: Recipe) -> bool:

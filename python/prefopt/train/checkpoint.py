@@ -4,12 +4,13 @@ import json
 import logging
 import os
 import shutil
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 MANIFEST = "prefopt_manifest.json"
 # Trainer's patterns for checkpoints, a regular expression and a glob, do not match this name.
 PARTIAL = ".partial-checkpoint"
+# of one process; of FSDP's shards; of DeepSpeed
+OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_*", "pytorch_model_fsdp*", "global_step*")
 
 
 class CheckpointError(UserError):
@@ -39,17 +42,16 @@ def remove_partial(run_dir: str | Path) -> None:
 def problem_of(checkpoint: Path) -> str | None:
     """The first file of a checkpoint that is missing, truncated or changed, in words; None for a whole one.
 
-    A checkpoint without a manifest, of transformers' Trainer or of an earlier version, is only checked for the file
-    that those write last.
+    A checkpoint without a manifest, of transformers' Trainer or of an earlier version, has to have its optimizer and
+    files that can be opened.
     """
     if not checkpoint.is_dir():
         return "there is no such folder"
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
+        files = _listed(checkpoint)
     except FileNotFoundError:
-        whole = (checkpoint / TRAINER_STATE_NAME).is_file()
-        return None if whole else f"{MANIFEST} and {TRAINER_STATE_NAME} are missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _problem_without_manifest(checkpoint)
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, expected in files.items():  # sizes first: they cost nothing
         path = checkpoint / name
@@ -60,6 +62,38 @@ def problem_of(checkpoint: Path) -> str | None:
     for name, (digest, _) in zip(files, _digests(checkpoint, files), strict=True):
         if digest != files[name]["sha256"]:
             return f"{name} has changed since it was saved (its sha256 differs)"
+    return None
+
+
+def _listed(checkpoint: Path) -> dict[str, dict]:
+    """{file: its size and digest}; ``ValueError`` for a manifest that is none."""
+    content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    files = content.get("files") if isinstance(content, dict) else None
+    good = isinstance(files, dict) and TRAINER_STATE_NAME in files
+    for entry in files.values() if good else ():
+        good &= isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+    if not good:
+        raise ValueError("it does not list the files of a checkpoint with sizes and digests")
+    return files
+
+
+def _problem_without_manifest(checkpoint: Path) -> str | None:
+    """What can be seen without digests: that files are there and can be opened."""
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"{MANIFEST} and {TRAINER_STATE_NAME} are missing"
+    if not any(list(checkpoint.glob(pattern)) for pattern in OPTIMIZERS):
+        return f"{MANIFEST} and optimizer.pt are missing, so training would continue with other weights"
+    for path in sorted(checkpoint.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+                return f"{path.name} is truncated or changed"
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{path.name} cannot be read ({error})"
     return None
 
 

@@ -1,5 +1,6 @@
 """Every option of a preference run, checked all at once before anything is loaded."""
 
+import copy
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from prefopt.train.checks import problems, unknown
 from prefopt.train.methods import METHODS, RATED, Method, in_force
 
 
-@dataclass
+@dataclass(repr=False)  # the inherited __repr__ masks tokens
 class PreferenceConfig(TrainingArguments):
     """``transformers.TrainingArguments`` and what preference training adds to them.
 
@@ -140,6 +141,18 @@ class PreferenceConfig(TrainingArguments):
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: Trainer saves its arguments as training_args.bin, where a token has no place."""
         return redacted(vars(self))
+
+    def __copy__(self) -> "PreferenceConfig":
+        """Copies keep the token; ``copy`` would take ``__getstate__``."""
+        return self._with_all(dict(vars(self)))
+
+    def __deepcopy__(self, memo: dict) -> "PreferenceConfig":
+        return self._with_all(copy.deepcopy(vars(self), memo))
+
+    def _with_all(self, state: dict[str, Any]) -> "PreferenceConfig":
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(state)
+        return copied
 
     def check(self) -> None:
         """Raise ``UserError`` with every option that does not make sense, alone or beside the others."""

@@ -52,7 +52,7 @@ class LogLine:
         """The line of a log of training or of an evaluation; None for any other log."""
         if "train_runtime" in logs:
             steps, seconds = state.global_step - self._first_step, logs["train_runtime"]
-            return f"trained {steps:,} steps in {duration(seconds)}"
+            return f"trained {steps:,} step{'' if steps == 1 else 's'} in {duration(seconds)}"
         if "loss" in logs:
             return self._training(args, state, logs)
         prefix = next(

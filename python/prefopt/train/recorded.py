@@ -281,8 +281,8 @@ def _trainer_state(checkpoint: str) -> TrainerState:
 def _log_new_schedule(before: int, now: int) -> None:
     if before != now:
         logger.warning(
-            "the run is now of %d steps instead of %d: from here on the learning rate follows the schedule of %d "
-            "steps, so the result differs from a run that was planned with them",
+            "the run now has %d steps instead of %d: from here on the learning rate follows the schedule of %d "
+            "steps, so the result differs from a run planned for them from the start",
             now,
             before,
             now,

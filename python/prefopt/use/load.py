@@ -200,7 +200,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             return PeftModel.from_pretrained(model, folder)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
-        trained = vocabulary_rows(folder)
+        trained = None if isinstance(error, SafetensorError) else vocabulary_rows(folder)
         if trained not in (None, rows):
             raise RecipeError(
                 f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has {rows}: "
