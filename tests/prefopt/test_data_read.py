@@ -286,7 +286,11 @@ def test_fields_without_use_are_counted_and_said(caplog):
         ("empty.jsonl", b"", "has no rows to train on"),
         ("blank.jsonl", b"\n\n", "has no rows to train on"),
         ("utf16.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
-        ("rows.csv", b"prompt,completion\n", r"has the extension \.csv; expected \.jsonl or \.parquet"),
+        (
+            "rows.csv",
+            b"prompt,completion\n",
+            r"has the extension \.csv; expected \.jsonl or \.parquet",
+        ),
         ("rows.parquet", b"not parquet at all", "cannot be read as Parquet"),
     ],
 )
