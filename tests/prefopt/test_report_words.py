@@ -101,9 +101,22 @@ def test_a_stopped_run_says_why():
 
 def test_loss_is_compared_between_quarters():
     told = tell(run_with(losses=[0.5, 0.5, 0.4, 0.4, 0.3, 0.3, 0.2, 0.1])).sentences
-    assert told == [
-        "The loss went from 0.5000 (first quarter of training) to 0.1500 (last quarter)."
-    ]
+    assert told == ["The loss went from 0.5000 (first 2 logs) to 0.1500 (last 2 logs)."]
+
+
+def test_held_out_rows_overrule_a_margin_on_the_training_rows():
+    logs = [{"step": i, "rewards/margins": 1.0 + 0.01 * (i % 2)} for i in range(1, 7)]
+    good = tell(Run(Path("run"), logs=logs))
+    assert good.tone == "good"
+    assert (
+        "In the last 4 of 6 logs a desirable row's reward was on average 1 above" in good.sentences[0]
+    )
+    held_out = {"step": 6, "eval_rewards/margins": -0.13}
+    story = tell(Run(Path("run"), logs=[*logs, held_out]))
+    assert story.tone == "bad"
+    assert story.verdict.endswith("but not on the held-out rows, where the margin is -0.1300.")
+    fine = tell(Run(Path("run"), logs=[*logs, held_out | {"eval_rewards/margins": 0.4}]))
+    assert fine.tone == "good"
 
 
 def test_rewards_without_a_reference_model_are_not_compared_with_one():

@@ -128,6 +128,13 @@ def _verdict(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
             f"The model learned next to nothing: the reward margin ended at {number(mean)}.",
         )
     if mean > deviation:
+        held_out = run.last("eval_rewards/margins")
+        if held_out is not None and held_out < NOTHING:
+            return (
+                "bad",
+                "The model tells desirable answers from undesirable ones on the training rows, but not on the held-out "
+                f"rows, where the margin is {number(held_out)}.",
+            )
         return "good", "The model learned to prefer desirable answers to undesirable ones."
     if mean < -deviation:
         return "bad", "The model learned the opposite: undesirable answers are rewarded more."
@@ -202,10 +209,14 @@ def _judged(run: Run) -> list[str]:
 
 
 def _end_margins(run: Run) -> tuple[float, float] | None:
-    """Mean margin over the last quarter of the logs, and its standard deviation; None if there are too few."""
+    """Mean margin over the last quarter of the logs, or the last four, and its standard deviation; None if there are fewer."""
     margins = run.finite("rewards/margins")
-    last = margins[-max(FEWEST_LOGS, len(margins) // 4) :]
+    last = margins[-_end_size(margins) :]
     return _mean_and_deviation(last) if len(last) >= FEWEST_LOGS else None
+
+
+def _end_size(logs: Sequence[float]) -> int:
+    return max(FEWEST_LOGS, len(logs) // 4)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -215,12 +226,12 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def _margin(run: Run) -> list[str]:
     sentences = []
-    ends = _end_margins(run)
+    margins, ends = run.finite("rewards/margins"), _end_margins(run)
     if ends is not None:
         mean, deviation = ends
         side = "above" if mean >= 0 else "below"
         sentences.append(
-            f"In the last quarter of training a desirable row's reward was on average {number(abs(mean))} {side} an "
+            f"In the last {_end_size(margins)} of {len(margins)} logs a desirable row's reward was on average {number(abs(mean))} {side} an "
             f"undesirable one's; from log to log the margin varied with a standard deviation of {number(deviation)}."
         )
     held_out = run.last("eval_rewards/margins")
@@ -257,7 +268,8 @@ def _loss(run: Run) -> list[str]:
         return []
     quarter = max(1, len(losses) // 4)
     first, last = (sum(part) / quarter for part in (losses[:quarter], losses[-quarter:]))
-    sentence = f"The loss went from {number(first)} (first quarter of training) to {number(last)} (last quarter)"
+    span = "log" if quarter == 1 else f"{quarter} logs"
+    sentence = f"The loss went from {number(first)} (first {span}) to {number(last)} (last {span})"
     kl = run.last("kl")
     return [
         f"{sentence}; KTO's reference point ended at {number(kl)} nats."
