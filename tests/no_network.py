@@ -22,9 +22,10 @@ def _refuse(name: str):
     return refused
 
 
-socket.getaddrinfo = _refuse("getaddrinfo")
-for method in ("connect", "connect_ex", "sendto"):
-    setattr(socket.socket, method, _refuse(method))
+if __name__ == "__main__":  # pytest imports this file too, to look for doctests
+    socket.getaddrinfo = _refuse("getaddrinfo")
+    for method in ("connect", "connect_ex", "sendto"):
+        setattr(socket.socket, method, _refuse(method))
 
 from prefopt.cli import main  # noqa: E402  (without network from here on)
 

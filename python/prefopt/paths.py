@@ -100,7 +100,7 @@ def is_local(name: str) -> bool:
 
 def is_missing(name: str) -> bool:
     """Whether a name can only be a path, and nothing is there."""
-    return is_path(name) and not Path(name).expanduser().exists()
+    return is_path(name) and not os.path.exists(os.path.expanduser(name))
 
 
 def _value(content: Mapping[str, Any], key: str) -> Any:

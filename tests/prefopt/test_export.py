@@ -168,7 +168,7 @@ def test_what_is_no_export_is_not_overwritten_even_if_forced(run, tmp_path):
     (tmp_path / "thesis.txt").write_text("years", encoding="utf-8")
     with pytest.raises(RecipeError, match="has files that are not part of an export"):
         export_run(run.folder, "adapter", out=tmp_path, force=True)
-    with pytest.raises(RecipeError, match="no export"):
+    with pytest.raises(RecipeError, match="not part of an export"):
         export_run(run.folder, "adapter", out=tmp_path / "thesis.txt", force=True)
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years"
 

@@ -75,9 +75,9 @@ def extra(**options):
         ({"training.backend": "cuda"}, "training.backend is cuda, which cannot run here: this version has no cuda kernel"),
         ({"training.fp16": True}, "training.fp16 is true on a CPU, which would train in float32"),
         # files
-        ({"data.path": "gone.jsonl"}, "data.path: there is no file gone.jsonl"),
-        ({"data.path": "x" * 300 + ".jsonl"}, "data.path: File name too long"),
-        ({"data.eval_path": "gone.parquet"}, "data.eval_path: there is no file gone.parquet"),
+        ({"data.path": "gone.jsonl"}, "data.path is gone.jsonl, which does not exist"),
+        ({"data.path": "x" * 300 + ".jsonl"}, "data.path is " + "x" * 300),
+        ({"data.eval_path": "gone.parquet"}, "data.eval_path is gone.parquet, which does not exist"),
         ({"data.plan": "gone.yaml", "data.path": "built"}, "data.plan: there is no plan gone.yaml"),
         ({"data.chat_template": "gone.jinja"}, "data.chat_template is 'gone.jinja'; expected dialogue or a .jinja file"),
         ({"data.chat_template": "/"}, "data.chat_template is '/': Is a directory"),

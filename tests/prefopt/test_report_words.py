@@ -109,7 +109,8 @@ def test_held_out_rows_overrule_a_margin_on_the_training_rows():
     good = tell(Run(Path("run"), logs=logs))
     assert good.tone == "good"
     assert (
-        "In the last 4 of 6 logs a desirable row's reward was on average 1 above" in good.sentences[0]
+        "In the last 4 of 6 logs a desirable row's reward was on average 1 above"
+        in good.sentences[0]
     )
     held_out = {"step": 6, "eval_rewards/margins": -0.13}
     story = tell(Run(Path("run"), logs=[*logs, held_out]))
