@@ -66,7 +66,7 @@ def traceback_in(folder: Path) -> Iterator[None]:
     (folder / TRACEBACK_NAME).unlink(missing_ok=True)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # marked and raised again
         error.traceback_folder = folder
         raise
 

@@ -176,7 +176,7 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
     steps = config.max_steps if config.max_steps > 0 else UNKNOWN_LENGTH
     try:
         get_scheduler(name, optimizer, 0, steps, kwargs)  # computes the first learning rate
-    except Exception as error:
+    except Exception as error:  # a scheduler checks its arguments as it likes
         reason = first_line(error)
         if kwargs:
             key = "training.extra.lr_scheduler_kwargs"
@@ -197,7 +197,7 @@ def _try_loader(config: PreferenceConfig) -> list[str]:
             persistent_workers=config.dataloader_persistent_workers,
             multiprocessing_context=config.dataloader_multiprocessing_context,
         )
-    except Exception as error:
+    except Exception as error:  # ValueError, TypeError and what multiprocessing raises
         return [
             f"training.extra has options of the data loader that it refuses: {first_line(error)}"
         ]
@@ -210,7 +210,7 @@ def _try_checkpointing(config: PreferenceConfig) -> list[str]:
         return []
     try:
         checkpoint(torch.nn.Identity(), torch.zeros(1), **({"use_reentrant": False} | kwargs))
-    except Exception as error:
+    except Exception as error:  # the arguments go to torch unchecked
         key = "training.extra.gradient_checkpointing_kwargs"
         return [f"{key} is {show(kwargs)}: {first_line(error)}"]
     return []
@@ -223,7 +223,7 @@ def _optimizer(config: PreferenceConfig, name: str) -> torch.optim.Optimizer | N
         kind, options = Trainer.get_optimizer_cls_and_kwargs(config)
     except ImportError:
         raise
-    except Exception:
+    except Exception:  # an optimizer made from the whole model fails without it in its own way
         if needs_model:
             return None
         raise

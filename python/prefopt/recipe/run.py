@@ -171,7 +171,7 @@ def _culprit(options: dict[str, Any]) -> str | None:
     for name in reversed(options):  # first those of training.extra
         try:
             PreferenceConfig(**{key: value for key, value in options.items() if key != name})
-        except Exception:
+        except Exception:  # still refused, for whatever reason
             continue
         return name
     return None

@@ -13,7 +13,7 @@ MARGIN = "rewards/margins"
 
 
 class LogLine:
-    """Formats logs; a mixin for the two callbacks that print them.
+    """Formats logs and prints them; a mixin for Trainer's two callbacks.
 
     Speed and time left come from the time between the ends of two steps, without evaluations and checkpoints.
     """
@@ -47,6 +47,18 @@ class LogLine:
     def on_save(self, args, state, control, **kwargs):
         super().on_save(args, state, control, **kwargs)
         self._mark = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        line = self.line(args, state, logs or {})
+        if line is None:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+        else:
+            self.write(line)
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
 
     def line(self, args: Any, state: Any, logs: Mapping[str, Any]) -> str | None:
         """The line of a log of training or of an evaluation; None for any other log."""
@@ -85,29 +97,15 @@ class LogLine:
 class LinePrinter(LogLine, PrinterCallback):
     """One printed line for each log."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        line = self.line(args, state, logs or {})
-        if line is None:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-        else:
-            print(line, flush=True)
-
 
 class LineProgress(LogLine, ProgressCallback):
     """Trainer's progress bar, with one line for each log above it."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        line = self.line(args, state, logs or {})
-        if line is None:
-            super().on_log(args, state, control, logs=logs, **kwargs)
-        elif self.training_bar is not None:
-            self.training_bar.write(line)
+    def write(self, line: str) -> None:
+        if self.training_bar is None:
+            super().write(line)
         else:
-            print(line, flush=True)
+            self.training_bar.write(line)
 
 
 def show_lines(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits,
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -78,6 +78,33 @@ def _check_adapter(model: nn.Module, peft_config: object) -> None:
             "leave peft_config out"
         )
     check_token_indices(model, peft_config)
+
+
+def check_best(args: PreferenceConfig, eval_sets: Iterable[str]) -> None:
+    """Raise ``ValueError`` where there are several evaluation sets and the metric of the best checkpoint names none."""
+    metric, names = (args.metric_for_best_model or "").removeprefix("eval_"), set(eval_sets) - {""}
+    if not args.load_best_model_at_end or not names:
+        return
+    if not any(metric.startswith(f"{name}_") for name in names):
+        expected = ", ".join(f"eval_{name}_loss" for name in sorted(names))
+        raise ValueError(
+            f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, such "
+            f"as {expected}"
+        )
+
+
+def check_steps(args: PreferenceConfig, rows: int) -> None:
+    """Raise ``ValueError`` for a run without a step."""
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < batch:
+        raise ValueError(
+            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there is "
+            "nothing to train on"
+        )
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise ValueError(
+            f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}; expected one of them above 0"
+        )
 
 
 def check_separate(model: nn.Module, ref_model: nn.Module, *, adapted_later: bool) -> None:

@@ -127,8 +127,8 @@ class PreferenceTrainer(RecordedTrainer):
         collator = self._row_collator
         if args.spec.data == PAIRS:
             collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
-        _check_best(args, evals)
-        _check_steps(args, len(train.tokenized.dataset))
+        prepare.check_best(args, evals)
+        prepare.check_steps(args, len(train.tokenized.dataset))
         super().__init__(
             model=model,
             args=args,
@@ -460,32 +460,6 @@ def _named(eval_dataset: object) -> dict[str, object]:
     if eval_dataset is None:
         return {}
     return eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
-
-
-def _check_best(args: PreferenceConfig, evals: dict[str, Prepared]) -> None:
-    """Of several evaluation sets, the metric of the best checkpoint has to name one."""
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if args.load_best_model_at_end and set(evals) - {""}:
-        if not any(metric.startswith(f"{name}_") for name in evals):
-            names = ", ".join(f"eval_{name}_loss" for name in evals)
-            raise ValueError(
-                f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, such "
-                f"as {names}"
-            )
-
-
-def _check_steps(args: PreferenceConfig, rows: int) -> None:
-    """Refuse a run without a step."""
-    batch = args.train_batch_size * args.world_size
-    if args.dataloader_drop_last and rows < batch:
-        raise ValueError(
-            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there is "
-            "nothing to train on"
-        )
-    if args.max_steps <= 0 and args.num_train_epochs <= 0:
-        raise ValueError(
-            f"num_train_epochs is {args.num_train_epochs} and max_steps {args.max_steps}; expected one of them above 0"
-        )
 
 
 def _sequences(batch: dict, logps: Tensor, ref_logps: Tensor | None) -> Sequences:
