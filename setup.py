@@ -54,23 +54,17 @@ def why_no_cpu_build() -> str | None:
     """Why the C++ kernels cannot be built here; None where they can."""
     reason = SOURCES.why_not_compile()
     if reason is None and importlib.util.find_spec("torch") is None:
-        reason = (
-            "torch is not in the environment that builds (that needs pip's --no-build-isolation)"
-        )
+        reason = "torch is not in the environment that builds (that needs pip's --no-build-isolation)"
     return reason
 
 
 def decide(choice: str) -> bool:
     """Whether to build the C++ kernels; prints the decision, stops where it cannot be kept."""
     if choice == "cuda":
-        nvcc = shutil.which("nvcc") or shutil.which(
-            "nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin"
-        )
+        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
         if nvcc is None:
             raise SystemExit("PREFOPT_BUILD=cuda: nvcc is not on the PATH and not in CUDA_HOME/bin")
-        raise SystemExit(
-            f"PREFOPT_BUILD=cuda: there is no CUDA source in csrc/ yet (nvcc is {nvcc})"
-        )
+        raise SystemExit(f"PREFOPT_BUILD=cuda: there is no CUDA source in csrc/ yet (nvcc is {nvcc})")
     reason = "PREFOPT_BUILD=none" if choice == "none" else why_no_cpu_build()
     if reason is None:
         print(

@@ -84,9 +84,7 @@ GPU_LOGITS = ("random", "planted")  # benchmarks.variants.make_inputs says what 
 
 # Set for an H100 and bf16. Times are in units of the bare GEMM of the same round.
 GPU_TIME_TARGETS = {"forward": 1.15, "frozen": 2.4, "trainable": 4.0}
-GPU_SKIP_TARGET = (
-    1.5  # frozen head with a grad_filter, where no more than this of the tiles is live:
-)
+GPU_SKIP_TARGET = 1.5  # frozen head with a grad_filter, where no more than this of the tiles is live:
 GPU_SKIP_KEEP_RATE = 0.2
 GPU_TRL_TARGET = 1.4  # smallest time of TRL in units of ours, frozen head
 

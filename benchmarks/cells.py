@@ -23,9 +23,7 @@ def every(rows: list[dict], write) -> str:
 
 def versions(row: dict) -> str:
     return ", ".join(
-        f"{package.replace('_', '-')} {version}"
-        for package, version in row["versions"].items()
-        if version is not None
+        f"{package.replace('_', '-')} {version}" for package, version in row["versions"].items() if version is not None
     )
 
 

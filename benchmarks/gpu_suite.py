@@ -172,9 +172,7 @@ class Measured:
             for row in event["rows"]:
                 if row["skipped"] is None:
                     self.times += row["variant"].startswith("ours")
-                    self.say(
-                        f"  {row['variant']}: {row['median_ms']:.3f} ms, {row['ratio']:.2f} GEMMs"
-                    )
+                    self.say(f"  {row['variant']}: {row['median_ms']:.3f} ms, {row['ratio']:.2f} GEMMs")
 
 
 def measure(measured: Measured, spec: dict, spawn, deadline: float, now) -> None:

@@ -142,10 +142,7 @@ def _kto(rows: dict, groups: list[tuple]) -> str:
         [
             *_start(rows, group, passed),
             cells.cell(ours, "ratio", cells.ratio),
-            *(
-                cells.cell(rows.get((*group, f"{who}-{passed}")), "ratio", cells.ratio)
-                for who in others
-            ),
+            *(cells.cell(rows.get((*group, f"{who}-{passed}")), "ratio", cells.ratio) for who in others),
         ]
         for group, passed, ours in _each(rows, groups, KTO_PASSES)
     ]

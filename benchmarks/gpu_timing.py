@@ -58,9 +58,7 @@ class Cuda:
     def state(self) -> dict[str, float] | None:
         """Clocks in MHz, temperature in degrees Celsius, power in W; None without nvidia-smi."""
         answers = nvidia_smi(*STATE)
-        return answers and {
-            name: float(value) for name, value in answers.items() if value[:1].isdigit()
-        }
+        return answers and {name: float(value) for name, value in answers.items() if value[:1].isdigit()}
 
 
 def nvidia_smi(*names: str) -> dict[str, str] | None:
@@ -68,9 +66,7 @@ def nvidia_smi(*names: str) -> dict[str, str] | None:
     uuid = torch.cuda.get_device_properties(0).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}"]
     try:
-        done = subprocess.run(
-            [*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run([*command, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     values = [value.strip() for value in done.stdout.split(",")]

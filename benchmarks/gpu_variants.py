@@ -53,9 +53,7 @@ def absent() -> dict[str, str]:
         if module is not None and importlib.util.find_spec(module) is None
     }
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        reasons["torch-lce"] = (
-            f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy"
-        )
+        reasons["torch-lce"] = f"torch {torch.__version__} has no chunked torch.nn.functional.linear_cross_entropy"
     return reasons
 
 
@@ -83,9 +81,7 @@ def gpu_variants(backend: str = "triton") -> dict[str, Variant]:
     ]
     for who, (logp_of, no_softcap) in of_three.items():
         variants += [
-            Variant(
-                who, passed, call, partial(_softcap_why_not, no_softcap), compiles=who == "compile"
-            )
+            Variant(who, passed, call, partial(_softcap_why_not, no_softcap), compiles=who == "compile")
             for passed, call in (
                 ("forward", partial(forward, logp_of)),
                 ("frozen", partial(forward_backward, logp_of, False)),
@@ -107,9 +103,7 @@ def gpu_variants(backend: str = "triton") -> dict[str, Variant]:
     return {v.who if v.who == v.passed else f"{v.who}-{v.passed}": v for v in variants}
 
 
-def chosen(
-    variants: dict[str, Variant], logits: str, peers: list[str], everything: bool
-) -> dict[str, Variant]:
+def chosen(variants: dict[str, Variant], logits: str, peers: list[str], everything: bool) -> dict[str, Variant]:
     """The variants of a group.
 
     Args:
@@ -162,9 +156,7 @@ def liger(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     softcap = x.case.softcap
-    return -liger_fused_linear_cross_entropy(
-        hidden, weight, x.targets, reduction="none", softcap=softcap
-    )
+    return -liger_fused_linear_cross_entropy(hidden, weight, x.targets, reduction="none", softcap=softcap)
 
 
 def liger_sm90(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -181,9 +173,7 @@ def liger_sm90(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
 def cce(x: Inputs, hidden: Tensor, weight: Tensor, **options) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(
-        hidden, weight, x.targets, softcap=x.case.softcap, reduction="none", **options
-    )
+    return -linear_cross_entropy(hidden, weight, x.targets, softcap=x.case.softcap, reduction="none", **options)
 
 
 def _quack_sum(x: Inputs, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -206,9 +196,7 @@ def keep_rate(x: Inputs) -> float:
     """Share of the tiles that GRAD_FILTER leaves in."""
     from prefopt_kernels.ops.linear_logprob import backend_triton
 
-    return backend_triton.keep_rate(
-        x.hidden, x.weight, x.targets, grad_filter=GRAD_FILTER, softcap=x.case.softcap
-    )
+    return backend_triton.keep_rate(x.hidden, x.weight, x.targets, grad_filter=GRAD_FILTER, softcap=x.case.softcap)
 
 
 def _softcap_why_not(reason: str | None, case: Case) -> str | None:

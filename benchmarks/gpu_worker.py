@@ -89,9 +89,7 @@ def work(
             break
         _, T, logits = group
         names = chosen(variants, logits, spec["peers"], T == spec["everything_at"])
-        measure = GroupMeasurement(
-            group, names, avoid.get(group, {}), emit, device, backend, rho, now
-        )
+        measure = GroupMeasurement(group, names, avoid.get(group, {}), emit, device, backend, rho, now)
         rows = measure.rows(until)
         if rows is None:
             break
@@ -108,10 +106,7 @@ class GroupMeasurement:
         self.variants = variants
         self.emit, self.device, self.backend, self.rho, self.now = emit, device, backend, rho, now
         # Why a variant is not measured; None for those that are.
-        self.reasons = {
-            name: avoid.get(name) or variant.why_not(self.case)
-            for name, variant in variants.items()
-        }
+        self.reasons = {name: avoid.get(name) or variant.why_not(self.case) for name, variant in variants.items()}
         self.found: dict[str, dict] = {}
         self.round_count = 0
         self.state: dict[str, dict | None] = {}
@@ -158,9 +153,7 @@ class GroupMeasurement:
         for name in self._running():
             if self.now() >= until:
                 return False
-            found = self._attempt(
-                name, partial(self._first_call, self.variants[name], x, sample, exact)
-            )
+            found = self._attempt(name, partial(self._first_call, self.variants[name], x, sample, exact))
             if found is not None:
                 self.found[name] = found
         return True

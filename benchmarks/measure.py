@@ -95,9 +95,7 @@ def measure(
         peaks[name] = peak_extra_bytes(case, T, dtype, name, threads)
 
     x = make_inputs(case, T, dtype)
-    seconds, last = interleaved(
-        {name: lambda name=name: VARIANTS[name].run(x) for name in runnable}, rounds, say
-    )
+    seconds, last = interleaved({name: lambda name=name: VARIANTS[name].run(x) for name in runnable}, rounds, say)
     sample = torch.arange(0, T, max(1, T // EXACT_ROWS))
     exact = exact_logp(x, sample)
     unit = statistics.median(seconds["gemm"])
@@ -125,9 +123,7 @@ def measure(
                 **summary(seconds[name]),
                 "ratio": statistics.median(seconds[name]) / unit,
                 "peak_extra_bytes": peaks[name],
-                "logp_error": None
-                if logp is None
-                else (logp[sample].double() - exact).abs().max().item(),
+                "logp_error": None if logp is None else (logp[sample].double() - exact).abs().max().item(),
             }
         rows.append(row)
     return rows, seconds

@@ -65,11 +65,7 @@ class Shape:
     def adapter(self, rank: int) -> int:
         """Parameters of LoRA of this rank on the seven linear layers."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        ends = (
-            2 * (self.hidden + query)
-            + 2 * (self.hidden + key)
-            + 3 * (self.hidden + self.intermediate)
-        )
+        ends = 2 * (self.hidden + query) + 2 * (self.hidden + key) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * ends
 
 

@@ -131,12 +131,8 @@ def sequence_calls() -> Iterator[tuple[str, Callable]]:
     settings = dict.fromkeys(Parameters._fields, 0.5)
     for name, form in forms.items():
         for plain in (False, True):
-            numbers = (
-                settings if plain else settings | {t: torch.empty((), **meta) for t in TENSORS}
-            )
-            offsets = torch.empty(
-                SEQUENCES + 1, dtype=torch.int32 if plain else torch.int64, **meta
-            )
+            numbers = settings if plain else settings | {t: torch.empty((), **meta) for t in TENSORS}
+            offsets = torch.empty(SEQUENCES + 1, dtype=torch.int32 if plain else torch.int64, **meta)
             lengths = None if plain else torch.empty(SEQUENCES, dtype=torch.int64, **meta)
             yield (
                 f"{name}, {'numbers' if plain else 'tensors'}",
@@ -205,9 +201,7 @@ def compile_launch(launch: Launch, arch: int, dtype: str, names: list[str]) -> C
     flags = [
         name if value is True else f"{name}={value}"
         for name, value in launch.arguments.items()
-        if name.isupper()
-        and value not in (False, 0, None)
-        and name not in ("T", "V", "M", "N", "K")
+        if name.isupper() and value not in (False, 0, None) and name not in ("T", "V", "M", "N", "K")
     ]
     return Compiled(
         arch=arch,

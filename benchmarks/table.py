@@ -38,16 +38,10 @@ def _section(rows: dict[tuple, dict]) -> str:
 def _cpu_section(rows: dict[tuple, dict]) -> str:
     groups = sorted({key[:3] for key in rows}, key=_group_order)
     times = [
-        _time_line(rows, group, passed)
-        for group in groups
-        for passed in PASSES
-        if (*group, f"ours-{passed}") in rows
+        _time_line(rows, group, passed) for group in groups for passed in PASSES if (*group, f"ours-{passed}") in rows
     ]
     rest = [
-        _rest_line(rows, group, passed)
-        for group in groups
-        for passed in PASSES
-        if (*group, f"ours-{passed}") in rows
+        _rest_line(rows, group, passed) for group in groups for passed in PASSES if (*group, f"ours-{passed}") in rows
     ]
     peers = [TITLES[peer] for peer in PEERS]
     return "\n".join(
@@ -63,8 +57,7 @@ def _cpu_section(rows: dict[tuple, dict]) -> str:
             "against fp64 of the same inputs.",
             "",
             cells.table(
-                ["head", "T", "dtype", "pass", "MiB: target", "ours", *peers]
-                + ["error: target", "ours", *peers[:2]],
+                ["head", "T", "dtype", "pass", "MiB: target", "ours", *peers] + ["error: target", "ours", *peers[:2]],
                 rest,
             ),
             "",
@@ -84,10 +77,7 @@ def _time_line(rows: dict, group: tuple, passed: str) -> list[str]:
         cells.PASS_TITLES[passed],
         "" if target is None else f"{target:.1f}",
         cells.against(target, ours.get("ratio"), cells.ratio),
-        *(
-            cells.cell(rows.get((*group, f"{peer}-{passed}")), "ratio", cells.ratio)
-            for peer in PEERS
-        ),
+        *(cells.cell(rows.get((*group, f"{peer}-{passed}")), "ratio", cells.ratio) for peer in PEERS),
     ]
 
 
@@ -113,9 +103,7 @@ def _group_order(group: tuple[str, int, str]) -> tuple[int, int, int]:
     return list(CASES).index(case), list(DTYPES).index(dtype), T
 
 
-def main(
-    arguments: list[str] | None = None, *, results: Path = RESULTS, readme: Path = README
-) -> int:
+def main(arguments: list[str] | None = None, *, results: Path = RESULTS, readme: Path = README) -> int:
     return pages.run("benchmarks.table", arguments, readme, render(newest(results)), "rows")
 
 

@@ -163,9 +163,7 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
             own.model.zero_grad(set_to_none=True)
             return own.training_step(own.model, dict(own_batch)).detach()
 
-        seconds, losses = interleaved(
-            {"trl": step, "ours": patched, "prefopt": ours}, options.rounds
-        )
+        seconds, losses = interleaved({"trl": step, "ours": patched, "prefopt": ours}, options.rounds)
     difference = max(abs(losses["trl"] - losses[who]).item() for who in WHO)
     if not difference <= LOSS_DIFFERENCE[options.dtype]:
         raise RuntimeError(f"the losses differ by {difference:.1e}: no numbers from a wrong kernel")

@@ -32,12 +32,7 @@ def render(results: Path) -> str:
 def _section(rows: dict[tuple, dict]) -> str:
     steps = sorted({key[:-1] for key in rows})
     heads = sorted({key[-1].split("-")[1] for key in rows}, reverse=True)
-    lines = [
-        _line(rows, step, head)
-        for step in steps
-        for head in heads
-        if (*step, f"trl-{head}") in rows
-    ]
+    lines = [_line(rows, step, head) for step in steps for head in heads if (*step, f"trl-{head}") in rows]
     return "\n".join([cells.heading(list(rows.values())), "", cells.table(HEAD, lines), ""])
 
 
@@ -50,9 +45,7 @@ def _line(rows: dict[tuple, dict], step: tuple, head: str) -> list[str]:
     return [trl["case"], trainer, *shape, trl["dtype"], *speeds, *times]
 
 
-def main(
-    arguments: list[str] | None = None, *, results: Path | None = None, page: Path = PAGE
-) -> int:
+def main(arguments: list[str] | None = None, *, results: Path | None = None, page: Path = PAGE) -> int:
     made = render(results or RESULTS / "trainers")
     return pages.run("benchmarks.trainers_table", arguments, page, made, "rows")
 

@@ -213,9 +213,7 @@ class Variant:
     passed: str  # one of cases.PASSES, or "gemm"
     run: Callable[[Inputs], Tensor | None]
     why_not: Callable[[Case], str | None] = _always
-    bytes_per_logit: int = (
-        0  # of memory that grows with T x V, in fp32; to refuse before it is too late
-    )
+    bytes_per_logit: int = 0  # of memory that grows with T x V, in fp32; to refuse before it is too late
     compiles: bool = False  # the first call at a size compiles, so memory is measured at the second
 
 
@@ -227,12 +225,8 @@ VARIANTS = {
         Variant("ours", "frozen", partial(forward_backward, ours, False)),
         Variant("ours", "trainable", partial(forward_backward, ours, True)),
         Variant("torch", "forward", partial(forward, plain_torch), bytes_per_logit=8),
-        Variant(
-            "torch", "frozen", partial(forward_backward, plain_torch, False), bytes_per_logit=16
-        ),
-        Variant(
-            "torch", "trainable", partial(forward_backward, plain_torch, True), bytes_per_logit=16
-        ),
+        Variant("torch", "frozen", partial(forward_backward, plain_torch, False), bytes_per_logit=16),
+        Variant("torch", "trainable", partial(forward_backward, plain_torch, True), bytes_per_logit=16),
         Variant("trl", "forward", partial(forward, trl), _trl_why_not),
         Variant("trl", "frozen", partial(forward_backward, trl, False), _trl_why_not),
         Variant("trl", "trainable", partial(forward_backward, trl, True), _trl_why_not),

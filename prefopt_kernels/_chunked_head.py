@@ -119,9 +119,7 @@ class _Head:
     ):
         operands = {"hidden": hidden, "weight": weight, "bias": bias}
         self.dtypes = {
-            name: operand.dtype
-            for name, operand in operands.items()
-            if operand is not None and operand.requires_grad
+            name: operand.dtype for name, operand in operands.items() if operand is not None and operand.requires_grad
         }
         # CUDA multiplies bf16 with sums and results in fp32; elsewhere torch has no such product
         self.mixed = hidden.is_cuda and hidden.dtype != torch.float32
@@ -130,8 +128,7 @@ class _Head:
         self.bias = None if bias is None else bias.float()
         self.targets, self.transform = targets, transform
         self.values = {
-            name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
-            for name in ("logp", "lse", *outputs)
+            name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for name in ("logp", "lse", *outputs)
         }
         self.grads = {
             name: torch.zeros(
@@ -185,9 +182,7 @@ class _Head:
             upstream = upstream * self.slope
         p.scatter_(1, target, 0.0)
         if "bias" in self.grads:
-            self.grads["bias"].addmv_(p.T, -upstream).index_add_(
-                0, target.squeeze(1), own.squeeze(1)
-            )
+            self.grads["bias"].addmv_(p.T, -upstream).index_add_(0, target.squeeze(1), own.squeeze(1))
         # one pass over p, rounded as it is written
         dz = torch.empty_like(p, dtype=self.dtype) if self.mixed else p
         torch.mul(p, -upstream[:, None], out=dz)

@@ -84,11 +84,7 @@ def report() -> list[tuple[str, str]]:
         ("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors"),
         ("C++ kernels", extension()),
     ]
-    lines += [
-        (name, os.environ[name])
-        for name in ("PREFOPT_BACKEND", "PREFOPT_BUILD")
-        if name in os.environ
-    ]
+    lines += [(name, os.environ[name]) for name in ("PREFOPT_BACKEND", "PREFOPT_BUILD") if name in os.environ]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))

@@ -209,8 +209,7 @@ class FusedLinearKTOLoss(nn.Module):
         losses = loss_of(logps)
         log_ratios = logps.detach() - ref_logps
         sums = {
-            f"{name}_sum": sequence_logps(getattr(tokens, name).detach().float(), cu_seqlens)
-            for name in self.outputs
+            f"{name}_sum": sequence_logps(getattr(tokens, name).detach().float(), cu_seqlens) for name in self.outputs
         }
         metrics = KTOMetrics(
             losses=losses.detach(),
@@ -245,15 +244,11 @@ class FusedLinearKTOLoss(nn.Module):
 
     def _why_not_chunked(self, hidden: Tensor, head: ResolvedHead) -> str | None:
         if head.group is not None:
-            return (
-                "the head's rows are spread over processes, and a chunk would wait for all of them"
-            )
+            return "the head's rows are spread over processes, and a chunk would wait for all of them"
         if torch.compiler.is_compiling():
             return "torch.compile traces the call, and the ends of the sequences must be read"
         if self.reduction == "none":
-            return (
-                "the reduction is 'none', so what the losses are multiplied with is not known yet"
-            )
+            return "the reduction is 'none', so what the losses are multiplied with is not known yet"
         device, dtype = hidden.device.type, hidden.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -269,9 +264,7 @@ class FusedLinearKTOLoss(nn.Module):
         loss_of: Callable[[Tensor, slice], Tensor],
     ) -> tuple[TokenLogprobs, tuple[Tensor | None, ...]]:
         """Scores of the tokens without a graph, and the gradients of the reduced loss in the operands."""
-        settings = Transform(
-            *(self.head[name] for name in ("logit_scale", "softcap", "temperature"))
-        )
+        settings = Transform(*(self.head[name] for name in ("logit_scale", "softcap", "temperature")))
         check_call(hidden, weight, targets, bias, *settings, self.outputs)
         if targets.device.type == "cpu":
             check_targets(targets, weight.shape[0])
@@ -280,13 +273,9 @@ class FusedLinearKTOLoss(nn.Module):
         def chunk_loss(logp: Tensor, bounds: Tensor, rows: slice) -> Tensor:
             return share * loss_of(sequence_logps(logp, bounds), rows)
 
-        return chunked_head(
-            hidden, weight, bias, targets, cu_seqlens, chunk_loss, settings, self.outputs
-        )
+        return chunked_head(hidden, weight, bias, targets, cu_seqlens, chunk_loss, settings, self.outputs)
 
-    def _reference_point(
-        self, reference_point: Tensor | None, kl_log_ratio: Tensor | None, hidden: Tensor
-    ) -> Tensor:
+    def _reference_point(self, reference_point: Tensor | None, kl_log_ratio: Tensor | None, hidden: Tensor) -> Tensor:
         """The step's z0: the given one, the clamped mean, or APO-zero's 0."""
         given = [
             name

@@ -41,9 +41,7 @@ class ResolvedHead(NamedTuple):
     def logprob(self, hidden: Tensor, targets: Tensor, **settings) -> TokenLogprobs:
         """``linear_logprob`` of the whole head, wherever its rows are; ``settings`` as there."""
         if self.group is None:
-            return linear_logprob(
-                hidden, self.weight, targets, self.bias, lora=self.lora, **settings
-            )
+            return linear_logprob(hidden, self.weight, targets, self.bias, lora=self.lora, **settings)
         return vocab_parallel_linear_logprob(
             hidden,
             self.weight,
@@ -123,17 +121,13 @@ def _vocabulary_dim(weight: Tensor):
         return None
     found = [
         i
-        for i, (placement, shares) in enumerate(
-            zip(weight.placements, _shares(weight), strict=True)
-        )
+        for i, (placement, shares) in enumerate(zip(weight.placements, _shares(weight), strict=True))
         if shares and placement.is_shard(0)
     ]
     if not found:
         return None
     if len(found) > 1:
-        raise ValueError(
-            f"the head is sharded over {len(found)} tensor-parallel mesh dimensions; expected one"
-        )
+        raise ValueError(f"the head is sharded over {len(found)} tensor-parallel mesh dimensions; expected one")
     (dim,) = found
     mesh, V = weight.device_mesh, weight.shape[0]
     chunk = -(-V // mesh.size(dim))  # as torch.chunk: the last ones may be shorter, or empty
@@ -173,13 +167,9 @@ def _plain(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
         placement if shared and placement.is_shard(0) else Replicate()
         for placement, shared in zip(tensor.placements, shares, strict=True)
     ]
-    gathered = tensor.redistribute(
-        placements=keeps, forward_dtype=dtype or tensor.dtype, backward_dtype=tensor.dtype
-    )
+    gathered = tensor.redistribute(placements=keeps, forward_dtype=dtype or tensor.dtype, backward_dtype=tensor.dtype)
     return gathered.to_local(
-        grad_placements=[
-            keep if shared else Partial("avg") for keep, shared in zip(keeps, shares, strict=True)
-        ]
+        grad_placements=[keep if shared else Partial("avg") for keep, shared in zip(keeps, shares, strict=True)]
     )
 
 

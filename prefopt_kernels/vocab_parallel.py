@@ -79,9 +79,7 @@ def vocab_parallel_linear_logprob(
     _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora)
     rows = weight_shard.shape[0]
     if rows == 0:  # the op wants a row, and every rank must be there for the backward
-        weight_shard, bias_shard, lora = (
-            _with_a_row(each) for each in (weight_shard, bias_shard, lora)
-        )
+        weight_shard, bias_shard, lora = (_with_a_row(each) for each in (weight_shard, bias_shard, lora))
     counts = targets >= 0
     local = targets - vocab_start
     inside = counts & (local >= 0) & (local < rows)
@@ -243,9 +241,7 @@ def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora
             "weight_shard"
         )
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
-        raise ValueError(
-            f"vocab_start is {vocab_start!r}; expected the id of the first row, 0 or above"
-        )
+        raise ValueError(f"vocab_start is {vocab_start!r}; expected the id of the first row, 0 or above")
     if "is_top1" in outputs:
         raise ValueError(
             "outputs has 'is_top1', which needs the largest logit of every shard, and the op keeps none; expected names "

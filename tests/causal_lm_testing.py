@@ -88,10 +88,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "divided granite": lambda: GraniteConfig(logits_scaling=4.0, **SIZES),
     "multiplier falcon_h1": _falcon_h1,
     "experts qwen3_moe": _qwen3_moe,
-    "softcap recurrent_gemma": lambda: (
-        RecurrentGemmaConfig(  # two recurrent layers, one of attention
-            logits_soft_cap=4.0, **SIZES | {"num_hidden_layers": 3}
-        )
+    "softcap recurrent_gemma": lambda: RecurrentGemmaConfig(  # two recurrent layers, one of attention
+        logits_soft_cap=4.0, **SIZES | {"num_hidden_layers": 3}
     ),
     "softcap nanochat": lambda: NanoChatConfig(final_logit_softcapping=4.0, **SIZES),
 }

@@ -31,9 +31,7 @@ def sources() -> dict[Path, str]:
     """Every file of the packages and of the build whose text may read a variable or write a file."""
     folders = ["prefopt_kernels", "python", "benchmarks"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    return {
-        p: p.read_text(encoding="utf-8") for p in [*files, ROOT / "setup.py", ROOT / "Makefile"]
-    }
+    return {p: p.read_text(encoding="utf-8") for p in [*files, ROOT / "setup.py", ROOT / "Makefile"]}
 
 
 # Paths
@@ -65,9 +63,7 @@ def path_exists(word: str, page: Path) -> bool:
         return True
     if "/" in word:
         return first == "runs"
-    inside = any(
-        word == p.name for folder in (*OURS, "python", "csrc") for p in (ROOT / folder).rglob(word)
-    )
+    inside = any(word == p.name for folder in (*OURS, "python", "csrc") for p in (ROOT / folder).rglob(word))
     return inside or any(f'"{word}"' in source for source in sources().values())
 
 
@@ -87,9 +83,7 @@ def command_lines(text: str) -> list[str]:
 
 
 def command_problems(text: str) -> list[str]:
-    return [
-        f"{line}: {p}" for line in command_lines(text) if (p := command_problem(line)) is not None
-    ]
+    return [f"{line}: {p}" for line in command_lines(text) if (p := command_problem(line)) is not None]
 
 
 def command_problem(line: str) -> str | None:
@@ -238,15 +232,11 @@ def name_problems(code: str) -> list[str]:
                 if not hasattr(module, alias.name):
                     found.append(f"{node.module} has no {alias.name}")
                 known[alias.asname or alias.name] = getattr(module, alias.name, None)
-    for node in ast.walk(
-        tree
-    ):  # trainer = PreferenceTrainer(...): trainer's attributes are the class's
+    for node in ast.walk(tree):  # trainer = PreferenceTrainer(...): trainer's attributes are the class's
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             made = known.get(ast.unparse(node.value.func))
             if inspect.isclass(made):
-                known |= {
-                    target.id: made for target in node.targets if isinstance(target, ast.Name)
-                }
+                known |= {target.id: made for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner = known.get(node.value.id)
@@ -268,9 +258,7 @@ def reference_problems(text: str) -> list[str]:
     """Dotted names of ours in inline code that do not resolve."""
     found = []
     for word in inline_code(text):
-        dotted = re.fullmatch(
-            r"(?:help\()?((?:prefopt_kernels|prefopt)(?:\.\w+)+)\)?(?:\(.*\))?", word
-        )
+        dotted = re.fullmatch(r"(?:help\()?((?:prefopt_kernels|prefopt)(?:\.\w+)+)\)?(?:\(.*\))?", word)
         if dotted is not None and not resolves(dotted.group(1)):
             found.append(f"name {word}")
     return found

@@ -119,8 +119,7 @@ def result_of(run: Path) -> dict:
     return {
         "weights": (run / "adapter_model.safetensors").read_bytes(),
         "metrics": [
-            {key: value for key, value in json.loads(line).items() if not key.endswith(timed)}
-            for line in lines
+            {key: value for key, value in json.loads(line).items() if not key.endswith(timed)} for line in lines
         ],
         "summary": json.loads((run / "summary.json").read_text(encoding="utf-8")),
         "report": (run / "report.html").is_file(),

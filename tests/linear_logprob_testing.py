@@ -260,9 +260,7 @@ def check(problems: Problem | list[Problem], results: Results | list[Results]) -
     triples = [(r, baseline(p), exact(p)) for p, r in zip(problems, results, strict=True)]
 
     def judge(name, value_of):
-        made, plain, truth = (
-            torch.cat([value_of(triple[i]).flatten() for triple in triples]) for i in range(3)
-        )
+        made, plain, truth = (torch.cat([value_of(triple[i]).flatten() for triple in triples]) for i in range(3))
         terms = [triple[2].terms[name].flatten() for triple in triples if name in triple[2].terms]
         assert_as_good_as_torch(name, made, plain, truth, terms=torch.cat(terms) if terms else None)
 
@@ -281,9 +279,7 @@ def check(problems: Problem | list[Problem], results: Results | list[Results]) -
             assert grad.dtype == problem.operands[name].dtype, f"d{name}"
             assert grad.shape == problem.operands[name].shape, f"d{name}"
         if "hidden" in result.grads:
-            assert (result.grads["hidden"][ignored] == 0).all(), (
-                "dhidden of a row that does not count"
-            )
+            assert (result.grads["hidden"][ignored] == 0).all(), "dhidden of a row that does not count"
     for name in ("logp", "lse", "entropy", "mean_logit"):
         if getattr(results[0].outputs, name) is not None:
             judge(name, lambda r, name=name: getattr(r.outputs, name))

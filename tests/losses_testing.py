@@ -71,10 +71,7 @@ LOSSES = {
 def inputs(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """The loss's tensors of ROWS or PAIRS, log-probabilities in ``dtype``."""
     source = ROWS | PAIRS
-    return {
-        key: tensor(source[key], dtype=dtype) if "logps" in key else tensor(source[key])
-        for key in LOSSES[name][1]
-    }
+    return {key: tensor(source[key], dtype=dtype) if "logps" in key else tensor(source[key]) for key in LOSSES[name][1]}
 
 
 def call(name: str, tensors: dict[str, Tensor], **change) -> Tensor:
@@ -104,6 +101,4 @@ def assert_within_rounding(ours: Tensor, exact, argument: float, largest: float 
     """
     exact = torch.as_tensor(exact, dtype=torch.float64)
     eps = torch.finfo(ours.dtype).eps
-    torch.testing.assert_close(
-        ours.double(), exact, rtol=(16 + 2 * argument) * eps, atol=4 * eps * largest
-    )
+    torch.testing.assert_close(ours.double(), exact, rtol=(16 + 2 * argument) * eps, atol=4 * eps * largest)

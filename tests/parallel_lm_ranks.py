@@ -43,9 +43,7 @@ def full(tensor: Tensor) -> Tensor:
 def errors(model: nn.Module, expected: nn.Module) -> dict[str, float]:
     """Of every gradient, the error's norm by the norm."""
     found = {}
-    for (name, ours), (_, theirs) in zip(
-        model.named_parameters(), expected.named_parameters(), strict=True
-    ):
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         error = full(ours.grad) - theirs.grad
         found[name] = (error.norm() / theirs.grad.norm()).item()
     return found
@@ -60,9 +58,7 @@ def rows(rank: int, step: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels}
 
 
-def steps(
-    model: nn.Module, expected: nn.Module, batches_of, own: int, count: int = STEPS
-) -> dict[str, float]:
+def steps(model: nn.Module, expected: nn.Module, batches_of, own: int, count: int = STEPS) -> dict[str, float]:
     """The worst errors over some steps of SGD: of the loss (in nats) and of each gradient.
 
     ``batches_of(step)`` are all ranks' batches, and ``own`` this rank's index among them.
@@ -165,8 +161,7 @@ def scores(rank: int) -> dict:
     for name, each in (("ours", model), ("expected", expected)):
         ranks = (rank,) if name == "ours" else (0, 1)
         losses[name] = [
-            torch.stack([_entropy_and_logp(each, rows(r, step)) for r in ranks]).mean()
-            for step in range(2)
+            torch.stack([_entropy_and_logp(each, rows(r, step)) for r in ranks]).mean() for step in range(2)
         ]
         for loss in losses[name]:
             loss.backward()

@@ -106,9 +106,7 @@ def make_model(arch: str, vocab_size: int, path: str | Path, seed: int = 0) -> P
     configs = {
         "qwen3": lambda: Qwen3Config(head_dim=12, tie_word_embeddings=False, **sizes),
         "llama": lambda: LlamaConfig(tie_word_embeddings=False, **sizes),
-        "gemma2": lambda: Gemma2Config(
-            head_dim=12, query_pre_attn_scalar=12, sliding_window=64, **sizes
-        ),
+        "gemma2": lambda: Gemma2Config(head_dim=12, query_pre_attn_scalar=12, sliding_window=64, **sizes),
     }
     set_seed(seed)
     model = AutoModelForCausalLM.from_config(configs[arch](), dtype=torch.float32)
@@ -119,10 +117,7 @@ def make_model(arch: str, vocab_size: int, path: str | Path, seed: int = 0) -> P
 def make_rows(conversational: bool) -> list[dict]:
     """``ROWS`` as dictionaries: plain text, or chat messages of one user and one assistant turn."""
     if not conversational:
-        return [
-            {"prompt": prompt, "completion": completion, "label": label}
-            for prompt, completion, label in ROWS
-        ]
+        return [{"prompt": prompt, "completion": completion, "label": label} for prompt, completion, label in ROWS]
     return [
         {
             "prompt": [{"role": "user", "content": prompt}],

@@ -70,9 +70,7 @@ def _check_overrides(run: TinyRun) -> None:
 def _options(*recipes: Recipe) -> dict[str, tuple]:
     """{dotted key: its value in each recipe}"""
     return {
-        f"{section}.{one.name}": tuple(
-            getattr(getattr(recipe, section), one.name) for recipe in recipes
-        )
+        f"{section}.{one.name}": tuple(getattr(getattr(recipe, section), one.name) for recipe in recipes)
         for section, kind in SECTIONS.items()
         for one in dataclasses.fields(kind)
     }

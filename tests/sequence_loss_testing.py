@@ -58,11 +58,7 @@ ENHANCED = [name for name, s in SETTINGS.items() if s["method"] == "enhanced_kto
 
 def backends() -> list[str]:
     """The backends that run here, on the device that they are for."""
-    return [
-        name
-        for name in BACKENDS
-        if BACKENDS[name].why_not(torch.zeros(1, device=device(name))) is None
-    ]
+    return [name for name in BACKENDS if BACKENDS[name].why_not(torch.zeros(1, device=device(name))) is None]
 
 
 def device(backend: str) -> str:
@@ -121,16 +117,12 @@ class Results:
     dlogp: Tensor | None
 
 
-def ours(
-    problem: Problem, settings: dict, backend: str, through=("losses", "logps"), call=sequence_loss
-) -> Results:
+def ours(problem: Problem, settings: dict, backend: str, through=("losses", "logps"), call=sequence_loss) -> Results:
     """The call and the gradient of sum(by_loss losses) + sum(by_logps logps), or of the part ``through``; on the CPU."""
     place = device(backend)
     logp = problem.logp.to(place, copy=True).requires_grad_(bool(through))
     rows = (problem.cu_seqlens, problem.ref_logps, problem.labels, problem.lengths)
-    out = call(
-        logp, *(None if row is None else row.to(place) for row in rows), **settings, backend=backend
-    )
+    out = call(logp, *(None if row is None else row.to(place) for row in rows), **settings, backend=backend)
     if through:
         weights = {"losses": problem.by_loss, "logps": problem.by_logps}
         sum((getattr(out, name) * weights[name].to(place)).sum() for name in through).backward()
@@ -227,9 +219,7 @@ def check(problem: Problem, settings: dict, results: Results, through=("losses",
     logp = problem.logp.double()
     exact = torch.zeros(B, dtype=torch.float64).index_add(0, own, logp)
     # fp64 sums of n terms err by n 2^-53 of the sum of their sizes; then one rounding to fp32
-    sums_err = (
-        problem.logp.shape[0] * 2.0**-53 * torch.zeros(B).double().index_add(0, own, logp.abs())
-    )
+    sums_err = problem.logp.shape[0] * 2.0**-53 * torch.zeros(B).double().index_add(0, own, logp.abs())
     error = (out.logps.double() - exact).abs()
     assert (error <= 2.0**-24 * exact.abs() * (1 + 1e-9) + sums_err).all(), "logps"
 

@@ -52,8 +52,7 @@ def step(inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, **settings) ->
     loss, metrics = module(**inputs | operands | {"hidden": hidden})
     loss.backward()
     grads = {
-        name: each.grad.full_tensor() if isinstance(each, DTensor) else each.grad
-        for name, each in operands.items()
+        name: each.grad.full_tensor() if isinstance(each, DTensor) else each.grad for name, each in operands.items()
     }
     return grads | {"loss": loss, "entropy": metrics.entropy_sum, "hidden": hidden.grad}
 
@@ -88,9 +87,7 @@ def torch_default(inputs: dict[str, Tensor], weight: DTensor):
     """The rule of other libraries: the gathered weight, and nobody says what its gradient is."""
     from prefopt_kernels import FusedLinearKTOLoss
 
-    return FusedLinearKTOLoss(beta=0.3)(
-        **inputs, weight=weight.full_tensor(), bias=parameters()["bias"]
-    )
+    return FusedLinearKTOLoss(beta=0.3)(**inputs, weight=weight.full_tensor(), bias=parameters()["bias"])
 
 
 def adapter(rank: int) -> dict:

@@ -111,9 +111,7 @@ def test_a_planted_command_is_found(text):
 
 def test_a_planted_variable_is_found():
     assert variable_problems("set PREFOPT_NO_SUCH=1") == ["variable PREFOPT_NO_SUCH"]
-    assert variables_read(
-        "import os\nos.environ.get('A')\nos.environ['B']\nos.getenv('C')\nd['D']"
-    ) == set("ABC")
+    assert variables_read("import os\nos.environ.get('A')\nos.environ['B']\nos.getenv('C')\nd['D']") == set("ABC")
 
 
 @pytest.mark.parametrize(
@@ -127,9 +125,7 @@ def test_a_planted_variable_is_found():
 )
 def test_a_planted_name_is_found(code, tmp_path, monkeypatch):
     assert len(code_problems(f"```python no-run\n{code}\n```", tmp_path, monkeypatch)) == 1
-    assert reference_problems("`prefopt_kernels.no_such_name`") == [
-        "name prefopt_kernels.no_such_name"
-    ]
+    assert reference_problems("`prefopt_kernels.no_such_name`") == ["name prefopt_kernels.no_such_name"]
 
 
 def test_planted_code_that_fails_is_found(tmp_path, monkeypatch):

@@ -34,9 +34,7 @@ def test_prints_versions_threads_and_every_backend():
         assert values[f"{name} on cpu"] == ("yes" if reason is None else f"no: {reason}")
 
 
-def test_build_ends_with_0_where_the_kernels_are_there_and_with_1_and_the_reason_elsewhere(
-    monkeypatch, capsys
-):
+def test_build_ends_with_0_where_the_kernels_are_there_and_with_1_and_the_reason_elsewhere(monkeypatch, capsys):
     for reason, code in ((None, 0), ("the disk is full", 1)):
         monkeypatch.setattr(_extension, "why_not", lambda reason=reason: reason)
         monkeypatch.setattr(_extension, "library", lambda: Path("/cache/kernels.so"))

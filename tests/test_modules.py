@@ -47,10 +47,7 @@ def all_logits_logps(hidden, weight, bias, targets, *, scale=1.0, softcap=None, 
     counts = targets >= 0
     logp = torch.where(counts, log_p[torch.arange(T), targets.clamp(min=0)], 0)
     entropy = torch.where(counts, -(log_p.exp() * log_p).sum(1), 0)
-    sums = [
-        [token[begin:end].sum() for begin, end in itertools.pairwise(BOUNDS)]
-        for token in (logp, entropy)
-    ]
+    sums = [[token[begin:end].sum() for begin, end in itertools.pairwise(BOUNDS)] for token in (logp, entropy)]
     return torch.stack(sums[0]), torch.stack(sums[1])
 
 
@@ -58,9 +55,7 @@ def plain(inputs, dtype, z0, *, beta=0.3, desirable=1.25, undesirable=0.5, **hea
     """The step in plain torch, in ``dtype``: per-row losses, logps, ref_logps, entropy sums."""
     x = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     logps, entropy = all_logits_logps(x["hidden"], x["weight"], x["bias"], x["targets"], **head)
-    ref_logps, _ = all_logits_logps(
-        x["ref_hidden"], x["ref_weight"], x["ref_bias"], x["targets"], **head
-    )
+    ref_logps, _ = all_logits_logps(x["ref_hidden"], x["ref_weight"], x["ref_bias"], x["targets"], **head)
     s = torch.where(x["labels"], 1.0, -1.0).to(dtype)
     weights = torch.where(x["labels"], desirable, undesirable).to(dtype)
     u = s * beta * (logps - ref_logps - z0)
@@ -83,9 +78,7 @@ HEADS = {
 @pytest.mark.parametrize("method", ["kto", "apo_zero"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_value_and_gradients(dtype, method, trained, head):
-    module = FusedLinearKTOLoss(
-        beta=0.3, method=method, desirable_weight=1.25, undesirable_weight=0.5, **HEADS[head]
-    )
+    module = FusedLinearKTOLoss(beta=0.3, method=method, desirable_weight=1.25, undesirable_weight=0.5, **HEADS[head])
     kl = {"kl_log_ratio": tensor(KL)} if method == "kto" else {}
     ours = leaves(batch(dtype), trained)
     loss, metrics = module(**ours, **kl)
@@ -105,9 +98,7 @@ def test_value_and_gradients(dtype, method, trained, head):
         assert_as_good_as_torch(name, getattr(metrics, name), baseline[i], exact[i])
     for name in trained:
         assert ours[name].grad.dtype == dtype
-        assert_as_good_as_torch(
-            f"d{name}", ours[name].grad, baseline_grads[name], exact_grads[name].double()
-        )
+        assert_as_good_as_torch(f"d{name}", ours[name].grad, baseline_grads[name], exact_grads[name].double())
 
 
 def test_metrics():
@@ -350,9 +341,7 @@ def test_sequence_logps_of_no_tokens():
 
 
 def test_an_impossible_token_stays_in_its_sequence():
-    logps = sequence_logps(
-        tensor([-1.0, -torch.inf, -3.0, torch.nan, -5.0]), tensor([0, 1, 2, 3, 4, 5])
-    )
+    logps = sequence_logps(tensor([-1.0, -torch.inf, -3.0, torch.nan, -5.0]), tensor([0, 1, 2, 3, 4, 5]))
     assert logps[[0, 2, 4]].tolist() == [-1.0, -3.0, -5.0]
     assert logps[1] == -torch.inf and logps[3].isnan()
 

@@ -90,9 +90,7 @@ def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
         mine = getattr(metrics, name)
         assert mine.dtype == value.dtype and mine.shape == value.shape, name
         # five terms below 16 in size, each right to 2 eps on either side: 5 * 16 * 4 * 6e-8
-        torch.testing.assert_close(
-            mine, value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(mine, value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture

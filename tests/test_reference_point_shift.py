@@ -203,10 +203,7 @@ def in_python():
     sums = {True: [0.0, 0.0], False: [0.0, 0.0], "kl": [0.0, 0.0]}
     for ranks in WINDOWS:
         rows = [
-            (x, bool(y))
-            for rewards, labels in ranks
-            for x, y in zip(rewards, labels, strict=True)
-            if math.isfinite(x)
+            (x, bool(y)) for rewards, labels in ranks for x, y in zip(rewards, labels, strict=True) if math.isfinite(x)
         ]
         total, count = total + sum(x for x, _ in rows), count + len(rows)
         means = {}

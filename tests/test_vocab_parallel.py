@@ -133,6 +133,4 @@ def test_a_frozen_head_costs_no_unit_gradient(monkeypatch):
 def test_without_a_process_group():
     assert not dist.is_initialized()
     with pytest.raises(RuntimeError, match="expected init_process_group before"):
-        vocab_parallel_linear_logprob(
-            torch.eye(2), torch.eye(2), torch.tensor([0, 1]), vocab_start=0
-        )
+        vocab_parallel_linear_logprob(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), vocab_start=0)

@@ -73,11 +73,7 @@ def make_pairs(count: int, chat: bool = True) -> list[dict]:
             "rejected": "Bananas, I suppose." + " Or not." * (number % 3),
         }
         roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
-        rows.append(
-            {name: [{"role": roles[name], "content": text}] for name, text in texts.items()}
-            if chat
-            else texts
-        )
+        rows.append({name: [{"role": roles[name], "content": text}] for name, text in texts.items()} if chat else texts)
     return rows
 
 

@@ -53,15 +53,9 @@ def make_split_tokenizer(split: str, path: Path) -> PreTrainedTokenizerFast:
     rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = {
         "gpt-2": lambda: whole,
-        "smollm": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), whole]
-        ),
-        "qwen2": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(QWEN), "isolated"), rest]
-        ),
-        "llama-bpe": lambda: pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), rest]
-        ),
+        "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
+        "qwen2": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN), "isolated"), rest]),
+        "llama-bpe": lambda: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), rest]),
     }[split]()
     if split == "qwen2":
         core.normalizer = normalizers.NFC()
@@ -87,9 +81,7 @@ def make_split_tokenizer(split: str, path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_base(
-    arch: str, tokenizer: PreTrainedTokenizerBase, path: Path, dtype=torch.float32, **changes
-) -> None:
+def make_base(arch: str, tokenizer: PreTrainedTokenizerBase, path: Path, dtype=torch.float32, **changes) -> None:
     """A two-layer random model with spread-out weights (norms and biases too) and four rows that no token uses."""
     sizes = {
         "vocab_size": len(tokenizer) + 4,
@@ -140,8 +132,7 @@ def make_run(
     RunFolder(run, active=True).update(method="kto", status="finished")
     content = {
         "model": {"path": str(base), "revision": None, "dtype": "float32"},
-        "data": {"path": "rows.jsonl", "chat_template_kwargs": template_kwargs or {}}
-        | (data or {}),
+        "data": {"path": "rows.jsonl", "chat_template_kwargs": template_kwargs or {}} | (data or {}),
         "training": {"output_dir": str(run)},
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
@@ -170,9 +161,7 @@ def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits.float()
 
 
-def assert_same_function(
-    merged: torch.nn.Module, trained: torch.nn.Module, ids: torch.Tensor
-) -> None:
+def assert_same_function(merged: torch.nn.Module, trained: torch.nn.Module, ids: torch.Tensor) -> None:
     """The merged model errs as the trained one does in fp32, against fp64.
 
     A merged weight is off by a rounding or two of fp32, as each product in the trained model is: the same size of error,

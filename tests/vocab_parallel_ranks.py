@@ -35,8 +35,7 @@ CASES: dict[str, tuple[Problem, str, tuple[str, ...], str]] = {
     for split, backend in (("even", "auto"), ("uneven", "auto"), ("even", "reference"))
 }
 CASES |= {
-    split: (problem(through=("logp",)), split, ("hidden", "weight"), "auto")
-    for split in ("first empty", "last empty")
+    split: (problem(through=("logp",)), split, ("hidden", "weight"), "auto") for split in ("first empty", "last empty")
 }
 CASES |= {
     f"{transform} logits": (

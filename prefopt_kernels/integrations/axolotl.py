@@ -58,9 +58,7 @@ def check_configuration(cfg: dict) -> None:
     if loss_type not in (None, *LOSSES):
         raise ValueError(f"prefopt_loss_type is {loss_type!r}; expected one of {LOSSES}")
     if cfg.get("trainer_cls") not in (None, TRAINER):
-        raise ValueError(
-            f"trainer_cls is {cfg.get('trainer_cls')!r}; expected none, because the plugin sets it"
-        )
+        raise ValueError(f"trainer_cls is {cfg.get('trainer_cls')!r}; expected none, because the plugin sets it")
 
 
 @cache

@@ -161,9 +161,7 @@ def _renamed_library() -> bytes | None:
     old, new = (b"\0%b\0" % each.encode() for each in list(REGISTERED.items())[1])
     content = _extension.library().read_bytes()
     if content.count(old) != 1:
-        raise RuntimeError(
-            f"{_extension.library()} names {old!r} {content.count(old)} times; expected once"
-        )
+        raise RuntimeError(f"{_extension.library()} names {old!r} {content.count(old)} times; expected once")
     return content.replace(old, new)
 
 

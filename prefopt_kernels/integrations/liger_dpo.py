@@ -153,13 +153,9 @@ class LigerFusedLinearDPOLoss(PairLoss):
         if loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type is {loss_type!r}; expected one of {tuple(LOSS_TYPES)}")
         if loss_type == "exo_pair" and not 0.0 < label_smoothing < 1.0:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing}; expected above 0 and below 1 for exo_pair"
-            )
+            raise ValueError(f"label_smoothing is {label_smoothing}; expected above 0 and below 1 for exo_pair")
         if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(
-                f"label_smoothing is {label_smoothing}; expected from 0 to below 0.5 for robust"
-            )
+            raise ValueError(f"label_smoothing is {label_smoothing}; expected from 0 to below 0.5 for robust")
         self.ignore_index = ignore_index
         self.beta = beta
         self.alpha = alpha

@@ -87,9 +87,7 @@ class LigerFusedLinearKTOLoss(nn.Module):
             TypeError, ValueError: an argument is missing or of the wrong type or shape.
         """
         if not isinstance(preference_labels, Tensor) or preference_labels.ndim != 1:
-            raise ValueError(
-                f"preference_labels is {_shape(preference_labels)}; expected a bool tensor (B,)"
-            )
+            raise ValueError(f"preference_labels is {_shape(preference_labels)}; expected a bool tensor (B,)")
         B = preference_labels.shape[0]
         _input, target = _padded(_input, B), _padded(target, B)
         ref_input = None if ref_input is None else _padded(ref_input, B)
@@ -103,18 +101,14 @@ class LigerFusedLinearKTOLoss(nn.Module):
         if self.use_ref_model:
             with torch.no_grad():
                 ref_logps = score(ref_input, ref_weight, target, ref_bias, **how).logps
-        losses = kto_loss(
-            logps, ref_logps, preference_labels, beta=self.beta, reference_point=reference_point
-        )
+        losses = kto_loss(logps, ref_logps, preference_labels, beta=self.beta, reference_point=reference_point)
         logged = (
             logps.detach(),
             logit_sums(_input, lin_weight, bias),
             self.beta * (logps.detach() - ref_logps),
         )
         sides = (preference_labels, ~preference_labels)
-        return losses.mean(), tuple(
-            torch.where(side, value, 0.0).sum() for value in logged for side in sides
-        )
+        return losses.mean(), tuple(torch.where(side, value, 0.0).sum() for value in logged for side in sides)
 
 
 def _padded(value: Tensor, B: int) -> Tensor:

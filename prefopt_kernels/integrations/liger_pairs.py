@@ -78,9 +78,7 @@ class PairLoss(nn.Module):
             total, number = scores.logp_sums[:P].sum(), scores.lengths[:P].sum()
             if nll_target is not None:
                 check_padded(_input, nll_target)
-                chosen = score(
-                    _input[:P], lin_weight, nll_target[:P], bias, ignore_index=self.ignore_index
-                )
+                chosen = score(_input[:P], lin_weight, nll_target[:P], bias, ignore_index=self.ignore_index)
                 total, number = chosen.logp_sums.sum(), chosen.lengths.sum()
             nll = -total / number.clamp(min=1)
         logits = logit_sums(_input, lin_weight, bias) / (P * target.shape[1] * lin_weight.shape[0])
@@ -250,9 +248,7 @@ class LigerFusedLinearORPOLoss(PairLoss):
         pairs, nll, logged = self._scored(lin_weight, _input, target, bias, nll_target)
         ones = torch.ones_like(pairs.chosen_lengths)  # divided already
         losses = orpo_loss(pairs.chosen, pairs.rejected, ones, ones, odds_weight=self.beta)
-        losses = (
-            losses + pairs.chosen
-        )  # without the row's own likelihood: Liger's is one mean over all tokens
+        losses = losses + pairs.chosen  # without the row's own likelihood: Liger's is one mean over all tokens
         ratio = log_odds(pairs.chosen.detach()) - log_odds(pairs.rejected.detach())  # (P,)
         rewards = (self.beta * pairs.chosen.detach(), self.beta * pairs.rejected.detach())
         return losses.mean() + nll, (*logged, *rewards, F.logsigmoid(ratio).mean(), ratio.mean())

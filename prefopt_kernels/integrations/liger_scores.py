@@ -29,9 +29,7 @@ def score(
     """Score (B, L, H) hidden states for (B, L) targets; positions with ``ignore_index`` cost nothing."""
     B, L = target.shape
     counts = target != ignore_index
-    tokens = linear_logprob(
-        hidden.flatten(0, 1), weight, torch.where(counts, target, -1).flatten(), bias
-    )
+    tokens = linear_logprob(hidden.flatten(0, 1), weight, torch.where(counts, target, -1).flatten(), bias)
     bounds = torch.arange(0, B * L + 1, max(L, 1), device=target.device)
     logp_sums = sequence_logps(tokens.logp, bounds)
     lengths = counts.sum(1)
@@ -59,9 +57,7 @@ def check_padded(hidden: Tensor, target: Tensor, name: str = "_input") -> None:
         )
 
 
-def check_reference(
-    use_ref_model: bool, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None
-) -> None:
+def check_reference(use_ref_model: bool, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None) -> None:
     """Raise unless the reference model is there where it is asked for, and only there.
 
     Liger leaves a reference that is passed with ``use_ref_model=False`` out of the loss without a word.

@@ -30,9 +30,7 @@ def __getattr__(name: str):
     return _module()
 
 
-def batch_logps(
-    model: nn.Module, head: LMHead, batch: dict, prefix: str = "", backend: str = "auto"
-) -> Tensor:
+def batch_logps(model: nn.Module, head: LMHead, batch: dict, prefix: str = "", backend: str = "auto") -> Tensor:
     """(B,) nats: sums over the completion's tokens of ``{prefix}input_ids``, ``attention_mask``, ``completion_mask``."""
     ids = batch[f"{prefix}input_ids"]
     packing = pack_completions(ids, batch[f"{prefix}completion_mask"])
@@ -145,9 +143,7 @@ def _module() -> type:
             logged = {"loss": losses.detach().mean(), "kl": z0}
             if labels.any() and not labels.all():
                 logged["rewards/margins"] = rewards[labels].mean() - rewards[~labels].mean()
-            self.log_dict(
-                {prefix + name: value for name, value in logged.items()}, batch_size=len(labels)
-            )
+            self.log_dict({prefix + name: value for name, value in logged.items()}, batch_size=len(labels))
             return losses.mean()
 
         def _logps(self, model: nn.Module, batch: dict, prefix: str = "") -> Tensor:

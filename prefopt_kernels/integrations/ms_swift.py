@@ -106,9 +106,7 @@ class FusedScores:
         with torch.no_grad(), disable_gradient_checkpointing(model, kwargs):
             return self._score(model, batch, "KL_completion_")[0]
 
-    def _score(
-        self, model: nn.Module, batch: dict, prefix: str, **more
-    ) -> tuple[Tensor, Tensor, object]:
+    def _score(self, model: nn.Module, batch: dict, prefix: str, **more) -> tuple[Tensor, Tensor, object]:
         """(B,) nats and (B,) sums of logits over the tokens that count, and the model's outputs."""
         inputs, labels = self._get_model_kwargs(batch, prefix)
         targets = labels.roll(-1, dims=1)  # tokens up to n predict n + 1
@@ -117,9 +115,7 @@ class FusedScores:
         def use(hidden: Tensor):
             hidden = hidden[:, -targets.shape[1] :]  # a vision model puts its image's before them
             flat = targets.flatten().to(hidden.device)
-            return head.score(
-                hidden.flatten(0, 1), flat, outputs=("mean_logit",), backend=self.backend
-            )
+            return head.score(hidden.flatten(0, 1), flat, outputs=("mean_logit",), backend=self.backend)
 
         with caught_at(head, use, keep=0) as caught:
             outputs = model(**inputs, **more)

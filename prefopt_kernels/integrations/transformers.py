@@ -42,9 +42,7 @@ __all__ = [
 class Packing(NamedTuple):
     """Where the completion tokens of a padded batch are; all index tensors, made on the CPU beside the batch."""
 
-    positions: (
-        Tensor  # (T,) int64, row of the flattened (B * L, H) hidden states that predicts each token
-    )
+    positions: Tensor  # (T,) int64, row of the flattened (B * L, H) hidden states that predicts each token
     targets: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (B + 1,) int64, first token of each sequence, and T
 

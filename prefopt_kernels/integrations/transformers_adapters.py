@@ -44,9 +44,7 @@ def operands_of(module: nn.Module) -> HeadOperands:
 
 def _row_hooks(module: nn.Module) -> list[int]:
     """Keys of the forward pre-hooks by which PEFT gives a layer what differs by row, such as ``adapter_names``."""
-    functions = {
-        key: getattr(hook, "func", hook) for key, hook in module._forward_pre_hooks.items()
-    }
+    functions = {key: getattr(hook, "func", hook) for key, hook in module._forward_pre_hooks.items()}
     return [key for key, each in functions.items() if getattr(each, "__name__", "") in ROW_HOOKS]
 
 
@@ -86,15 +84,9 @@ def _dense_weight(module: nn.Module) -> Tensor:
             "of quantisation, with llm_int8_skip_modules=['lm_head'] in BitsAndBytesConfig. The layers below it may be "
             "4-bit"
         )
-    shape = getattr(
-        weight, "ds_shape", getattr(weight, "shape", ())
-    )  # the first: ZeRO-3's, of the whole
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # the first: ZeRO-3's, of the whole
     if not isinstance(weight, Tensor) or len(shape) != 2 or not weight.is_floating_point():
-        got = (
-            f"{weight.dtype} {tuple(weight.shape)}"
-            if isinstance(weight, Tensor)
-            else type(weight).__name__
-        )
+        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
             f"the lm_head ({kind}) has a weight that is {got}; expected a floating point (V, H) matrix: leave the head "
             "out of quantisation"

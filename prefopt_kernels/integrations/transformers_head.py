@@ -114,18 +114,12 @@ def lm_head_of(model: nn.Module) -> LMHead:
     """
     base = base_model_of(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(base).__name__} is an encoder-decoder model; expected a causal language model"
-        )
+        raise ValueError(f"{type(base).__name__} is an encoder-decoder model; expected a causal language model")
     find = getattr(base, "get_output_embeddings", None)
     module = find() if find is not None else None
     if module is None:
-        raise ValueError(
-            f"{type(model).__name__} has no output embedding; expected a causal language model"
-        )
-    config = (
-        base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-    )
+        raise ValueError(f"{type(model).__name__} has no output embedding; expected a causal language model")
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     head = LMHead(module, _logit_scale(config), _softcap(config), _virtual_tokens(model))
     _ = head.operands  # refuses here what it could not score later
     return head
@@ -158,9 +152,7 @@ def _logit_scale(config) -> float:
             return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)
     model_type = getattr(config, "model_type", None)
-    if (
-        scaling is None or model_type == "minicpm3"
-    ):  # MiniCPM3 divides the hidden states, before the head
+    if scaling is None or model_type == "minicpm3":  # MiniCPM3 divides the hidden states, before the head
         return 1.0
     return float(scaling) if model_type == "hyperclovax" else 1.0 / float(scaling)
 
@@ -310,9 +302,7 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
         # inside the forward pass, where the head's parameters are whole
         expect = functools.partial(_expected_logits, head, ids.shape[1])
         with _without_dropout(model), caught_at(head, expect, keep=None) as caught:
-            logits = model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
-            ).logits
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     finally:
         for handle in handles:
             handle.remove()

@@ -158,9 +158,7 @@ class FusedForward:
         return -logp.sum() / count
 
 
-def patch_forward(
-    model: nn.Module, *, backend: str = "auto", eval_logits: bool = True
-) -> FusedForward:
+def patch_forward(model: nn.Module, *, backend: str = "auto", eval_logits: bool = True) -> FusedForward:
     """Make ``model(input_ids, labels=...)`` compute its loss by ``linear_logprob``, without building the logits.
 
     The loss is transformers': labels shifted inside, -100 ignored, the mean over the labels that count or, given

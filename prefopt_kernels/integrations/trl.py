@@ -85,9 +85,7 @@ class FusedHead:
         call = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
         call["backend"] = self.backend
         wanted = tuple(NAMES[name] for name in outputs if name in NAMES)
-        tokens = linear_logprob(
-            hidden, weight, targets, temperature=temperature, outputs=wanted, **call
-        )
+        tokens = linear_logprob(hidden, weight, targets, temperature=temperature, outputs=wanted, **call)
         log_sum_sq_probs = None
         if "log_sum_sq_probs" in outputs:
             # sum p^2 = sum exp(2z) / (sum exp z)^2, and half the temperature makes 2z of z.
@@ -97,9 +95,7 @@ class FusedHead:
         return _in_trls_order(tokens, log_sum_sq_probs)
 
     def _count(self, name: str) -> None:
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a number that moves would compile again at each call
+        if not torch.compiler.is_compiling():  # a number that moves would compile again at each call
             setattr(self, name, getattr(self, name) + 1)
 
 

@@ -157,9 +157,7 @@ class FusedScores:
         batch = self._prepare_inputs(inputs)
         kl_logps = self._compute_kl_logps(model, batch)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        logps, tokens, cu_seqlens, result = self._score(
-            model, batch, outputs=("entropy", "mean_logit"), **router
-        )
+        logps, tokens, cu_seqlens, result = self._score(model, batch, outputs=("entropy", "mean_logit"), **router)
         if self.precompute_ref_logps:
             ref_logps, ref_kl_logps = batch["ref_logps"], batch.get("ref_KL_logps")
         else:
@@ -190,9 +188,7 @@ class FusedScores:
             return apo_zero_loss(logps, ref_logps, labels, **named)
         return kto_loss(logps, ref_logps, labels, reference_point=z0, **named)
 
-    def _log_batch(
-        self, rows: dict[str, Tensor], labels: Tensor, z0: Tensor, seen: Tensor, result
-    ) -> None:
+    def _log_batch(self, rows: dict[str, Tensor], labels: Tensor, z0: Tensor, seen: Tensor, result) -> None:
         """TRL's values of a micro-batch, from sums over all ranks that travel and are read back together."""
         names = list(rows)
         values = torch.stack([rows[name].float() for name in names])  # (names, B)

@@ -33,13 +33,10 @@ def check_lengths(logps: Tensor, **lengths: Tensor) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of integers")
         if value.shape != logps.shape:
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected {tuple(logps.shape)}, as the "
-                "log-probabilities"
+                f"{name} has shape {tuple(value.shape)}; expected {tuple(logps.shape)}, as the log-probabilities"
             )
         if value.device != logps.device:
-            raise ValueError(
-                f"{name} is on {value.device}; expected {logps.device}, as the log-probabilities"
-            )
+            raise ValueError(f"{name} is on {value.device}; expected {logps.device}, as the log-probabilities")
         if value.dtype not in _INTEGERS:
             raise TypeError(f"{name} has dtype {value.dtype}; expected integers (tokens)")
 
@@ -115,20 +112,15 @@ def _check_vectors(size: str, **vectors: Tensor) -> None:
     first_name, first = next(iter(vectors.items()))
     for name, value in vectors.items():
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; expected a tensor of shape ({size},)"
-            )
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape ({size},)")
         if value.ndim != 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ({size},)")
         if value.shape != first.shape:
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}; expected that of {first_name}, "
-                f"{tuple(first.shape)}"
+                f"{name} has shape {tuple(value.shape)}; expected that of {first_name}, {tuple(first.shape)}"
             )
         if value.device != first.device:
-            raise ValueError(
-                f"{name} is on {value.device}; expected {first.device}, as {first_name}"
-            )
+            raise ValueError(f"{name} is on {value.device}; expected {first.device}, as {first_name}")
 
 
 def _check_floating(**logps: Tensor) -> None:

@@ -66,9 +66,7 @@ def decision_weight(mean_logps: Tensor, weighting: str, clip: tuple[float, float
     """(B,) w(c) / c for c = exp(mean log-probability), clipped: the weight of an outcome drawn from c."""
     m = mean_logps.clamp(max=0.0)
     if weighting == TVERSKY_KAHNEMAN:
-        log_weight = (
-            GAMMA * m - torch.logaddexp(GAMMA * m, GAMMA * torch.log(-torch.expm1(m))) / GAMMA
-        )
+        log_weight = GAMMA * m - torch.logaddexp(GAMMA * m, GAMMA * torch.log(-torch.expm1(m))) / GAMMA
     else:
         log_weight = -((-m) ** PRELEC_EXPONENT)
     return torch.exp(log_weight - m).clamp(*clip)

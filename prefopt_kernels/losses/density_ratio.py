@@ -63,8 +63,7 @@ class DensityRatio:
                 raise ValueError(f"{name} has values that are not finite; expected finite ones")
         if desirable.shape[1] != undesirable.shape[1]:
             raise ValueError(
-                f"undesirable has {undesirable.shape[1]} columns; expected {desirable.shape[1]}, as "
-                "desirable"
+                f"undesirable has {undesirable.shape[1]} columns; expected {desirable.shape[1]}, as desirable"
             )
         n, m = desirable.shape[0], undesirable.shape[0]
         rows = torch.cat([desirable, undesirable.to(desirable.device)]).detach().double()
@@ -111,15 +110,11 @@ class DensityRatio:
             raise RuntimeError("DensityRatio has no fit; call fit or load_state_dict first")
         _check_embeddings("embeddings", embeddings)
         if embeddings.shape[1] != self.weight.shape[0]:
-            raise ValueError(
-                f"embeddings has {embeddings.shape[1]} columns; expected {self.weight.shape[0]}"
-            )
+            raise ValueError(f"embeddings has {embeddings.shape[1]} columns; expected {self.weight.shape[0]}")
         if not isinstance(labels, Tensor) or labels.dtype != torch.bool:
             raise TypeError("labels is not a tensor of torch.bool (True = desirable)")
         if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels has shape {tuple(labels.shape)}; expected {tuple(embeddings.shape[:1])}"
-            )
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; expected {tuple(embeddings.shape[:1])}")
         self.weight, self.bias = (x.to(embeddings.device) for x in (self.weight, self.bias))
         logits = embeddings.detach().double() @ self.weight + self.bias
         ratio = logits.exp().clamp(*self.clip)
@@ -145,9 +140,7 @@ class DensityRatio:
         for name, ndim in (("weight", 1), ("bias", 0)):
             if not isinstance(state[name], Tensor) or state[name].ndim != ndim:
                 raise ValueError(f"state['{name}'] is no {ndim}-dim tensor; expected one")
-        self.weight, self.bias = (
-            state[name].detach().double().clone() for name in ("weight", "bias")
-        )
+        self.weight, self.bias = (state[name].detach().double().clone() for name in ("weight", "bias"))
 
 
 def _check_embeddings(name: str, rows: Tensor) -> None:

@@ -77,7 +77,5 @@ def dpo_loss(
         return loss
     flipped = -F.logsigmoid(-x)
     if robust:
-        return ((1 - label_smoothing) * loss - label_smoothing * flipped) / (
-            1 - 2 * label_smoothing
-        )
+        return ((1 - label_smoothing) * loss - label_smoothing * flipped) / (1 - 2 * label_smoothing)
     return (1 - label_smoothing) * loss + label_smoothing * flipped

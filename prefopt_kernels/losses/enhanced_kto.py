@@ -297,9 +297,7 @@ def _moved(
     """The reference point in nats: z0, moved towards the bounded shift as far as the gate is open."""
     if not isinstance(gate, Tensor) and gate == 0:
         return z0
-    shift = (
-        shift.clamp(-bound, bound) if isinstance(shift, Tensor) else max(-bound, min(bound, shift))
-    )
+    shift = shift.clamp(-bound, bound) if isinstance(shift, Tensor) else max(-bound, min(bound, shift))
     moved = (1 - gate) * z0 + gate * (shift / beta)
     # A closed gate keeps out a shift that is NaN, too.
     return torch.where(gate > 0, moved, z0) if isinstance(gate, Tensor) else moved

@@ -64,8 +64,6 @@ def kto_loss(
     return torch.where(labels, desirable_weight * loss, undesirable_weight * loss)
 
 
-def kto_margin(
-    log_ratios: Tensor, labels: Tensor, beta: float, reference_point: Tensor | float
-) -> Tensor:
+def kto_margin(log_ratios: Tensor, labels: Tensor, beta: float, reference_point: Tensor | float) -> Tensor:
     """(B,) u: how far a row is on its right side of the reference point, in reward units."""
     return signed(labels, beta * (log_ratios - reference_point))

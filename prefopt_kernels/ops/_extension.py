@@ -86,9 +86,7 @@ def _find_and_load() -> tuple[Path | None, str | None]:
     reason = why_not_build()
     if reason is not None:
         # without setuptools torch cannot even name its cache
-        may_load = os.environ.get("PREFOPT_BUILD") != "none" and importlib.util.find_spec(
-            "setuptools"
-        )
+        may_load = os.environ.get("PREFOPT_BUILD") != "none" and importlib.util.find_spec("setuptools")
         if may_load and _loads(built := _cached()):  # which needs no compiler
             return built, None
         return None, f"{missing}, and it cannot be built now: {reason}"

@@ -29,9 +29,7 @@ class Estimator:
             ValueError: a key is missing or unknown, or a value is not a tensor of the right shape.
         """
         if set(state) != set(self._shapes):
-            raise ValueError(
-                f"state has the keys {sorted(state)}; expected exactly {sorted(self._shapes)}"
-            )
+            raise ValueError(f"state has the keys {sorted(state)}; expected exactly {sorted(self._shapes)}")
         for name, shape in self._shapes.items():
             value = state[name]
             if not isinstance(value, Tensor) or value.shape != shape:

@@ -87,9 +87,7 @@ class ShiftSchedule:
             ValueError: ``step`` is below the last one.
         """
         if step < self.step:
-            raise ValueError(
-                f"step is {step}; expected {self.step} or above, the last step's number"
-            )
+            raise ValueError(f"step is {step}; expected {self.step} or above, the last step's number")
         self.step = step
         if self.started_at is not None:
             return
@@ -118,8 +116,6 @@ class ShiftSchedule:
             ValueError: a key is missing or unknown.
         """
         if set(state) != set(self._keys):
-            raise ValueError(
-                f"state has the keys {sorted(state)}; expected exactly {sorted(self._keys)}"
-            )
+            raise ValueError(f"state has the keys {sorted(state)}; expected exactly {sorted(self._keys)}")
         for key in self._keys:
             setattr(self, key, state[key])

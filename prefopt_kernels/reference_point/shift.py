@@ -166,7 +166,5 @@ def _checked_rewards(rewards: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if labels.dtype != torch.bool:
         raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool (True = desirable)")
     if labels.shape != rewards.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}; expected that of rewards, {tuple(rewards.shape)}"
-        )
+        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected that of rewards, {tuple(rewards.shape)}")
     return rewards, torch.stack([labels, ~labels]) & rewards.isfinite()

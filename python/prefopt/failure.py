@@ -79,10 +79,7 @@ def bounded(message: str) -> str:
         1000
     """
     lines = message.splitlines()
-    shown = [
-        line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
-        for line in lines[:MOST_LINES]
-    ]
+    shown = [line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..." for line in lines[:MOST_LINES]]
     if len(lines) > MOST_LINES:
         shown.append(f"... and {len(lines) - MOST_LINES:,} more lines")
     return "\n".join(shown)

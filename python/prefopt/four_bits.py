@@ -48,9 +48,7 @@ def quantization_options(compute: torch.dtype, device: int | str) -> dict[str, A
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def check_blocks(
-    path: str, asked: str, instead: str, *, revision: str | None, trust_remote_code: bool
-) -> None:
+def check_blocks(path: str, asked: str, instead: str, *, revision: str | None, trust_remote_code: bool) -> None:
     """``refuse_broken_blocks`` for a model that is not loaded yet: its shapes are enough."""
     failure = f"{asked}: cannot read the configuration of {path}"
     options = {"trust_remote_code": trust_remote_code}

@@ -42,9 +42,7 @@ def from_pretrained(
         RecipeError: it cannot be loaded, or needs code that is not trusted.
     """
     try:
-        return kind.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code, **options
-        )
+        return kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **options)
     except FAILURES as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = (

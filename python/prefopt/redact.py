@@ -7,9 +7,7 @@ SECRET = re.compile(
     r"(^|_)(token|secret|password|passwd|passphrase|credentials?|api_?key|(access|account|auth|private|secret)_key)$"
 )
 # tokens of a vocabulary, in tokenizers' and chat templates' options
-VOCABULARY = re.compile(
-    r"(^|_)(pad|eos|bos|unk|sep|cls|mask|start|end|stop|special|image|video|audio|think)_token$"
-)
+VOCABULARY = re.compile(r"(^|_)(pad|eos|bos|unk|sep|cls|mask|start|end|stop|special|image|video|audio|think)_token$")
 # Its tokens are text, without which later commands would not render the template as training did.
 TEMPLATE_ARGUMENTS = "chat_template_kwargs"
 USER_IN_URL = re.compile(r"(?<=://)[^/?#\s@]+@")

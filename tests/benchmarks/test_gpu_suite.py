@@ -104,9 +104,7 @@ def test_rows_and_tables_are_written(command, tmp_path):
     assert status == 0 and len(specs) == 1
     assert specs[0]["groups"] == [["smoke", 256, "random"], ["smoke", 512, "random"]]
     rows = newest(tmp_path)["some-gpu"]
-    assert set(rows) == {
-        ("smoke", T, "bf16", v) for T in (256, 512) for v in ("gemm", "ours-forward")
-    }
+    assert set(rows) == {("smoke", T, "bf16", v) for T in (256, 512) for v in ("gemm", "ours-forward")}
     for row in rows.values():
         assert GPU_ROW.items() <= row.items() and row["tests"] == {"passed": 7, "skipped": 1}
     tables = (tmp_path / "some-gpu" / "2026-11-20.md").read_text(encoding="utf-8")
@@ -128,9 +126,7 @@ def test_absent_peers_are_said_and_not_asked_for(command, monkeypatch):
 
 def test_a_variant_that_ends_the_process_is_left_out_of_the_next(command, tmp_path):
     def crashes(spec, hear):
-        hear(
-            {"rows": [measured_row(spec["groups"][0], "ours-forward")], "group": spec["groups"][0]}
-        )
+        hear({"rows": [measured_row(spec["groups"][0], "ours-forward")], "group": spec["groups"][0]})
         hear({"begin": "liger-frozen", "group": spec["groups"][1]})
         return "the process ended with -11"
 
@@ -178,9 +174,7 @@ def test_what_was_not_measured_is_listed(command, tmp_path):
 
     status, text, specs = command("--minutes", "2", answers=[takes_its_time], clock=clock)
     assert status == 0
-    assert (
-        specs[0]["seconds"] == 120 - 15 and specs[0]["limit"] < 120
-    )  # what is left is for the tables
+    assert specs[0]["seconds"] == 120 - 15 and specs[0]["limit"] < 120  # what is left is for the tables
     assert "Not measured in this run: smoke T 4,096 planted; smoke T 8,192 random;" in text
     assert "smoke T 1,024 planted." in (tmp_path / "some-gpu" / "2026-11-20.md").read_text("utf-8")
 
@@ -358,9 +352,7 @@ def test_a_process_is_heard_to_its_end():
     assert run(text)[:2] == (None, [{"say": "0"}, {"say": "1"}, {"say": "2"}, {"end": True}])
 
 
-@pytest.mark.parametrize(
-    ("text", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 11)", -11), ("1 / 0", 1)]
-)
+@pytest.mark.parametrize(("text", "status"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 11)", -11), ("1 / 0", 1)])
 def test_a_process_that_dies_is_told_of(text, status):
     why, heard, _ = run(f"tell(begin='x')\n{text}")
     assert (why, heard) == (f"the process ended with {status}", [{"begin": "x"}])

@@ -83,8 +83,7 @@ def test_targets_beside_what_was_reached(text):
     times = lines(text, CASE, "4,096", UNIT)[:3]
     assert times == [
         [CASE, "4,096", UNIT, "forward", "1.00", "1.15", "1.15, met", "1.80", "", "1.57"],
-        [CASE, "4,096", UNIT, FROZEN, "2.02", "2.40", "2.41, missed", "3.50"]
-        + ["at least 1.4", "1.45, met"],
+        [CASE, "4,096", UNIT, FROZEN, "2.02", "2.40", "2.41, missed", "3.50"] + ["at least 1.4", "1.45, met"],
         [CASE, "4,096", UNIT, TRAINABLE, "3.05", "4.00", "3.90, met", "not run", "", ""],
     ]
     (header,) = lines(text, "head", "T", "GEMM", "pass", "bare GEMMs")
@@ -102,9 +101,7 @@ def test_skipping_is_judged_where_few_tiles_are_live(text, tmp_path):
 
 
 def test_memory_and_error(text):
-    forward, frozen, trainable = (
-        lines(text, CASE, "4,096", title)[0] for title in ("forward", FROZEN, TRAINABLE)
-    )
+    forward, frozen, trainable = (lines(text, CASE, "4,096", title)[0] for title in ("forward", FROZEN, TRAINABLE))
     assert forward[3:] == ["300", "10, met", "600", "1e-05", "2e-06, met", "5e-03"]
     assert frozen[3:] == ["300", "300, met", "900", "1e-05", "2e-05, missed", "5e-03"]
     # 151,936 x 1,024 x 2 bytes are 296.75 MiB
@@ -145,11 +142,7 @@ def test_ours_that_did_not_run_is_no_number(tmp_path):
 
 
 def test_each_device_has_its_own_section(tmp_path):
-    cpu = {
-        name: value
-        for name, value in row("ours-forward", 0.97).items()
-        if name not in ("gpu", "tests")
-    }
+    cpu = {name: value for name, value in row("ours-forward", 0.97).items() if name not in ("gpu", "tests")}
     cpu |= {"device": "cpu-x", "threads": 2, "backend": "cpu"}
     keep(ROWS, tmp_path)
     keep([cpu], tmp_path)

@@ -92,9 +92,7 @@ def smi(folder, monkeypatch, script):
 
 
 def test_the_state_is_that_of_this_device(cuda, tmp_path, monkeypatch):
-    smi(
-        tmp_path, monkeypatch, f'echo "$@" > {tmp_path}/asked; echo "1755, 1980, 45, [N/A], 700.00"'
-    )
+    smi(tmp_path, monkeypatch, f'echo "$@" > {tmp_path}/asked; echo "1755, 1980, 45, [N/A], 700.00"')
     assert Cuda().state() == {
         "clocks.sm": 1755.0,
         "clocks.max.sm": 1980.0,
@@ -131,9 +129,7 @@ def test_where_a_row_comes_from(cuda, tmp_path, monkeypatch):
         "cuda": torch.version.cuda,
     }
     assert {"run", "commit", "dirty", "cpu"} <= set(where)
-    assert {"torch", "triton", "trl", "liger_kernel", "cut_cross_entropy", "quack_kernels"} <= set(
-        where["versions"]
-    )
+    assert {"torch", "triton", "trl", "liger_kernel", "cut_cross_entropy", "quack_kernels"} <= set(where["versions"])
 
 
 def test_without_a_device_there_is_no_origin(cuda, monkeypatch):

@@ -156,8 +156,6 @@ def test_the_keep_rate_asks_the_triton_backend(monkeypatch):
         seen.update(options, T=targets.shape[0])
         return 0.5
 
-    monkeypatch.setattr(
-        op_folder, "backend_triton", SimpleNamespace(keep_rate=answer), raising=False
-    )
+    monkeypatch.setattr(op_folder, "backend_triton", SimpleNamespace(keep_rate=answer), raising=False)
     assert keep_rate(make_inputs(SMOKE, 64, "fp32")) == 0.5
     assert seen == {"grad_filter": 2**-12, "softcap": None, "T": 64}

@@ -76,9 +76,7 @@ def test_the_ratio_is_that_of_the_same_round(clock):
 
 
 def test_the_variants_take_turns(clock):
-    made = variants(
-        gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [1.0]), trl_frozen=Stub(clock, [1.0])
-    )
+    made = variants(gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [1.0]), trl_frozen=Stub(clock, [1.0]))
     begun = [event["begin"] for event in run(made, clock) if "begin" in event]
     letters = {"gemm": "g", "ours-frozen": "o", "trl-frozen": "t"}
     order = "".join(letters[name] for name in begun)
@@ -106,9 +104,7 @@ class OddError(RuntimeError):
     ],
 )
 @pytest.mark.parametrize("at_call", [0, 1, BEFORE_ROUNDS, BEFORE_ROUNDS + 2])
-def test_what_fails_has_a_row_with_the_reason_and_the_rest_is_measured(
-    clock, error, reason, at_call
-):
+def test_what_fails_has_a_row_with_the_reason_and_the_rest_is_measured(clock, error, reason, at_call):
     made = variants(
         gemm=Stub(clock, [1.0]),
         trl_frozen=Stub(clock, [1.0], error=error, at_call=at_call),
@@ -128,9 +124,7 @@ def test_what_fails_has_a_row_with_the_reason_and_the_rest_is_measured(
 
 
 def test_without_its_unit_a_group_has_reasons_only(clock):
-    made = variants(
-        gemm=Stub(clock, [1.0], error=RuntimeError("no")), ours_frozen=Stub(clock, [1.0])
-    )
+    made = variants(gemm=Stub(clock, [1.0], error=RuntimeError("no")), ours_frozen=Stub(clock, [1.0]))
     made["gemm"].run.at_call = 2
     rows = rows_of(run(made, clock))
     assert rows["gemm"]["skipped"] == "RuntimeError: no"
@@ -152,9 +146,7 @@ def test_numbers_that_are_not_finite_are_no_result(clock):
 
 
 def test_planted_logits_have_rows_of_their_own_and_the_share_of_live_tiles(clock):
-    made = variants(
-        gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [2.0]), ours_skip_frozen=Stub(clock, [1.0])
-    )
+    made = variants(gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [2.0]), ours_skip_frozen=Stub(clock, [1.0]))
     rows = rows_of(run(made, clock, groups=[GROUP, PLANTED]))
     assert list(rows) == ["gemm", "ours-frozen"] + [
         "gemm/planted",
@@ -216,9 +208,7 @@ def test_a_group_whose_unit_is_to_be_avoided_is_not_begun(clock):
 
 
 def test_a_lost_device_ends_the_process_after_the_reason_is_told(clock):
-    made = variants(
-        gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [1.0], error=RuntimeError("fault"))
-    )
+    made = variants(gemm=Stub(clock, [1.0]), ours_frozen=Stub(clock, [1.0], error=RuntimeError("fault")))
     events = []
     spec = {"groups": [GROUP], "peers": [], "everything_at": 256, "avoid": [], "seconds": 100}
     with pytest.raises(RuntimeError, match="the device is lost"):

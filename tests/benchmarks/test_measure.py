@@ -48,9 +48,7 @@ def test_the_peak_counts_what_was_freed_again():
         f"print(extra_bytes_of(lambda: (torch.ones({size // 4}).sum(), torch.ones({size // 8}).sum())))\n"
     )
     # in a process of its own, as the benchmark has it: one that ran other tests has free pages to use again
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     # the larger of the two, and not their sum; reused pages and late counters are far below 8 MiB
     assert abs(int(done.stdout) - size) < 8 * 2**20
 

@@ -171,9 +171,7 @@ def vocab_parallel_bytes() -> int:
     hidden = torch.randn(6, 8, requires_grad=True)
     targets = torch.arange(6)
     shard = torch.randn(5, 8)
-    vocab_parallel_linear_logprob(
-        hidden, shard, targets, vocab_start=5 * dist.get_rank()
-    ).logp.sum().backward()
+    vocab_parallel_linear_logprob(hidden, shard, targets, vocab_start=5 * dist.get_rank()).logp.sum().backward()
     dist.all_reduce = all_reduce
     return sum(carried)
 
@@ -245,9 +243,7 @@ def test_what_a_vocabulary_in_parts_carries(ranks):
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_those_of_the_architecture(name):
     shape = SHAPES[name]
-    Config, Model = (
-        (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
-    )
+    Config, Model = (Qwen3Config, Qwen3ForCausalLM) if shape.qk_norm else (LlamaConfig, LlamaForCausalLM)
     config = Config(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,

@@ -11,9 +11,7 @@ from benchmarks.pages import BEGIN, END
 from benchmarks.rows import keep
 from prefopt_kernels.integrations import trl as integration
 
-OPTIONS = argparse.Namespace(
-    rows=4, tokens=12, layers=1, dtype="fp32", head="trainable", rounds=2, threads=1
-)
+OPTIONS = argparse.Namespace(rows=4, tokens=12, layers=1, dtype="fp32", head="trainable", rounds=2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +69,7 @@ def test_the_page_has_the_newest_rows(tmp_path, capsys):
     assert "page.md: its tables are not those of the rows" in capsys.readouterr().out
     assert trainers_table.main([], results=tmp_path, page=page) == 0
     text = page.read_text(encoding="utf-8")
-    assert (
-        "Some CPU (avx2), 2 threads; torch 2.13.0, trl 1.16.0; 2026-11-21, commit 0123456." in text
-    )
+    assert "Some CPU (avx2), 2 threads; torch 2.13.0, trl 1.16.0; 2026-11-21, commit 0123456." in text
     assert "| qwen3-0.6b | KTO | 2 | 4 | 1,024 | bf16 | 10 | 40 | 50 | 4.0 | 5.0 |" in text
     assert "| qwen3-0.6b | DPO | 2 | 4 | 1,024 | bf16 | 20 | 80 |  | 4.0 |  |" in text
     assert text.count("| qwen3-0.6b |") == 2  # the older rows are not shown

@@ -28,9 +28,7 @@ def run(command: list, where: Path, **variables: str) -> subprocess.CompletedPro
         "TORCH_EXTENSIONS_DIR": str(where / "cache"),
         "OMP_NUM_THREADS": "1",
     }
-    return subprocess.run(
-        command, cwd=where, env=environment | variables, capture_output=True, encoding="utf-8"
-    )
+    return subprocess.run(command, cwd=where, env=environment | variables, capture_output=True, encoding="utf-8")
 
 
 def setup(tree: Path, command: str) -> Path:

@@ -240,7 +240,5 @@ def test_the_library_needs_no_symbol_outside_the_stable_abi():
     names = [line.split()[-1].split("@")[0] for line in symbols.splitlines()]
     assert any(name.startswith("aoti_torch_") for name in names)
     assert [
-        name
-        for name in names
-        if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "Py"))
+        name for name in names if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "_ZNK2at", "_ZNK3c10", "Py"))
     ] == []

@@ -91,9 +91,7 @@ def test_an_unknown_choice_is_refused_with_the_list():
 def test_the_decision_needs_no_torch(tmp_path):
     """PREFOPT_BUILD=none and auto work in an environment that has setuptools alone."""
     (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(
-        "raise ImportError('no torch')", encoding="utf-8"
-    )
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('no torch')", encoding="utf-8")
     for choice in ("none", "auto"):
         run = subprocess.run(
             [sys.executable, "setup.py", "--version"],
@@ -121,11 +119,7 @@ def wheel(tmp_path_factory):
     assert built.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(built) as archive:
         names = set(archive.namelist())
-        metadata = {
-            name.split("/")[-1]: archive.read(name).decode("utf-8")
-            for name in names
-            if ".dist-info/" in name
-        }
+        metadata = {name.split("/")[-1]: archive.read(name).decode("utf-8") for name in names if ".dist-info/" in name}
     return names, metadata
 
 
@@ -176,9 +170,7 @@ def pins() -> dict[str, Requirement]:
 
 
 def test_every_pin_is_exact():
-    inexact = [
-        name for name, pin in pins().items() if not re.fullmatch(r"==[\w.]+", str(pin.specifier))
-    ]
+    inexact = [name for name, pin in pins().items() if not re.fullmatch(r"==[\w.]+", str(pin.specifier))]
     assert inexact == ["triton"]  # the reason stands in the file
 
 

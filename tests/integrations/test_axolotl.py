@@ -127,9 +127,7 @@ def snippet() -> dict:
 
 
 @pytest.mark.parametrize("loss_type", [None, "apo_zero_unpaired"])
-def test_the_documented_configuration_trains_as_axolotl_without_it(
-    loss_type, axolotl, world, tmp_path
-):
+def test_the_documented_configuration_trains_as_axolotl_without_it(loss_type, axolotl, world, tmp_path):
     raw = snippet()
     assert raw.pop("prefopt_loss_type") == "kto"
     cfg, plugins = configure(raw | ({"prefopt_loss_type": loss_type} if loss_type else {}))

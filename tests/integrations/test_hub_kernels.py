@@ -131,9 +131,7 @@ def test_a_second_copy_goes_without_the_library_and_says_why(folder, tmp_path):
     hub_kernels.export(second, version=4)
     words = [sys.executable, "-c", TWICE, str(folder), str(second)]
     path = str(Path(prefopt_kernels.__file__).parents[1])
-    done = subprocess.run(
-        words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first_says, first, second_says, second_numbers = done.stdout.splitlines()
     assert first_says == "None" and first == second_numbers == "[0.25, 0.25]"
@@ -217,9 +215,7 @@ def kernelized(mode: str, folder: Path) -> None:
 
 
 def test_what_is_written_is_what_kernels_reads(folder):
-    metadata = [
-        Metadata.read_from_file(folder / "build" / each / "metadata.json") for each in VARIANTS
-    ]
+    metadata = [Metadata.read_from_file(folder / "build" / each / "metadata.json") for each in VARIANTS]
     assert {each.name.python_name for each in metadata} == {"prefopt_kernels"}
     assert {each.version for each in metadata} == {3}
     assert len({each.id for each in metadata}) == len(VARIANTS)

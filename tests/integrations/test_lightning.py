@@ -119,9 +119,7 @@ def test_checkpoints_and_modes_leave_the_reference_alone(tokenizer, tmp_path):
     again.load_state_dict(saved, strict=again.strict_loading)
     for mine, theirs in zip(again.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path
-    )
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     (values,) = trainer.validate(module, data, verbose=False)
     assert {"val_loss", "val_kl", "val_rewards/margins"} <= values.keys()
 

@@ -93,9 +93,7 @@ def swift(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     known = importlib.metadata.version
     found = {"ms-swift": "4.6.0"}
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: found.get(name) or known(name), raising=True
-    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: found.get(name) or known(name), raising=True)
     ms_swift._trainer.cache_clear()
     yield SimpleNamespace(mapping=mapping, versions=found)
     ms_swift._trainer.cache_clear()
@@ -106,10 +104,7 @@ def batch(padding_free: bool) -> dict:
     made = {"label": [True, False, True]}
     for prefix, lengths in {"completion_": (9, 6, 8), "KL_completion_": (7, 9, 5)}.items():
         rows = [torch.randint(3, 97, (n,), generator=generator) for n in lengths]
-        labels = [
-            torch.cat([torch.full((n // 2,), -100), row[n // 2 :]])
-            for n, row in zip(lengths, rows, strict=True)
-        ]
+        labels = [torch.cat([torch.full((n // 2,), -100), row[n // 2 :]]) for n, row in zip(lengths, rows, strict=True)]
         if padding_free:
             made[f"{prefix}input_ids"] = torch.cat(rows)[None]
             made[f"{prefix}labels"] = torch.cat(labels)[None]

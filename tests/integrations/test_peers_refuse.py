@@ -40,9 +40,7 @@ CASES = {  # architecture, PEFT's configuration
     ),
     "tokens of a tied head": (
         "gemma2",
-        lambda: LoraConfig(
-            r=4, target_modules=["q_proj"], trainable_token_indices=[1, 40, 300], **TASK
-        ),
+        lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 40, 300], **TASK),
     ),
     "a learned prompt": ("qwen3", lambda: PromptTuningConfig(num_virtual_tokens=3, **TASK)),
     "a learned prefix": ("qwen3", lambda: PrefixTuningConfig(num_virtual_tokens=3, **TASK)),
@@ -66,12 +64,8 @@ def worlds(tmp_path_factory):
 
 
 def in_four_bits(folder) -> nn.Module:
-    pytest.importorskip(
-        "bitsandbytes", reason="bitsandbytes, the extra [quant], is not installed: no 4-bit weights"
-    )
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, the extra [quant], is not installed: no 4-bit weights")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=config
     )

@@ -35,9 +35,7 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(name):
     # logits up to some tens, sums of 32 products in fp32
     torch.testing.assert_close(ours.logp, expected, rtol=32 * EPS, atol=32 * EPS * 10)
 
-    assert_same_gradients(
-        gradients(model, ours.logp.square().sum()), gradients(model, expected.square().sum())
-    )
+    assert_same_gradients(gradients(model, ours.logp.square().sum()), gradients(model, expected.square().sum()))
 
 
 def test_the_head_is_left_with_nothing_to_do():
@@ -116,9 +114,7 @@ def test_models_without_a_usable_head_are_refused():
         lm_head_of(nn.Linear(2, 2))
     model = make("llama")
     model.lm_head = nn.Linear(32, 97, bias=False)
-    model.lm_head.weight = nn.Parameter(
-        torch.zeros(97 * 16, 1, dtype=torch.uint8), requires_grad=False
-    )
+    model.lm_head.weight = nn.Parameter(torch.zeros(97 * 16, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="leave the head out of quantisation"):
         lm_head_of(model)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):

@@ -47,8 +47,7 @@ UNTIED = [*ranks.LAYOUTS, "own, (2, 1)", "own, (1, 2)"]
 @slow
 @pytest.mark.parametrize(
     "layout",
-    [(ranks.UNTIED, layout) for layout in UNTIED]
-    + [(ranks.TIED, layout) for layout in ranks.TIED_LAYOUTS],
+    [(ranks.UNTIED, layout) for layout in UNTIED] + [(ranks.TIED, layout) for layout in ranks.TIED_LAYOUTS],
     ids=", ".join,
 )
 def test_every_layout_of_fsdp2_trains_as_one_process(layout, both):

@@ -101,9 +101,7 @@ def test_only_what_asks_for_no_logits_changes():
     generated = model.generate(inputs["input_ids"][:1], max_new_tokens=2, do_sample=False)
     fused.undo()
     fused.undo()
-    assert torch.equal(
-        generated, model.generate(inputs["input_ids"][:1], max_new_tokens=2, do_sample=False)
-    )
+    assert torch.equal(generated, model.generate(inputs["input_ids"][:1], max_new_tokens=2, do_sample=False))
     assert model.forward == forward and len(model.lm_head._forward_pre_hooks) == hooks
     assert torch.equal(model(**inputs).loss, expected.loss)
     with patch_forward(model, eval_logits=False) as again:

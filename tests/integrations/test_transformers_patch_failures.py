@@ -63,9 +63,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "failure", ["shape of labels", "label", "interrupt before", "interrupt in"]
-)
+@pytest.mark.parametrize("failure", ["shape of labels", "label", "interrupt before", "interrupt in"])
 def test_a_failed_call_leaves_model_and_patch_usable(failure):
     model = two_adapters(target_modules=["q_proj"], init_lora_weights=False)
     call = {"adapter_names": ["other", "__base__", "default"], **inputs()}

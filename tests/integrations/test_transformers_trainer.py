@@ -48,12 +48,8 @@ def build(cls, folder, name: str = "softcap gemma2", **named):
 def test_it_logs_and_learns_as_trainer(name, tmp_path):
     mine, theirs = build(FusedTrainer, tmp_path, name), build(Trainer, tmp_path, name)
     logs, expected = train(mine), train(theirs)
-    assert [entry["loss"] for entry in logs] == pytest.approx(
-        [entry["loss"] for entry in expected], abs=1e-5
-    )
-    assert [entry["grad_norm"] for entry in logs] == pytest.approx(
-        [entry["grad_norm"] for entry in expected], rel=1e-4
-    )
+    assert [entry["loss"] for entry in logs] == pytest.approx([entry["loss"] for entry in expected], abs=1e-5)
+    assert [entry["grad_norm"] for entry in logs] == pytest.approx([entry["grad_norm"] for entry in expected], rel=1e-4)
     assert len(steps_of(mine)) == 3 and len({entry["loss"] for entry in logs}) == 3
     evaluations = [
         [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]

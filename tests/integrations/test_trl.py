@@ -58,10 +58,7 @@ def pairs() -> Dataset:
     answers = [{"role": "assistant", "content": completion} for _, completion, _ in ROWS]
     rotated = answers[1:] + answers[:1]
     return Dataset.from_list(
-        [
-            {"prompt": [p], "chosen": [a], "rejected": [b]}
-            for p, a, b in zip(prompts, answers, rotated, strict=True)
-        ]
+        [{"prompt": [p], "chosen": [a], "rejected": [b]} for p, a, b in zip(prompts, answers, rotated, strict=True)]
     )
 
 
@@ -104,9 +101,7 @@ def build(case: str, world, folder: Path):
     if name in ("KTO", "DPO") and not lora:
         further["ref_model"] = copy.deepcopy(world.ref)
     if lora:
-        further["peft_config"] = LoraConfig(
-            r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
-        )
+        further["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     config = getattr(trl, f"{name}Config")(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -266,9 +261,7 @@ def test_a_call_compiles_into_one_graph():
     hidden, weight, bias, targets = operands(True)
 
     def score(hidden):
-        return utils._ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, 1.0, 16, None, 1.0, OUTPUTS
-        )
+        return utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 16, None, 1.0, OUTPUTS)
 
     with ours.patch():
         compiled = torch.compile(score, backend="eager", fullgraph=True)
@@ -339,9 +332,7 @@ def test_the_backend_is_the_named_one(monkeypatch):
             "linear_logprob",
             lambda *a, **k: seen.append(k["backend"]) or linear_logprob(*a, **k),
         )
-        utils._ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, 1.0, 16, None, 1.0, OUTPUTS
-        )
+        utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, 1.0, 16, None, 1.0, OUTPUTS)
     assert seen == ["reference", "reference"]
 
 
@@ -407,16 +398,11 @@ def test_a_missing_name_is_refused(name, monkeypatch):
 def test_these_are_all_the_places_in_trl():
     """The function has one user, and the trainers that score through it are the ones in the documentation."""
     root = Path(trl.__file__).parent
-    sources = {
-        path.relative_to(root).as_posix(): path.read_text(encoding="utf-8")
-        for path in root.rglob("*.py")
-    }
+    sources = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}
     assert {name for name, text in sources.items() if "ChunkedLogProbFunction" in text} == {
         "kernels/__init__.py",
         "kernels/chunked_logprob.py",
         "trainer/utils.py",
     }
     users = {Path(name).stem for name, text in sources.items() if "fused_lm_head=True" in text}
-    assert users - {"utils"} == {
-        f"{name}_trainer" for name in ("async_grpo", "dpo", "grpo", "kto", "rloo", "sft")
-    }
+    assert users - {"utils"} == {f"{name}_trainer" for name in ("async_grpo", "dpo", "grpo", "kto", "rloo", "sft")}

@@ -88,9 +88,7 @@ def make(cls, world: World, folder: Path, *, peft_config=None, **options):
 CASES = {
     "full": {},
     "lora": {"peft_config": LoraConfig(**ON_BLOCKS), "gradient_checkpointing": True},
-    "prompt tuning": {
-        "peft_config": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-    },
+    "prompt tuning": {"peft_config": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")},
     "tied, with a softcap": {"arch": "gemma2"},
     "precomputed": {"precompute_ref_log_probs": True},
     "apo_zero": {"loss_type": "apo_zero_unpaired"},

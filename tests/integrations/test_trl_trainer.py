@@ -81,9 +81,7 @@ CASES = {
 def test_the_microbatch_estimate_logs_what_trl_logs(case, world, tmp_path):
     options = CASES[case]
     theirs = train(make(KTOTrainer, world, tmp_path / "theirs", **options))
-    mine = make(
-        FusedKTOTrainer, world, tmp_path / "mine", ours={"kl_estimator": "microbatch"}, **options
-    )
+    mine = make(FusedKTOTrainer, world, tmp_path / "mine", ours={"kl_estimator": "microbatch"}, **options)
     logs = train(mine)
     assert len(logs) == len(theirs) == COMMON["max_steps"]
     for step, (found, expected) in enumerate(zip(logs, theirs, strict=True)):
@@ -114,9 +112,7 @@ class Window:
                 ref = logps(world.ref, *matched)
             rows.append((logps(self.model, *matched), ref, batch))
             if "KL_input_ids" in batch:
-                other = [
-                    batch[f"KL_{key}"] for key in ("input_ids", "attention_mask", "completion_mask")
-                ]
+                other = [batch[f"KL_{key}"] for key in ("input_ids", "attention_mask", "completion_mask")]
                 with torch.no_grad():
                     mismatched.append(logps(self.model, *other) - logps(world.ref, *other))
         self.logps = torch.cat([row[0] for row in rows])
@@ -161,9 +157,7 @@ def enhanced(w: Window, **options) -> Tensor:
     rows = (w.logps, w.ref_logps, w.labels, w.lengths)
     parts = zip(*(x.split(w.size) for x in rows), strict=True)
     options = ENHANCED | options
-    return torch.cat(
-        [enhanced_kto_loss(*part, beta=BETA, reference_point=w.z0, **options) for part in parts]
-    )
+    return torch.cat([enhanced_kto_loss(*part, beta=BETA, reference_point=w.z0, **options) for part in parts])
 
 
 METHODS = {
@@ -187,9 +181,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_windows_loss_and_gradient_are_those_of_the_formula(
-    method, accumulation, world, tmp_path
-):
+def test_a_windows_loss_and_gradient_are_those_of_the_formula(method, accumulation, world, tmp_path):
     options, ours, formula = METHODS[method]
     world = world._replace(model=world.ref, ref=world.model)  # this way round z0 is above 0
     size = 6 // accumulation

@@ -14,9 +14,7 @@ LABELS = tensor([True, False, False, True])
 
 
 def test_equals_the_papers_formula():
-    loss = apo_zero_loss(
-        LOGPS, REF_LOGPS, LABELS, beta=0.1, desirable_weight=2.0, undesirable_weight=0.5
-    )
+    loss = apo_zero_loss(LOGPS, REF_LOGPS, LABELS, beta=0.1, desirable_weight=2.0, undesirable_weight=0.5)
     # 1 - sigmoid(0.1 r) where desirable, sigmoid(0.1 r) where not; r = 2, -2.5, 0, -20
     exact = [
         2.0 / (1 + math.exp(0.2)),
@@ -48,9 +46,7 @@ def test_half_the_weight_where_policy_and_reference_agree():
 
 def test_gradcheck():
     logps, ref_logps = LOGPS.double().requires_grad_(), REF_LOGPS.double()
-    assert torch.autograd.gradcheck(
-        lambda logps: apo_zero_loss(logps, ref_logps, LABELS, beta=0.2), logps
-    )
+    assert torch.autograd.gradcheck(lambda logps: apo_zero_loss(logps, ref_logps, LABELS, beta=0.2), logps)
 
 
 def test_bad_arguments_are_named():

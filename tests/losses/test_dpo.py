@@ -63,9 +63,7 @@ def test_smoothing_is_at_rest_at_its_optimum_and_the_robust_form_is_not():
     chosen = torch.full_like(zero, math.log(4) / BETA).requires_grad_()
     settings = {"beta": BETA, "label_smoothing": EPSILON}
     (smoothed,) = torch.autograd.grad(dpo_loss(chosen, zero, zero, zero, **settings), chosen)
-    (robust,) = torch.autograd.grad(
-        dpo_loss(chosen, zero, zero, zero, robust=True, **settings), chosen
-    )
+    (robust,) = torch.autograd.grad(dpo_loss(chosen, zero, zero, zero, robust=True, **settings), chosen)
     assert_within_rounding(smoothed, [0.0], argument=2, largest=BETA)
     assert_within_rounding(robust, [-BETA * 0.32 / 0.6], argument=2, largest=BETA)
 

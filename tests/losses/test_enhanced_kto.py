@@ -40,10 +40,7 @@ def textbook(
     """Values and d loss / d logps of ROWS, as the papers write them."""
     rows = list(zip(*ROWS.values(), strict=True))
     confidences = [math.exp(logp / T) for logp, _, _, T in rows]
-    omegas = [
-        min(max(weighted(c, decision_weighting) / c, decision_clip[0]), decision_clip[1])
-        for c in confidences
-    ]
+    omegas = [min(max(weighted(c, decision_weighting) / c, decision_clip[0]), decision_clip[1]) for c in confidences]
     mean = sum(omegas) / len(omegas)
     values, gradients = [], []
     for (logp, ref, label, T), c, omega in zip(rows, confidences, omegas, strict=True):
@@ -138,9 +135,7 @@ def test_all_off_is_kto_bit_for_bit_over_many_rows():
     lengths = torch.randint(0, 400, (100_000,), generator=generator)
     tensors = {"logps": logps, "ref_logps": ref, "labels": labels, "lengths": lengths}
     # a gate that is a tensor is not read, so 0 must be exact by arithmetic
-    loss, gradient = gradient_of(
-        tensors, reference_point=Z0, shift=tensor(math.nan), shift_gate=tensor(0.0)
-    )
+    loss, gradient = gradient_of(tensors, reference_point=Z0, shift=tensor(math.nan), shift_gate=tensor(0.0))
     leaf = logps.requires_grad_()
     kto = kto_loss(leaf, ref, labels, beta=BETA, reference_point=Z0)
     (kto_gradient,) = torch.autograd.grad(kto.sum(), leaf)
@@ -161,9 +156,7 @@ def test_the_first_step_of_a_run_has_a_gradient(name):
         weight = settings.get("desirable_weight" if label else "undesirable_weight", 1.0)
         if (kind := settings.get("decision_weighting")) is not None:
             clip = settings.get("decision_clip", (0.5, 2.0))
-            omegas = decision_weights(
-                tensors["logps"], tensors["lengths"], weighting=kind, clip=clip
-            )
+            omegas = decision_weights(tensors["logps"], tensors["lengths"], weighting=kind, clip=clip)
             weight *= (omegas / omegas.mean())[i].item()
         # 8 digits of h are written above
         assert gradient[i].item() == pytest.approx((-slope if label else slope) * weight, rel=1e-7)
@@ -180,9 +173,7 @@ def test_decision_weights_have_mean_one_over_the_rows_given_or_over_the_callers(
     assert_within_rounding(omegas, raw / raw.mean(), argument=3)
     # two calls that are given the mean of both are one call
     halves = [
-        gradient_of({k: v[rows] for k, v in tensors.items()}, decision_mean=raw.mean(), **settings)[
-            0
-        ]
+        gradient_of({k: v[rows] for k, v in tensors.items()}, decision_mean=raw.mean(), **settings)[0]
         for rows in (slice(0, 2), slice(2, 5))
     ]
     assert_within_rounding(torch.cat(halves), loss, argument=3)

@@ -151,9 +151,7 @@ def test_gradcheck_where_the_clips_do_not_bite():
     settings = EVERYTHING | {"decision_weighting": None, "main_bound": 1.0, "odds_bound": 1e3}
     tensors["logps"][2] -= 0.5  # off the kink at u = 0
     leaf = tensors.pop("logps").requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda logps: enhanced_kto_loss(logps, **tensors, **settings), leaf
-    )
+    assert torch.autograd.gradcheck(lambda logps: enhanced_kto_loss(logps, **tensors, **settings), leaf)
 
 
 def test_works_under_torch_func():
@@ -201,6 +199,4 @@ def test_a_component_is_what_its_setting_adds(field, setting):
 
 def test_components_of_an_unknown_setting():
     with pytest.raises(TypeError, match="unexpected keyword argument 'loss_aversoin'"):
-        enhanced_kto_components(
-            **inputs("enhanced_kto"), beta=0.1, reference_point=0.0, loss_aversoin=2.0
-        )
+        enhanced_kto_components(**inputs("enhanced_kto"), beta=0.1, reference_point=0.0, loss_aversoin=2.0)

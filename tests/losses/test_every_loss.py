@@ -25,9 +25,7 @@ def test_fp64_stays_fp64_and_is_what_fp32_rounds(name):
     assert fp64.dtype == torch.float64
     # arguments of exponentials stay below 20 here: (16 + 2 * 20) roundings of values of size one and above
     eps = torch.finfo(torch.float32).eps
-    torch.testing.assert_close(
-        call(name, inputs(name)).double(), fp64, rtol=56 * eps, atol=56 * eps
-    )
+    torch.testing.assert_close(call(name, inputs(name)).double(), fp64, rtol=56 * eps, atol=56 * eps)
 
 
 @every_loss
@@ -100,10 +98,7 @@ def test_each_row_is_on_its_own(name):
     # but for the mean of the decision weights
     change = {"decision_mean": 1.0} if name == "enhanced_kto" else {}
     together = call(name, inputs(name), **change)
-    alone = [
-        call(name, {key: value[i : i + 1] for key, value in inputs(name).items()}, **change)
-        for i in range(5)
-    ]
+    alone = [call(name, {key: value[i : i + 1] for key, value in inputs(name).items()}, **change) for i in range(5)]
     assert torch.equal(together, torch.cat(alone))
 
 

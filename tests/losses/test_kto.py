@@ -152,9 +152,7 @@ def test_reference_point_as_number_scalar_tensor_or_one_per_row():
     scalar = kto_loss(logps, ref_logps, labels, beta=0.1, reference_point=tensor(Z0))
     per_row = kto_loss(logps, ref_logps, labels, beta=0.1, reference_point=torch.full((5,), Z0))
     assert torch.equal(number, scalar) and torch.equal(number, per_row)
-    moved = kto_loss(
-        logps, ref_logps, labels, beta=0.1, reference_point=tensor([Z0, 9.0, Z0, Z0, Z0])
-    )
+    moved = kto_loss(logps, ref_logps, labels, beta=0.1, reference_point=tensor([Z0, 9.0, Z0, Z0, Z0]))
     assert (moved != number).tolist() == [False, True, False, False, False]
 
 
@@ -211,9 +209,7 @@ def test_bounded_and_complementary(r, z0, beta, weight):
 @given(r=log_ratios, step=st.floats(0, 1e5, width=32), beta=betas, label=st.booleans())
 def test_a_desirable_row_gains_by_more_probability_and_another_by_less(r, step, beta, label):
     logps = tensor([r, r + step])
-    below, above = kto_loss(
-        logps, torch.zeros(2), tensor([label, label]), beta=beta, reference_point=0.0
-    )
+    below, above = kto_loss(logps, torch.zeros(2), tensor([label, label]), beta=beta, reference_point=0.0)
     assert above <= below if label else above >= below
 
 

@@ -102,9 +102,7 @@ def test_the_undesirable_half_of_the_odds_is_the_unlikelihood():
 def test_orpos_log_odds_ratio_is_the_odds_term_with_the_other_side_as_its_baseline():
     tensors = inputs("orpo", FP64)
     likelihood = orpo_loss(**tensors, odds_weight=0.0)
-    chosen, rejected = (
-        tensors[k] / tensors[n] for k, n in zip(list(tensors)[:2], LENGTHS, strict=True)
-    )
+    chosen, rejected = (tensors[k] / tensors[n] for k, n in zip(list(tensors)[:2], LENGTHS, strict=True))
     other = rejected - torch.log1p(-rejected.exp())
     odds = enhanced_kto_loss(
         tensors["chosen_logps"],

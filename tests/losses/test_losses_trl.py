@@ -113,9 +113,7 @@ def ours(loss_type, logp, mask, ref):
         return desirable + bco_loss(rejected, ref[P:], ~labels, beta=BETA, shift=0.0)
     if loss_type == "apo_zero":
         labels = torch.ones(P, dtype=torch.bool)
-        return apo_zero_loss(chosen, ref[:P], labels, beta=BETA) + apo_zero_loss(
-            rejected, ref[P:], ~labels, beta=BETA
-        )
+        return apo_zero_loss(chosen, ref[:P], labels, beta=BETA) + apo_zero_loss(rejected, ref[P:], ~labels, beta=BETA)
     if loss_type == "sft":
         weights = lengths[0] / lengths[0].double().mean()
         return weights * sft_loss(chosen, lengths[0])
@@ -187,9 +185,7 @@ def test_the_losses_of_trls_kto_trainer(loss_type):
 
 
 def cpo_stand_in(**settings):
-    return SimpleNamespace(
-        accelerator=Accelerator(), alpha=0.0, beta=BETA, label_smoothing=0.0, **settings
-    )
+    return SimpleNamespace(accelerator=Accelerator(), alpha=0.0, beta=BETA, label_smoothing=0.0, **settings)
 
 
 def test_trls_cpo_loss():
@@ -208,9 +204,7 @@ def test_trls_cpo_loss():
     assert of_rows.item() != pytest.approx(of_tokens.item(), rel=1e-3)
     equal = torch.full_like(lengths, S)
     of_rows = cpo_loss(*logp.sum(1).split(P), equal, beta=BETA, alpha=1.0).mean()
-    assert_within_rounding(
-        of_rows, (trls.mean() - chosen.sum() / equal.sum()).detach(), argument=10
-    )
+    assert_within_rounding(of_rows, (trls.mean() - chosen.sum() / equal.sum()).detach(), argument=10)
 
 
 def test_trls_simpo_loss():

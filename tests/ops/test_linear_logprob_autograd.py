@@ -195,9 +195,7 @@ def test_autocast_leaves_nothing_else_alone(backend):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = linear_logprob(made.hidden.float(), made.weight, made.targets, backend=backend)
         with torch.autocast("cpu", enabled=False):
-            fp32 = linear_logprob(
-                made.hidden.float(), made.weight.float(), made.targets, backend=backend
-            )
+            fp32 = linear_logprob(made.hidden.float(), made.weight.float(), made.targets, backend=backend)
     both = linear_logprob(made.hidden, made.weight, made.targets, backend=backend)
     assert torch.equal(mixed.logp, both.logp)
     alone = linear_logprob(made.hidden.float(), made.weight.float(), made.targets, backend=backend)
@@ -212,9 +210,7 @@ def test_gradient_checkpointing(dtype, wanted, reentrant, backend):
 
     def recomputed(**arguments):
         def inner(*operands):
-            return tuple(
-                linear_logprob(**{**arguments, **dict(zip(OPERANDS, operands, strict=True))})[:3]
-            )
+            return tuple(linear_logprob(**{**arguments, **dict(zip(OPERANDS, operands, strict=True))})[:3])
 
         operands = [arguments[name] for name in OPERANDS]
         outputs = checkpoint(inner, *operands, use_reentrant=reentrant)

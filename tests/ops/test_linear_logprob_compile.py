@@ -49,9 +49,7 @@ def test_opcheck_of_the_forward(wanted, dtype, backend):
     for optional in (False, True):
         arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
         wants = (optional, optional, optional, unit, False)
-        torch.library.opcheck(
-            op._linear_logprob, (*arguments, *LOW, 1.2, 7.5, 0.6, *wants, *FILTERS, backend)
-        )
+        torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, 1.2, 7.5, 0.6, *wants, *FILTERS, backend))
     plain = (x["hidden"], x["weight"], made.targets, None, *LOW, 1.0, None, 1.0)
     wants = (False, False, False, unit, False)
     torch.library.opcheck(op._linear_logprob, (*plain, *wants, *FILTERS, backend))
@@ -253,9 +251,7 @@ def test_fake_gradients_are_laid_out_as_real_ones(backend):
         for optional in (False, True):
             arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
             wants = (optional, optional, optional, wanted == ("hidden",), False)
-            torch.library.opcheck(
-                op._linear_logprob, (*arguments, *LOW, 1.0, None, 1.0, *wants, *FILTERS, backend)
-            )
+            torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, 1.0, None, 1.0, *wants, *FILTERS, backend))
 
 
 def test_an_exported_graph(backend):

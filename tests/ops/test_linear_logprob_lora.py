@@ -61,8 +61,7 @@ def test_families(dtype, family, backend):
 def test_ranks_and_shapes_that_no_register_divides(dtype, T, H, V, R, backend):
     """Few rows are judged together with those of other seeds."""
     problems = [
-        adapted(T=T, H=H, V=V, R=R, dtype=dtype, adapter=torch.float32, seed=seed)
-        for seed in range(1 + 16 // T)
+        adapted(T=T, H=H, V=V, R=R, dtype=dtype, adapter=torch.float32, seed=seed) for seed in range(1 + 16 // T)
     ]
     check(problems, [ours(made, LORA_OPERANDS, backend) for made in problems])
 

@@ -37,9 +37,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-one_of_each = pytest.mark.parametrize(
-    "name", list(dict.fromkeys(name.split("/")[0] for name in backends()))
-)
+one_of_each = pytest.mark.parametrize("name", list(dict.fromkeys(name.split("/")[0] for name in backends())))
 
 
 @one_of_each
@@ -62,9 +60,7 @@ def test_opcheck(adapter, name):
     for needed in ((False, False, False, True, True), (True,) * 5):
         arguments = (made.upstream["logp"], None, made.upstream["entropy"], *operands)
         saved = (outputs.lse, outputs.entropy, None, None)
-        torch.library.opcheck(
-            op._linear_logprob_backward, (*arguments, *saved, *numbers, 0.0, 0.0, *needed, name)
-        )
+        torch.library.opcheck(op._linear_logprob_backward, (*arguments, *saved, *numbers, 0.0, 0.0, *needed, name))
 
 
 @one_of_each
@@ -196,9 +192,7 @@ def with_grads(made, **changed):
 
 
 def a_without_the_scale(made):
-    return with_grads(
-        made, A=(baseline(made).grads["A"].float() / made.lora_scale).to(made.A.dtype)
-    )
+    return with_grads(made, A=(baseline(made).grads["A"].float() / made.lora_scale).to(made.A.dtype))
 
 
 def b_tile_lost(made):

@@ -196,9 +196,7 @@ def test_a_wrong_value(case):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_target_outside_the_vocabulary(backend, wrong, dtype):
     targets = torch.tensor([0, -100, wrong, 6, 3], dtype=dtype)
-    message = (
-        rf"targets\[2\] is {wrong} \(largest {wrong}\); expected ids below V = 7, or negative ids"
-    )
+    message = rf"targets\[2\] is {wrong} \(largest {wrong}\); expected ids below V = 7, or negative ids"
     refused(ValueError, message, targets=targets, backend=backend)
 
 
@@ -240,9 +238,7 @@ def test_a_backend_of_another_device():
     """Operands without data have no C++ kernel, and say so."""
     elsewhere = {"hidden": meta(T, H), "weight": meta(V, H), "bias": meta(V)}
     targets = meta(T, dtype=torch.int64)
-    message = (
-        "backend 'cpu' cannot run this call: hidden is on meta, the C.. kernels run on the CPU"
-    )
+    message = "backend 'cpu' cannot run this call: hidden is on meta, the C.. kernels run on the CPU"
     refused(RuntimeError, message, backend="cpu", targets=targets, **elsewhere)
 
 

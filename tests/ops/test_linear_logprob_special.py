@@ -85,10 +85,7 @@ def test_banned_tokens(dtype, transform, backend):
             for name in ("weight", "bias"):
                 if name in wanted:
                     assert (results.grads[name][banned] == 0).all(), name
-            grads = {
-                name: grad if name == "hidden" else grad[kept]
-                for name, grad in results.grads.items()
-            }
+            grads = {name: grad if name == "hidden" else grad[kept] for name, grad in results.grads.items()}
             check(without, Results(outputs, grads))
 
 
@@ -110,9 +107,7 @@ def test_a_banned_target(backend):
 def test_a_large_bias(dtype, bias, backend):
     """A token id whose bias alone overflows exp: the zeros that fill up a register's tokens must not reach a sum."""
     for T in (1, 3, 17, 33):
-        made = problem(
-            "normal", T, 64, 40, dtype=dtype, bias=True, through=DIFFERENTIABLE, ignored=0
-        )
+        made = problem("normal", T, 64, 40, dtype=dtype, bias=True, through=DIFFERENTIABLE, ignored=0)
         large = made.bias.clone()
         large[5] = bias
         made = replace(made, bias=large)
@@ -180,8 +175,7 @@ def test_every_format_is_read_exactly(dtype, vocabulary, backend):
     log_size, eps = math.log(vocabulary), torch.finfo(torch.float32).eps
     out = linear_logprob(values[:, None], ones, targets, outputs=OUTPUTS, backend=backend)
     other = [
-        linear_logprob(ones[:1], value.repeat(vocabulary, 1), targets[:1], backend=backend).lse
-        for value in values
+        linear_logprob(ones[:1], value.repeat(vocabulary, 1), targets[:1], backend=backend).lse for value in values
     ]
     for lse in (out.lse, torch.cat(other)):
         if vocabulary == 1:

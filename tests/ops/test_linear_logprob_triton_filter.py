@@ -16,9 +16,7 @@ EPS = 2.0**-12
 def flat():
     """Rows whose probabilities are all about 1 / V, below EPS times anything: the filter's worst case."""
     made = problem("normal", T, H, V, ignored=0.1)
-    return type(made)(
-        0.02 * made.hidden, made.weight, made.targets, None, made.transform, made.upstream
-    )
+    return type(made)(0.02 * made.hidden, made.weight, made.targets, None, made.transform, made.upstream)
 
 
 def peaked():
@@ -74,9 +72,7 @@ def test_tiles_are_left_out_and_nothing_else():
     terms = exact(made).terms["hidden"]
     assert_as_good_as_torch("dhidden", filtered.float(), expected.float(), expected, terms=terms)
     tiles = 2 * -(-V // FILTER_TILE)
-    rate = backend_triton.keep_rate(
-        *(there(x) for x in (made.hidden, made.weight, made.targets)), grad_filter=eps
-    )
+    rate = backend_triton.keep_rate(*(there(x) for x in (made.hidden, made.weight, made.targets)), grad_filter=eps)
     assert rate == pytest.approx(live / tiles)
     assert live < tiles  # else the test would show nothing
 
@@ -87,9 +83,7 @@ def test_the_head_gradient_keeps_the_bound(filters, make):
     made = make()
     eps_hidden, eps_head = filters
     exactly = triton_results(made, ("hidden", "weight"))
-    filtered = triton_results(
-        made, ("hidden", "weight"), grad_filter=eps_hidden, head_grad_filter=eps_head
-    )
+    filtered = triton_results(made, ("hidden", "weight"), grad_filter=eps_hidden, head_grad_filter=eps_head)
     upstream = made.upstream["logp"].abs().double() * (made.targets >= 0)
     bound = eps_head * (upstream[:, None] * made.hidden.double().norm(dim=1, keepdim=True)).sum()
     error = (filtered.grads["weight"] - exactly.grads["weight"]).double().norm(dim=1)
@@ -114,9 +108,7 @@ def test_a_filter_over_several_chunks_is_that_over_one(monkeypatch):
     once = triton_results(made, ("hidden",), grad_filter=1e-3).grads["hidden"]
     monkeypatch.setattr(backend_triton_choices, "WORKSPACE_BYTES", 1)  # 128 rows a chunk
     chunked = triton_results(made, ("hidden",), grad_filter=1e-3).grads["hidden"]
-    assert_as_good_as_torch(
-        "dhidden", chunked, once, once.double(), terms=exact(made).terms["hidden"]
-    )
+    assert_as_good_as_torch("dhidden", chunked, once, once.double(), terms=exact(made).terms["hidden"])
 
 
 def test_the_entropy_gradient_is_never_filtered():

@@ -44,10 +44,7 @@ def test_against_the_merged_head(trained, rank, adapter_is_fp32, dtype):
     made = problem("normal", T, H, V, dtype=dtype, transform="all", through=("logp", "entropy"))
     A, B = adapter(rank, torch.float32 if adapter_is_fp32 else dtype)
     named = {"hidden": made.hidden, "weight": made.weight, "A": A, "B": B}
-    x = {
-        name: there(value).detach().clone().requires_grad_(name in trained)
-        for name, value in named.items()
-    }
+    x = {name: there(value).detach().clone().requires_grad_(name in trained) for name, value in named.items()}
     outputs = linear_logprob(
         x["hidden"],
         x["weight"],
@@ -65,9 +62,7 @@ def test_against_the_merged_head(trained, rank, adapter_is_fp32, dtype):
     for name in trained:
         # The products of the gradients take operands of hidden's dtype, whatever the adapter's.
         grad, plain_grad = x[name].grad.cpu().to(dtype), plain.grads[name].to(dtype)
-        assert_as_good_as_torch(
-            f"d{name}", grad, plain_grad, truth.grads[name], terms=truth.terms[name]
-        )
+        assert_as_good_as_torch(f"d{name}", grad, plain_grad, truth.grads[name], terms=truth.terms[name])
 
 
 def test_a_frozen_adapter_takes_the_unit_gradient():

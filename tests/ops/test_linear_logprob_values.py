@@ -91,10 +91,7 @@ def test_shapes_that_no_tile_divides(dtype, T, H, V, backend):
         for seed in range(1 + 16 // T)
     ]
     check(problems, [ours(made, OPERANDS, backend) for made in problems])
-    problems = [
-        problem("normal", T, H, V, dtype=dtype, seed=seed, transform="all")
-        for seed in range(1 + 16 // T)
-    ]
+    problems = [problem("normal", T, H, V, dtype=dtype, seed=seed, transform="all") for seed in range(1 + 16 // T)]
     check(problems, [ours(made, ("hidden",), backend) for made in problems])
 
 
@@ -107,9 +104,7 @@ def test_shapes_that_no_tile_divides(dtype, T, H, V, backend):
     ],
 )
 @dtypes
-@pytest.mark.compiled_only(
-    "test_linear_logprob_triton.py has its own sizes, and several chunks of the workspace"
-)
+@pytest.mark.compiled_only("test_linear_logprob_triton.py has its own sizes, and several chunks of the workspace")
 def test_larger_than_every_block(dtype, T, H, V, backend):
     made = problem("normal", T, H, V, dtype=dtype, bias=True, through=DIFFERENTIABLE)
     check(made, ours(made, OPERANDS, backend))
@@ -125,9 +120,7 @@ def test_nothing_to_do(dtype, tokens, vocabulary, hidden_size, backend):
     """T = 0, or every target negative: zeros of the right shapes, and gradients that are exactly 0."""
     T = 0 if tokens == "none" else 5
     for through in (("logp",), DIFFERENTIABLE):
-        made = problem(
-            "normal", T, hidden_size, vocabulary, dtype=dtype, bias=True, through=through, ignored=2
-        )
+        made = problem("normal", T, hidden_size, vocabulary, dtype=dtype, bias=True, through=through, ignored=2)
         for wanted in subsets(OPERANDS):
             results = ours(made, wanted, backend)
             check(made, results)

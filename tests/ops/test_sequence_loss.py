@@ -47,9 +47,7 @@ def test_values_and_gradient(case, backend):
 @pytest.mark.parametrize("through", [("losses",), ("logps",)], ids=str)
 def test_gradient_through_one_output(through, backend):
     made = problem(seed=1)
-    check(
-        made, SETTINGS["everything"], ours(made, SETTINGS["everything"], backend, through), through
-    )
+    check(made, SETTINGS["everything"], ours(made, SETTINGS["everything"], backend, through), through)
 
 
 @pytest.mark.parametrize(("B", "longest"), [(1, 5), (1, 3000), (2, 1), (129, 3), (1000, 4)])
@@ -338,9 +336,7 @@ def test_nothing_reads_a_tensor_of_the_device():
 def backend_forward(logp, rest, settings):
     form = Form(settings["method"], settings["win_weighting"], settings["decision_weighting"])
     numbers = OFF | settings | {"decision_low": 0.5, "decision_high": 2.0}
-    return backend_triton.forward(
-        logp, *rest, form, Parameters(*(numbers[name] for name in Parameters._fields))
-    )
+    return backend_triton.forward(logp, *rest, form, Parameters(*(numbers[name] for name in Parameters._fields)))
 
 
 def test_the_defaults_are_off():

@@ -186,9 +186,7 @@ def test_what_is_logged_carries_no_gradient(backend):
     needs = {name: value.requires_grad for name, value in out._asdict().items()}
     assert [name for name, needed in needs.items() if needed] == ["losses", "logps"]
     with torch.no_grad():
-        assert not sequence_loss(
-            logp, *(row.to(place) for row in rows), beta=0.1
-        ).losses.requires_grad
+        assert not sequence_loss(logp, *(row.to(place) for row in rows), beta=0.1).losses.requires_grad
 
 
 @pytest.mark.parametrize("backend", KERNELS)

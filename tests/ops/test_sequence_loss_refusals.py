@@ -154,9 +154,7 @@ def test_where_triton_runs(monkeypatch):
     assert backend_triton.why_not(logp) == "triton cannot be imported: no"
 
 
-@pytest.mark.parametrize(
-    ("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)]
-)
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((9, 0), False)])
 def test_old_devices_are_refused(capability, refused, monkeypatch):
     class OnCuda:
         device = torch.device("cuda", 0)
@@ -164,6 +162,4 @@ def test_old_devices_are_refused(capability, refused, monkeypatch):
     monkeypatch.setattr(backend_triton, "MISSING", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     reason = backend_triton.why_not(OnCuda())
-    assert reason == (
-        "cuda:0 is sm_75, the Triton kernels need sm_80 or newer" if refused else None
-    )
+    assert reason == ("cuda:0 is sm_75, the Triton kernels need sm_80 or newer" if refused else None)

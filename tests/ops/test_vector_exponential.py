@@ -39,9 +39,7 @@ def exponentials(folder, lanes: int, values: list[float]) -> list[float]:
     if "-lubsan" in built.stderr:
         pytest.skip("g++ has no undefined-behaviour sanitizer here")
     assert built.returncode == 0, built.stderr
-    ran = subprocess.run(
-        [program], input=struct.pack(f"<{len(values)}f", *values), capture_output=True
-    )
+    ran = subprocess.run([program], input=struct.pack(f"<{len(values)}f", *values), capture_output=True)
     assert (ran.returncode, ran.stderr) == (0, b"")
     return list(struct.unpack(f"<{len(values)}f", ran.stdout))
 

@@ -108,12 +108,7 @@ def test_the_result_says_what_was_measured_and_on_what(run, tmp_path):
     assert result["runs"] == 2 and result["warmup"] == 1 and result["device"].startswith("CPU")
     assert result["dtype"] == "float32" and result["adapter"] == "beside the weights"
     assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert (
-        0
-        < result["prefill_ms"]["min"]
-        <= result["prefill_ms"]["p50"]
-        <= result["prefill_ms"]["max"]
-    )
+    assert 0 < result["prefill_ms"]["min"] <= result["prefill_ms"]["p50"] <= result["prefill_ms"]["max"]
 
 
 def test_the_command_line_prints_a_table_and_writes_the_result(run, capsys):
@@ -143,9 +138,7 @@ def test_bad_arguments_are_named(run, options, said):
 
 
 def test_a_base_in_four_bits_needs_an_adapter_and_is_not_merged_into(run):
-    with pytest.raises(
-        RecipeError, match="nf4 and --merge is given, which would round the adapter"
-    ):
+    with pytest.raises(RecipeError, match="nf4 and --merge is given, which would round the adapter"):
         bench_inference(run.folder, merge=True, quantization="nf4")
     with pytest.raises(RecipeError, match="--quantization is nf4, but .* holds all the weights"):
         bench_inference(run.base, quantization="nf4")

@@ -67,9 +67,7 @@ def test_turns_are_rendered_by_the_runs_template_with_its_arguments(make_convers
     seen = asked_of(conversation, monkeypatch)
     first = conversation.answer("Hello", io.StringIO())
     conversation.answer("ما اسمك؟", io.StringIO())
-    head = (
-        f"<|im_start|>system\nBe brief.{EOS}\n<|im_start|>user\nHello{EOS}\n<|im_start|>assistant\n"
-    )
+    head = f"<|im_start|>system\nBe brief.{EOS}\n<|im_start|>user\nHello{EOS}\n<|im_start|>assistant\n"
     assert seen[0] == f"{head}<think>"
     asked = f"<|im_start|>user\nما اسمك؟{EOS}\n<|im_start|>assistant\n<think>"
     assert seen[1] == f"{head}{first}{EOS}\n{asked}"
@@ -82,9 +80,7 @@ def test_the_answer_is_what_generate_gives_and_is_written_once(make_conversation
     conversation, out = make_conversation(), io.StringIO()
     answer = conversation.answer("Hello", out)
     ids = conversation._ids([{"role": "user", "content": "Hello"}], "Hello")
-    whole = conversation.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), **conversation.generation
-    )
+    whole = conversation.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **conversation.generation)
     expected = conversation.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer == expected and out.getvalue() == f"{expected}\n"
 
@@ -214,9 +210,7 @@ def test_a_closed_input_and_one_that_is_no_text_are_refused(run, monkeypatch, ca
     error = capsys.readouterr().err
     assert error == "prefopt: standard input is closed; expected a terminal, a file or a pipe\n"
     source = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match="^standard input is not UTF-8: .* byte 0xe9 in position 3"
-    ):
+    with pytest.raises(RecipeError, match="^standard input is not UTF-8: .* byte 0xe9 in position 3"):
         list(module._lines(source))
 
 

@@ -29,9 +29,7 @@ def chat_row(prompt, answer, label=True):
 
 
 def write_lines(path, rows):
-    path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
-    )
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -68,10 +66,7 @@ def exact_logp(model, tokenizer, prompt, label):
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_scores_are_the_log_likelihoods_of_label_and_end_of_turn(parts, batch_size):
     model, tokenizer = parts
-    questions = [
-        Question(line, [{"role": "user", "content": text}])
-        for line, text in enumerate(QUESTIONS, start=1)
-    ]
+    questions = [Question(line, [{"role": "user", "content": text}]) for line, text in enumerate(QUESTIONS, start=1)]
     scores = LabelScorer(model, tokenizer, LABELS, batch_size=batch_size).score(questions)
 
     def by_hand(model):
@@ -110,9 +105,7 @@ def test_the_table_has_the_likeliest_label_its_share_and_every_score(world, tmp_
     for row in rows:
         logps = {label: float(row[f"logp {label}"]) for label in LABELS}
         assert row["label"] == max(logps, key=logps.get)
-        share = 1 / sum(
-            pow(2.718281828459045, logp - max(logps.values())) for logp in logps.values()
-        )
+        share = 1 / sum(pow(2.718281828459045, logp - max(logps.values())) for logp in logps.values())
         assert float(row["probability"]) == pytest.approx(share, abs=2e-4)  # of rounded scores
     assert [row["expected"] for row in rows] == ["law", ""]
     assert found.known == 1 and found.right == (rows[0]["label"] == "law")
@@ -138,9 +131,7 @@ def test_texts_become_what_the_run_was_trained_on(tmp_path):
     file = tmp_path / "questions.txt"
     file.write_text("\ufeffWhy?\n", encoding="utf-8")
     ask = "Which field? {text}"
-    assert read_questions(file, ask=ask) == [
-        Question(1, [{"role": "user", "content": "Which field? Why?"}])
-    ]
+    assert read_questions(file, ask=ask) == [Question(1, [{"role": "user", "content": "Which field? Why?"}])]
     assert read_questions(file, chat=False) == [Question(1, "Why?")]
 
 

@@ -48,9 +48,7 @@ def test_help_needs_no_heavy_import():
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=_path_env()
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=_path_env())
     assert done.returncode == 0, done.stderr
     assert "train a tiny model on embedded data, in minutes" in " ".join(done.stdout.split())
 
@@ -104,19 +102,14 @@ def test_list_names_the_recipes_with_a_sentence_each(capsys):
     assert re.search(r"\ns0-qwen3-kto +KTO with a LoRA adapter on Qwen3-0.6B, from Ultra", text)
 
 
-def test_a_used_run_folder_needs_resume_and_keeps_the_traceback_of_a_failure(
-    recipe, capsys, monkeypatch
-):
+def test_a_used_run_folder_needs_resume_and_keeps_the_traceback_of_a_failure(recipe, capsys, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the device is lost")
 
     run = recipe.parent / "run"
     assert main(["train", str(recipe)]) == 0
     assert main(["train", str(recipe)]) == 2
-    assert (
-        "is not empty; choose another folder, or continue the run with --resume"
-        in capsys.readouterr().err
-    )
+    assert "is not empty; choose another folder, or continue the run with --resume" in capsys.readouterr().err
     words = ["train", str(recipe), "--resume", "--training.max_steps", "3"]
     with monkeypatch.context() as patch:
         patch.setattr("prefopt.train.PreferenceTrainer.train", fail)
@@ -176,9 +169,7 @@ def test_all_problems_of_file_and_command_line_come_together(recipe, capsys):
         (["data", "check", "missing.jsonl"], "there is no file missing.jsonl"),
     ],
 )
-def test_what_is_wrong_is_one_message_and_exit_code_2(
-    words, message, capsys, tmp_path, monkeypatch
-):
+def test_what_is_wrong_is_one_message_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     captured = capsys.readouterr()
@@ -195,9 +186,7 @@ def test_wrong_words_exit_with_the_usage(words, capsys):
 
 def test_bad_rows_stop_before_training(recipe, base, tmp_path, capsys):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(
-        (base / "rows.jsonl").read_bytes() + b'{"prompt": "a", "completion": "b", "label": 1}\n'
-    )
+    path.write_bytes((base / "rows.jsonl").read_bytes() + b'{"prompt": "a", "completion": "b", "label": 1}\n')
     assert main(["train", str(recipe), "--data.path", str(path)]) == 2
     error = capsys.readouterr().err
     assert f"{path}:21: label is 1; expected true or false" in error and "1 of 21 rows" in error
@@ -242,10 +231,7 @@ def test_data_check_counts_and_shows_what_is_scored(base, capsys):
 def test_data_check_shows_truncation_and_bad_rows(base, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((base / "rows.jsonl").read_bytes() + b"{}\n\n" + b'{"prompt": "x"}\n' * 11)
-    assert (
-        main(["data", "check", str(path), "--model", str(base / "model"), "--max-length", "33"])
-        == 1
-    )
+    assert main(["data", "check", str(path), "--model", str(base / "model"), "--max-length", "33"]) == 1
     text = capsys.readouterr().out
     # every bad row is listed: 12 that cannot be read, and 3 that are too long
     assert re.search(r"^bad rows +15$", text, re.MULTILINE) and "blank lines    1" in text

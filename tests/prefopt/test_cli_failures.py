@@ -72,9 +72,7 @@ def test_the_traceback_is_shown_on_request(words, here, monkeypatch, capsys):
     assert not list((here / "temp").iterdir())
 
 
-def test_the_traceback_goes_to_a_run_folder_in_use_and_leaves_an_empty_one_empty(
-    here, monkeypatch, capsys
-):
+def test_the_traceback_goes_to_a_run_folder_in_use_and_leaves_an_empty_one_empty(here, monkeypatch, capsys):
     from prefopt.failure import traceback_in
 
     run = here / "run"
@@ -200,17 +198,11 @@ def test_without_the_extra_train_one_line_says_what_to_install(monkeypatch, caps
 
 
 def test_the_help_too_needs_pyyaml_and_says_so():
-    code = (
-        "import sys; sys.modules['yaml'] = None; from prefopt.cli import main; sys.exit(main([]))"
-    )
+    code = "import sys; sys.modules['yaml'] = None; from prefopt.cli import main; sys.exit(main([]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(
-        "prefopt: the package yaml is not installed, and prefopt needs it"
-    )
+    assert done.stderr.startswith("prefopt: the package yaml is not installed, and prefopt needs it")
     assert done.stderr.count("\n") == 1
 
 
@@ -219,9 +211,7 @@ def test_the_help_too_needs_pyyaml_and_says_so():
 
 def recipe_from(monkeypatch, words):
     found = []
-    monkeypatch.setattr(
-        "prefopt.recipe.run_recipe", lambda recipe, resume: found.append(recipe) or Path("run")
-    )
+    monkeypatch.setattr("prefopt.recipe.run_recipe", lambda recipe, resume: found.append(recipe) or Path("run"))
     assert main(["train", *words]) == 0
     return found[0]
 

@@ -95,16 +95,11 @@ def test_two_methods_see_the_same_tokens_from_the_same_start(compared):
 def test_everything_is_written_and_no_time_is_told(compared):
     rows = list(csv.DictReader((compared / "compare.csv").open(encoding="utf-8", newline="")))
     assert [row["method"] for row in rows] == ["base", "kto", "dpo"]
-    assert (
-        {row["step_ms"] for row in rows[1:]} == {TOO_FEW} == {row["efficiency"] for row in rows[1:]}
-    )
+    assert {row["step_ms"] for row in rows[1:]} == {TOO_FEW} == {row["efficiency"] for row in rows[1:]}
     assert all(float(row["accuracy"]) in (0, 0.2, 0.4, 0.6, 0.8, 1) for row in rows[1:])
     for name in ("compare.md", "report.html"):
         text = (compared / name).read_text(encoding="utf-8")
-        assert (
-            "left out for it: loss.label_smoothing 0.1 (KTO)." in text.replace("\\_", "_")
-            and TOO_FEW in text
-        )
+        assert "left out for it: loss.label_smoothing 0.1 (KTO)." in text.replace("\\_", "_") and TOO_FEW in text
     plots = {one.name for one in (compared / "plots").iterdir()}
     assert {"compare_cost.png", "compare_learning.svg", "compare_accuracy.png"} <= plots
     assert "compare_step_ms.png" not in plots
@@ -146,11 +141,7 @@ def test_a_second_start_runs_only_what_is_missing(world, compared, monkeypatch, 
 
 
 def score_of(run: dict, metric: str, model: str) -> float:
-    return next(
-        score["value"]
-        for score in run["scores"]
-        if (score["metric"], score["model"]) == (metric, model)
-    )
+    return next(score["value"] for score in run["scores"] if (score["metric"], score["model"]) == (metric, model))
 
 
 def test_a_model_that_did_not_move_is_judged_as_its_base(world, tmp_path):
@@ -178,9 +169,7 @@ def test_a_loss_that_is_not_finite_is_a_result(world, tmp_path):
 def test_a_run_that_fails_names_its_log(world, tmp_path):
     recipe = load_recipe(world / "recipe.yaml", {"model.path": str(tmp_path / "gone")})
     job = Job(Plan(recipe, ("kto", "dpo"), 4, STEPS), "kto", 42, tmp_path / "kto-42")
-    with pytest.raises(
-        RecipeError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"
-    ):
+    with pytest.raises(RecipeError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"):
         run_apart(job, lambda: None)
     assert "Traceback" in (tmp_path / "kto-42" / LOG).read_text(encoding="utf-8")
 
@@ -249,9 +238,7 @@ def test_the_published_comparison_from_plan_to_page(tmp_path, monkeypatch):
         (["--methods", "kto,dpo,ipo", "--data.path", "RATED"], "for dpo, ipo: "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_message_and_exit_code_2(
-    world, words, message, tmp_path, monkeypatch, capsys
-):
+def test_what_is_wrong_is_one_message_and_exit_code_2(world, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("", encoding="utf-8")
     (tmp_path / "OTHER").mkdir()
@@ -278,8 +265,6 @@ def test_help_and_refusals_need_no_heavy_import(tmp_path):
         "assert not heavy, heavy\n"
     )
     path = os.environ | {"PYTHONPATH": ":".join(one for one in sys.path if one)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "there is no recipe nowhere.yaml" in done.stderr

@@ -145,9 +145,7 @@ def test_fewer_than_50_timed_steps_have_no_figure_of_time():
         assert line.cell(next(one for one in MEASURES if one.key == "margin")) != TOO_FEW
     rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
     assert {row[one.key] for row in rows[1:] for one in timed} == {TOO_FEW}
-    told = (
-        terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
-    )
+    told = terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
     assert "59 steps, less 10 of warm-up" in told and "steps after 10 of warm-up" not in told
     for figure in (
         "200",

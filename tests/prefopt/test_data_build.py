@@ -103,9 +103,7 @@ def test_the_combined_set_has_the_counts_that_were_counted_by_hand(tmp_path, cap
         ("kto-mix-14k", ["--max-rows", "2"], 8, 7, 7, None, None, None),
     ],
 )  # fmt: skip
-def test_each_set_alone(
-    tmp_path, capsys, kind, options, read, used, answers, dropped, kept, groups
-):
+def test_each_set_alone(tmp_path, capsys, kind, options, read, used, answers, dropped, kept, groups):
     out = tmp_path / "set"
     assert run(capsys, *words(kind), "--out", out, "--validation", 0, *options)[0] == 0
     counts = json.loads((out / "counts.json").read_text(encoding="utf-8"))["sources"][kind]
@@ -188,10 +186,7 @@ def test_the_same_plan_gives_the_same_bytes_and_another_seed_another_order(tmp_p
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         plan = make_plan(words(*PREFERENCES), validation=0.3, seed=seed, format=suffix)
         build(plan, tmp_path / name)
-    files = {
-        name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        for name in "abc"
-    }
+    files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "abc"}
     assert files["a"] == files["b"]
     assert sorted(files["a"]) == ["counts.json", "counts.txt", "manifest.json", f"train.{suffix}", f"validation.{suffix}"]  # fmt: skip
     assert files["a"][f"train.{suffix}"] != files["c"][f"train.{suffix}"]

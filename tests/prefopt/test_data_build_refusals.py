@@ -33,8 +33,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(tmp_path, capsys, line, mes
 def test_bad_rows_stop_or_are_listed(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(
-        (FIXTURES / "kto-mix-14k.jsonl").read_bytes()
-        + b'{"prompt": 1, "completion": "b", "label": true}\nnot JSON\n'
+        (FIXTURES / "kto-mix-14k.jsonl").read_bytes() + b'{"prompt": 1, "completion": "b", "label": true}\nnot JSON\n'
     )
     given = ["data", "build", str(path), "--out", str(tmp_path / "set"), "--validation", "0"]
     assert main(given) == 2

@@ -96,9 +96,7 @@ def test_r1_distills_prompt_is_no_beginning_of_the_row(folder):
     assert "not into this row" in lost and "will be when it answers" in lost.replace("\n    ", " ")
     # what is shown is what is trained on: neither the prompt nor the scored part has it
     row = tokenized.dataset[0]
-    whole = tokenizer.apply_chat_template(
-        [*loaded.rows[0]["prompt"], *loaded.rows[0]["completion"]], tokenize=False
-    )
+    whole = tokenizer.apply_chat_template([*loaded.rows[0]["prompt"], *loaded.rows[0]["completion"]], tokenize=False)
     assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == whole
     assert "<think>" not in whole
     shown = scored_tokens(tokenized, tokenizer, 0, lost)
@@ -120,9 +118,7 @@ def test_r1_distill_deletes_a_thought_and_that_is_said(folder):
 def test_a_scored_token_behind_the_end_of_turn_is_named(folder):
     loaded, tokenized, tokenizer = prepared(folder, "chatml", make_rows(True))
     (note,) = template_notes(loaded, tokenized, tokenizer)
-    assert note.startswith(
-        f"scored after the end of turn {EOS!r} in 20 of 20 rows: '\\n' (1 token)"
-    )
+    assert note.startswith(f"scored after the end of turn {EOS!r} in 20 of 20 rows: '\\n' (1 token)")
     assert "shortcut" in note
     assert tokenized.dataset[0]["completion_ids"][-2] == tokenizer.eos_token_id  # it is really so
     tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "<|im_end|>")
@@ -153,9 +149,7 @@ def test_text_ends_in_eos_and_a_merge_over_the_border_is_shown(folder):
     text = "Jupiter is the largest planet."
     whole = tokenizer(text).input_ids
     cut, alone = next(
-        (end, ids)
-        for end in range(9, len(text))
-        if (ids := tokenizer(text[:end]).input_ids) != whole[: len(ids)]
+        (end, ids) for end in range(9, len(text)) if (ids := tokenizer(text[:end]).input_ids) != whole[: len(ids)]
     )
     loaded, tokenized, tokenizer = prepared(folder, "chatml", [rated(text[:cut], text[cut:])])
     lost = not_in_row(loaded, tokenized, tokenizer)
@@ -195,10 +189,7 @@ def test_the_command_shows_one_row_under_the_template(folder, chat, capsys):
 def test_truncation_is_counted_by_label(folder, chat):
     text = check(chat, tokenizer=str(folder / "chatml"), max_length=40).text
     loaded, tokenized, _ = prepared(folder, "chatml", make_rows(True))
-    sizes = [
-        (len(row["prompt_ids"]), len(row["completion_ids"]), row["label"])
-        for row in tokenized.dataset
-    ]
+    sizes = [(len(row["prompt_ids"]), len(row["completion_ids"]), row["label"]) for row in tokenized.dataset]
     cut = [label for prompt, answer, label in sizes if prompt < 40 < prompt + answer]
     assert 0 < sum(cut) < len(cut)  # the case is really there
     assert f"of these {sum(cut)} desirable and {len(cut) - sum(cut)} undesirable" in text
@@ -255,9 +246,7 @@ def test_every_row_to_mend_is_listed(tmp_path, folder, capsys):
         label, other = ("desirable", line - 1) if line % 2 == 0 else ("undesirable", line + 1)
         assert f"  {path}:{line} ({label}): line {other} has the same answer" in text
     assert f"  {path}:60: prompt has " in text
-    assert text.endswith(
-        "bad rows             16\nrepeated rows        15\ncontradictory rows   14\n"
-    )
+    assert text.endswith("bad rows             16\nrepeated rows        15\ncontradictory rows   14\n")
 
 
 def test_rows_are_listed_where_none_can_be_used(tmp_path, capsys):
@@ -288,9 +277,7 @@ def test_tokens_that_a_model_has_no_embedding_for(tmp_path, folder, chat, capsys
     has = f"the model has {size}, for ids 0 to {size - 1}"
     assert f"  {chat}:1: token {size} ('Jupiter') has no embedding: {has}\n" in text
     assert "bad rows             1\n" in text  # "Jupiter" is in no other row
-    assert (
-        f"pad_token_id is {size + 1} ('<new pad>'): {has}. Use the tokenizer that belongs" in text
-    )
+    assert f"pad_token_id is {size + 1} ('<new pad>'): {has}. Use the tokenizer that belongs" in text
     assert main([*command[:3], "--model", str(tmp_path / "none")]) == 2
     assert "cannot read the configuration of a model from" in capsys.readouterr().err
 
@@ -354,9 +341,7 @@ def test_a_long_question_is_found_exactly_where_its_words_stand_in_a_row(letters
         ("q.jsonl", "{", "q.jsonl:1: is not JSON"),
     ],
 )
-def test_questions_that_cannot_be_read_are_one_sentence(
-    tmp_path, capsys, chat, name, data, message
-):
+def test_questions_that_cannot_be_read_are_one_sentence(tmp_path, capsys, chat, name, data, message):
     (tmp_path / name).write_text(data, encoding="utf-8")
     assert main(["data", "check", str(chat), "--questions", str(tmp_path / name)]) == 2
     error = capsys.readouterr().err

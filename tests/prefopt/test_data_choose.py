@@ -68,9 +68,7 @@ PLANS = st.fixed_dictionaries(
 
 @given(ROWS, PLANS, st.sampled_from([None, 1, 2]), st.sampled_from([None, 2]))
 @settings(max_examples=300, deadline=None)
-def test_every_answer_is_accounted_for_and_no_group_is_in_two_splits(
-    rows, arguments, per_group, per_category
-):
+def test_every_answer_is_accounted_for_and_no_group_is_in_two_splits(rows, arguments, per_group, per_category):
     made, asked = answers(*rows), plan(3, **arguments)
     capped = replace(asked.sources[0], per_group=per_group, per_category=per_category)
     asked = replace(asked, sources=(capped, *asked.sources[1:]))
@@ -227,15 +225,9 @@ def test_the_threshold_split_keeps_its_groups_when_the_data_grow():
 
 
 def test_an_empty_split_and_one_label_are_one_sentence():
-    with pytest.raises(
-        DataError, match="the validation split is empty: there are 1 groups, and it was to have 0.1"
-    ):
+    with pytest.raises(DataError, match="the validation split is empty: there are 1 groups, and it was to have 0.1"):
         choose(answers((0, 1, "p", "a", True)), plan(validation=0.1, seed=0))
-    with pytest.raises(
-        DataError, match="all 2 rows of the train split are undesirable, but kto and apo_zero need"
-    ):
+    with pytest.raises(DataError, match="all 2 rows of the train split are undesirable, but kto and apo_zero need"):
         choose(answers((0, 1, "p", "a", False), (0, 2, "q", "a", False)), plan(one_label=False))
-    with pytest.raises(
-        DataError, match="no rows are left to train on; they were: the same answer has both labels"
-    ):
+    with pytest.raises(DataError, match="no rows are left to train on; they were: the same answer has both labels"):
         choose(answers((0, 1, "p", "a", False), (0, 2, "p", "a", True)), plan())

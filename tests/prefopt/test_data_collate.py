@@ -52,9 +52,7 @@ def test_only_equality_of_groups_matters(groups, names):
 
 
 def test_pairs_accept_a_tensor_and_nothing():
-    assert (
-        pair_mismatched(torch.tensor([4, 4, 9, 9])) == pair_mismatched([4, 4, 9, 9]) == [2, 3, 0, 1]
-    )
+    assert pair_mismatched(torch.tensor([4, 4, 9, 9])) == pair_mismatched([4, 4, 9, 9]) == [2, 3, 0, 1]
     assert pair_mismatched([]) == []
     assert pair_mismatched([5]) == [-1]
 
@@ -96,9 +94,7 @@ def trl_batch():
         (1, 2),
     ]  # prompt and completion tokens; max_length 7 cuts some, matched or not
     rows = [feature(i, [10 * i + 1] * p, [10 * i + 2] * c) for i, (p, c) in enumerate(shapes)]
-    rotated = [
-        {**row, "KL_completion_ids": rows[i - 1]["completion_ids"]} for i, row in enumerate(rows)
-    ]
+    rotated = [{**row, "KL_completion_ids": rows[i - 1]["completion_ids"]} for i, row in enumerate(rows)]
     return rows, DataCollatorForUnpairedPreference(pad_token_id=0, max_length=7)(rotated)
 
 
@@ -106,9 +102,7 @@ def test_a_row_alone_or_among_its_own_prompt_leaves_the_estimate():
     collator = PreferenceCollator(0, mismatch="rotate", max_length=None)
     alone = collator([feature(0, [5], [6, 7])])
     assert alone["kl_input_ids"].shape[0] == 0 and alone["kl_index"].tolist() == []
-    twins = collator(
-        [feature(0, [5], [6], group=1), feature(1, [5], [7], group=1), feature(2, [8], [9])]
-    )
+    twins = collator([feature(0, [5], [6], group=1), feature(1, [5], [7], group=1), feature(2, [8], [9])])
     assert twins["kl_index"].tolist() == [
         0,
         2,
@@ -130,9 +124,7 @@ def test_the_prompt_is_never_cut_and_a_completion_without_room_leaves_the_estima
 
 
 def test_a_matched_row_without_room_is_refused():
-    with pytest.raises(
-        ValueError, match="row 0 of the batch has no completion token within max_length 3"
-    ):
+    with pytest.raises(ValueError, match="row 0 of the batch has no completion token within max_length 3"):
         PreferenceCollator(0, max_length=3)([feature(0, [1, 1, 1], [2])])
 
 
@@ -151,9 +143,7 @@ def test_reference_columns_labels_and_raw_rows_are_passed_on():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(
-        ValueError, match="mismatch is 'rotated'; expected one of none, rotate, window"
-    ):
+    with pytest.raises(ValueError, match="mismatch is 'rotated'; expected one of none, rotate, window"):
         PreferenceCollator(0, mismatch="rotated", max_length=None)
     with pytest.raises(TypeError, match="pad_token_id is None"):
         PreferenceCollator(None, max_length=None)

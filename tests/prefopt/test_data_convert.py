@@ -218,8 +218,7 @@ def test_a_row_that_the_schema_should_not_have_is_a_bad_row(kind, change, reason
 def test_a_rank_must_be_a_whole_number_and_a_nan_is_none():
     row = lines("oasst1")[1][1]
     reasons = [
-        str(next(KINDS["oasst1"].convert([(1, {**row, "rank": rank})]))[1])
-        for rank in (0.5, True, float("nan"), 1.0)
+        str(next(KINDS["oasst1"].convert([(1, {**row, "rank": rank})]))[1]) for rank in (0.5, True, float("nan"), 1.0)
     ]
     assert reasons == [
         "rank is 0.5; expected a whole number or nothing",

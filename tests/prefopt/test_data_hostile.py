@@ -49,9 +49,7 @@ def only_bad(path):
     ],
 )  # fmt: skip
 def test_a_row_that_could_not_be_written_or_compared(tmp_path, capsys, row, reason):
-    path = write(
-        tmp_path / "rows.jsonl", dumped(GOOD), dumped(row), dumped({**GOOD, "prompt": "b"})
-    )
+    path = write(tmp_path / "rows.jsonl", dumped(GOOD), dumped(row), dumped({**GOOD, "prompt": "b"}))
     assert only_bad(path) == reason
     assert load_rows([GOOD, row, GOOD], on_bad_row="skip").bad[0].reason == reason
     assert main(["data", "check", str(path)]) == 1
@@ -93,9 +91,7 @@ BIG = "x" * 2_000_000
 def test_a_message_about_a_huge_row_is_short(tmp_path, row):
     path = write(tmp_path / "rows.jsonl", dumped(GOOD), dumped(row), dumped(GOOD))
     assert len(only_bad(path)) < 300
-    (tmp_path / "twice.jsonl").write_text(
-        f'{{"{BIG}": 1, "{BIG}": 2}}\n"{BIG}"\n', encoding="utf-8"
-    )
+    (tmp_path / "twice.jsonl").write_text(f'{{"{BIG}": 1, "{BIG}": 2}}\n"{BIG}"\n', encoding="utf-8")
     with pytest.raises(DataError) as error:
         load_rows(tmp_path / "twice.jsonl")
     assert len(error.value.bad) == 2 and len(str(error.value)) < 1000
@@ -180,9 +176,7 @@ def test_usual_labels_come_with_their_mapping(tmp_path, capsys, good, bad, shown
     assert "desirable      1 (50.0%)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "labels", [(1, True), (1, 2), (1, "yes"), (1, 0.0), ("yes", "👎"), ([1], 0)]
-)
+@pytest.mark.parametrize("labels", [(1, True), (1, 2), (1, "yes"), (1, 0.0), ("yes", "👎"), ([1], 0)])
 def test_no_mapping_is_suggested_for_mixed_labels(labels):
     with pytest.raises(DataError) as error:
         load_rows([{**GOOD, "label": label} for label in labels])
@@ -191,9 +185,7 @@ def test_no_mapping_is_suggested_for_mixed_labels(labels):
 
 def test_one_true_and_one_point_zero_are_three_labels():
     rows = [{**GOOD, "label": label} for label in (1, True, 1.0, 0, False, "1")]
-    loaded = load_rows(
-        rows, label_map={1: False, 0: True}, on_bad_row="skip"
-    )  # the wrong way round
+    loaded = load_rows(rows, label_map={1: False, 0: True}, on_bad_row="skip")  # the wrong way round
     assert dict(zip(loaded.rows["line"], loaded.rows["label"], strict=True)) == {
         1: False, 2: True, 4: True, 5: False,
     }  # fmt: skip

@@ -18,9 +18,7 @@ def built(tmp_path_factory):
     rows = [{"prompt": f"{i}?", "chosen": "a", "rejected": "b"} for i in range(5)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-    return build(
-        make_plan([str(folder / "rows.jsonl")], validation=0.0, format="jsonl"), folder / "set"
-    ).folder
+    return build(make_plan([str(folder / "rows.jsonl")], validation=0.0, format="jsonl"), folder / "set").folder
 
 
 @pytest.fixture
@@ -54,19 +52,14 @@ def test_a_file_outside_of_the_folder_is_not_read(folder, capsys, name):
     for command in ("check", "inspect"):
         assert main(["data", command, str(folder)]) == 2
         error = capsys.readouterr().err
-        assert (
-            "splits.train.file is " in error
-            and "expected the name of a file in the same folder" in error
-        )
+        assert "splits.train.file is " in error and "expected the name of a file in the same folder" in error
         assert error.count("\n") == 1
 
 
 def test_a_link_out_of_the_folder_is_not_read(folder):
     shutil.move(folder / "train.jsonl", folder.parent / "elsewhere.jsonl")
     (folder / "train.jsonl").symlink_to(folder.parent / "elsewhere.jsonl")
-    with pytest.raises(
-        DataError, match="splits.train.file is 'train.jsonl'; expected .* not a link out of it"
-    ):
+    with pytest.raises(DataError, match="splits.train.file is 'train.jsonl'; expected .* not a link out of it"):
         load_rows(folder)
 
 
@@ -96,9 +89,7 @@ def test_a_file_that_was_changed_or_is_gone(folder):
     with pytest.raises(DataError, match="train.jsonl was changed after it was built: its SHA-256"):
         load_rows(folder)
     path.unlink()
-    with pytest.raises(
-        DataError, match="there is no file .*train.jsonl, which .*manifest.json names"
-    ):
+    with pytest.raises(DataError, match="there is no file .*train.jsonl, which .*manifest.json names"):
         load_rows(folder)
 
 

@@ -27,10 +27,7 @@ CHAT = {"prompt": [user("Where?")], "completion": [assistant("Here.")], "label":
 
 
 def write(path: Path, *lines: bytes | dict) -> Path:
-    data = [
-        line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode()
-        for line in lines
-    ]
+    data = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
     path.write_bytes(b"".join(line + b"\n" for line in data))
     return path
 
@@ -44,10 +41,7 @@ def test_every_source_gives_the_same_rows(tmp_path, conversational):
     jsonl = write(tmp_path / "rows.jsonl", *rows)
     parquet = tmp_path / "rows.parquet"
     make_dataset(conversational).to_parquet(parquet)
-    loaded = [
-        load_rows(source)
-        for source in (rows, make_dataset(conversational), jsonl, str(jsonl), parquet)
-    ]
+    loaded = [load_rows(source) for source in (rows, make_dataset(conversational), jsonl, str(jsonl), parquet)]
     for one in loaded:
         assert one.rows.column_names == ["prompt", "completion", "label", "source", "line", "group"]
         assert one.rows.select_columns(["prompt", "completion", "label"]).to_list() == rows
@@ -75,17 +69,12 @@ def test_hub_id_split_and_revision_are_passed_on(monkeypatch):
 
 
 def test_what_cannot_be_fetched_is_one_sentence():
-    with pytest.raises(
-        DataError, match="cannot load someone/preferences .* neither a file here nor a dataset"
-    ):
+    with pytest.raises(DataError, match="cannot load someone/preferences .* neither a file here nor a dataset"):
         load_rows("someone/preferences")
 
 
 def test_pairs_are_interleaved_and_keep_their_group():
-    pairs = [
-        {"prompt": f"Question {i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."}
-        for i in range(3)
-    ]
+    pairs = [{"prompt": f"Question {i}?", "chosen": f"Yes {i}.", "rejected": f"No {i}."} for i in range(3)]
     loaded = load_rows(pairs)
     assert loaded.rows["label"][:] == [True, False] * 3
     assert loaded.rows["completion"][:2] == ["Yes 0.", "No 0."]
@@ -101,9 +90,7 @@ def test_the_prompt_of_a_pair_is_what_both_conversations_share():
     rows = load_rows([pair, {**pair, "prompt": "Where?"}]).rows
     assert rows["prompt"][:] == [shared] * 4
     assert rows["completion"][:2] == [[assistant("Here.")], [assistant("No.")]]
-    with pytest.raises(
-        DataError, match="prompt is text that is not a user turn shared by chosen and rejected"
-    ):
+    with pytest.raises(DataError, match="prompt is text that is not a user turn shared by chosen and rejected"):
         load_rows([{**pair, "prompt": "When?"}])
 
 
@@ -123,9 +110,7 @@ def test_the_prompt_of_a_text_pair_ends_at_a_word(chosen, rejected, prompt, comp
 
 def test_bom_blank_lines_crlf_and_line_separators(tmp_path):
     row = {**GOOD, "completion": "one\u2028line"}  # a line separator inside JSON is no new line
-    path = write(
-        tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r", b"", b"  \t", row
-    )
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r", b"", b"  \t", row)
     loaded = load_rows(path)
     assert loaded.rows["line"][:] == [1, 4] and loaded.counts["blank_lines"] == 2
     assert loaded.rows["completion"][1] == "one\u2028line"
@@ -205,8 +190,7 @@ BAD_CHAT = {
 
 @pytest.mark.parametrize(
     ("reason", "row", "good"),
-    [(reason, row, GOOD) for reason, row in BAD.items()]
-    + [(reason, row, CHAT) for reason, row in BAD_CHAT.items()],
+    [(reason, row, GOOD) for reason, row in BAD.items()] + [(reason, row, CHAT) for reason, row in BAD_CHAT.items()],
 )
 def test_a_bad_row_stops_with_file_line_and_reason(tmp_path, reason, row, good):
     path = tmp_path / "data.jsonl"
@@ -248,20 +232,14 @@ def test_only_ten_bad_rows_are_shown_but_all_are_listed():
 
 
 def test_text_and_chat_do_not_mix():
-    with pytest.raises(
-        DataError, match="rows:2: is chat messages, while the rows before it are text"
-    ):
+    with pytest.raises(DataError, match="rows:2: is chat messages, while the rows before it are text"):
         load_rows([GOOD, CHAT])
-    with pytest.raises(
-        DataError, match="rows:2: is text, while the rows before it are chat messages"
-    ):
+    with pytest.raises(DataError, match="rows:2: is text, while the rows before it are chat messages"):
         load_rows([CHAT, GOOD])
 
 
 def test_bad_rows_in_parquet_have_row_numbers(tmp_path):
-    table = pyarrow.table(
-        {"prompt": ["a", "b", None], "completion": ["c", "", "d"], "label": [True, False, True]}
-    )
+    table = pyarrow.table({"prompt": ["a", "b", None], "completion": ["c", "", "d"], "label": [True, False, True]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
     with pytest.raises(DataError) as error:
         load_rows(tmp_path / "rows.parquet")
@@ -323,9 +301,7 @@ def test_missing_files_folders_and_types_are_named(tmp_path):
 
 
 def test_a_missing_column_is_one_sentence_not_one_for_each_row():
-    with pytest.raises(
-        DataError, match="dataset has no column label; found prompt, completion"
-    ) as error:
+    with pytest.raises(DataError, match="dataset has no column label; found prompt, completion") as error:
         load_rows(make_dataset(True).remove_columns("label"))
     assert error.value.bad == []
     with pytest.raises(DataError, match="has no column rejected"):
@@ -333,9 +309,7 @@ def test_a_missing_column_is_one_sentence_not_one_for_each_row():
 
 
 def test_nothing_left_after_skipping_is_an_error():
-    with pytest.raises(
-        DataError, match="no rows to train on; all 2 are bad, the first: rows:1: label is 1"
-    ):
+    with pytest.raises(DataError, match="no rows to train on; all 2 are bad, the first: rows:1: label is 1"):
         load_rows([{**GOOD, "label": 1}] * 2, on_bad_row="skip")
 
 
@@ -352,18 +326,13 @@ def test_groups_ignore_case_spacing_and_unicode_form_but_not_words():
 
 
 def test_a_given_group_wins_over_the_prompt():
-    rows = load_rows(
-        [{**GOOD, "group": "t1"}, {**GOOD, "prompt": "Other?", "group": "t1"}, {**GOOD, "group": 2}]
-    ).rows
+    rows = load_rows([{**GOOD, "group": "t1"}, {**GOOD, "prompt": "Other?", "group": "t1"}, {**GOOD, "group": 2}]).rows
     assert rows["group"][0] == rows["group"][1] != rows["group"][2]
 
 
 def test_fingerprint_follows_the_content_alone():
     first = load_rows([GOOD, {**GOOD, "label": False}])
-    assert (
-        load_rows([{**GOOD, "source": "x", "note": 1}, {**GOOD, "label": False}]).fingerprint
-        == first.fingerprint
-    )
+    assert load_rows([{**GOOD, "source": "x", "note": 1}, {**GOOD, "label": False}]).fingerprint == first.fingerprint
     for changed in ({**GOOD, "label": True}, {**GOOD, "label": False, "prompt": "When?"}):
         assert load_rows([GOOD, changed]).fingerprint != first.fingerprint
     assert re.fullmatch("[0-9a-f]{64}", first.fingerprint)
@@ -376,9 +345,7 @@ def test_split_keeps_groups_together_and_is_stable_under_growth():
     assert train.counts["rows"] + held_out.counts["rows"] == 800
     # 400 draws with probability 1/4: standard deviation 8.7; five of them
     assert abs(held_out.counts["groups"] - 100) < 44
-    assert (
-        held_out.counts["desirable"] == held_out.counts["undesirable"] == held_out.counts["groups"]
-    )
+    assert held_out.counts["desirable"] == held_out.counts["undesirable"] == held_out.counts["groups"]
     grown = [{"prompt": "New?", "chosen": "Yes.", "rejected": "No."}, *reversed(pairs)]
     _, later = split_by_group(load_rows(grown), 0.25, seed=3)
     assert set(held_out.rows["group"]) <= set(later.rows["group"])
@@ -388,9 +355,7 @@ def test_split_keeps_groups_together_and_is_stable_under_growth():
 
 
 def test_split_refuses_to_leave_a_side_empty():
-    with pytest.raises(
-        DataError, match="leaves the (train|eval) side of rows without rows .1 different prompts"
-    ):
+    with pytest.raises(DataError, match="leaves the (train|eval) side of rows without rows .1 different prompts"):
         split_by_group(load_rows([GOOD]), 0.5)
     with pytest.raises(ValueError, match="eval_fraction is 1.5; expected a number between 0 and 1"):
         split_by_group(load_rows([GOOD]), 1.5)

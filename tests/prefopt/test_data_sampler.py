@@ -7,22 +7,16 @@ from hypothesis import strategies as st
 from prefopt.data import LabelBalancedSampler
 
 
-@given(
-    st.lists(st.booleans(), max_size=60), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3)
-)
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 9), st.integers(0, 5), st.integers(0, 3))
 @settings(max_examples=300, deadline=None)
-def test_every_row_once_and_every_run_of_batches_within_one_row_of_the_share(
-    labels, batch, seed, epoch
-):
+def test_every_row_once_and_every_run_of_batches_within_one_row_of_the_share(labels, batch, seed, epoch):
     sampler = LabelBalancedSampler(labels, batch, seed)
     sampler.set_epoch(epoch)
     order = list(sampler)
     assert sorted(order) == list(range(len(labels))) and len(sampler) == len(labels)
     share = sum(labels) / max(len(labels), 1)
     for start in range(0, len(order), batch):
-        for end in range(
-            start + batch, len(order) + batch, batch
-        ):  # one batch, two, ... and the short tail
+        for end in range(start + batch, len(order) + batch, batch):  # one batch, two, ... and the short tail
             run = order[start:end]
             assert abs(sum(labels[row] for row in run) - share * len(run)) < 1 + 1e-9
 

@@ -13,10 +13,7 @@ from prefopt_testing import BOS, CHATML, EOS, ROWS, make_dataset, make_rows, mak
 # A generation prompt that the rendered answer does not repeat, as DeepSeek-R1-Distill's template has it.
 THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 assert THINKING != CHATML
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    + CHATML
-)
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +31,7 @@ def trl_rows(dataset, tokenizer, max_length):
     """What KTOTrainer 1.16 makes of a dataset, without building a model for it."""
     from trl import KTOTrainer
 
-    trainer = SimpleNamespace(
-        _tokenizer=tokenizer, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0
-    )
+    trainer = SimpleNamespace(_tokenizer=tokenizer, calculate_KL=False, desirable_weight=1.0, undesirable_weight=1.0)
     args = SimpleNamespace(dataset_num_proc=None, max_length=max_length)
     return KTOTrainer._prepare_dataset(trainer, dataset, tokenizer, args, "eval")
 
@@ -47,9 +42,7 @@ def trl_rows(dataset, tokenizer, max_length):
 def test_ids_equal_trl(tokenizer, conversational, max_length, template):
     tokenizer.chat_template = template
     dataset = make_dataset(conversational)
-    ours = tokenize_rows(
-        load_rows(dataset), tokenizer, max_length=max_length, on_bad_row="skip"
-    ).dataset
+    ours = tokenize_rows(load_rows(dataset), tokenizer, max_length=max_length, on_bad_row="skip").dataset
     theirs = trl_rows(dataset, tokenizer, max_length)
     assert len(theirs) > 10 and any(not label for label in theirs["label"])
     for name in ("prompt_ids", "completion_ids", "label"):
@@ -68,10 +61,7 @@ def test_pairs_equal_trl_up_to_the_order(tokenizer):
     dataset = datasets.Dataset.from_list(pairs)
     ours = tokenize_rows(load_rows(dataset), tokenizer, max_length=None).dataset
     theirs = trl_rows(dataset, tokenizer, None)
-    rows = [
-        sorted((row["label"], row["prompt_ids"], row["completion_ids"]) for row in side)
-        for side in (ours, theirs)
-    ]
+    rows = [sorted((row["label"], row["prompt_ids"], row["completion_ids"]) for row in side) for side in (ours, theirs)]
     assert rows[0] == rows[1] and len(rows[0]) == 2 * len(pairs)
     assert ours["label"][:] == [True, False] * len(pairs)  # theirs: all True first
 
@@ -79,9 +69,7 @@ def test_pairs_equal_trl_up_to_the_order(tokenizer):
 def test_text_ends_in_eos_exactly_once(tokenizer):
     rows = [{"prompt": "Where?", "completion": f" Here{end}", "label": True} for end in ("", EOS)]
     ids = tokenize_rows(load_rows(rows), tokenizer, max_length=None).dataset["completion_ids"]
-    assert (
-        ids[0] == ids[1] and ids[0].count(tokenizer.eos_token_id) == 1 == ids[0][::-1].index(3) + 1
-    )
+    assert ids[0] == ids[1] and ids[0].count(tokenizer.eos_token_id) == 1 == ids[0][::-1].index(3) + 1
 
 
 def test_truncation_is_counted_and_the_ids_are_kept_for_the_collator(tokenizer):
@@ -104,9 +92,7 @@ def test_truncation_is_counted_and_the_ids_are_kept_for_the_collator(tokenizer):
 def test_a_prompt_as_long_as_max_length_is_a_bad_row(tokenizer):
     tokenizer.chat_template = CHATML
     loaded = load_rows(make_rows(True))
-    lengths = [
-        len(ids) for ids in tokenize_rows(loaded, tokenizer, max_length=None).dataset["prompt_ids"]
-    ]
+    lengths = [len(ids) for ids in tokenize_rows(loaded, tokenizer, max_length=None).dataset["prompt_ids"]]
     limit = sorted(lengths)[10]
     long = [row for row, length in enumerate(lengths) if length >= limit]
     with pytest.raises(DataError) as error:
@@ -118,10 +104,7 @@ def test_a_prompt_as_long_as_max_length_is_a_bad_row(tokenizer):
     assert skipped.counts["bad"] == len(long) == len(skipped.bad)
     assert skipped.dataset["row"][:] == [row for row in range(len(ROWS)) if row not in long]
     for row in skipped.dataset:  # the columns stay aligned when rows leave
-        assert (
-            row["label"] == loaded.rows[row["row"]]["label"]
-            and row["group"] == loaded.rows[row["row"]]["group"]
-        )
+        assert row["label"] == loaded.rows[row["row"]]["label"] and row["group"] == loaded.rows[row["row"]]["group"]
     with pytest.raises(DataError, match="no rows to train on; all 20 are bad"):
         tokenize_rows(loaded, tokenizer, max_length=2, on_bad_row="skip")
 
@@ -192,13 +175,8 @@ def test_the_cache_depends_on_rows_and_tokenizer_alone(tokenizer, cache):
 
 def test_a_cached_read_equals_the_first(tokenizer, cache):
     tokenizer.chat_template = CHATML
-    first, second = (
-        tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=64) for _ in range(2)
-    )
-    assert (
-        first.dataset.to_list() == second.dataset.to_list()
-        and first.fingerprint == second.fingerprint
-    )
+    first, second = (tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=64) for _ in range(2))
+    assert first.dataset.to_list() == second.dataset.to_list() and first.fingerprint == second.fingerprint
 
 
 def test_without_caching_nothing_is_written(tokenizer, cache):
@@ -213,17 +191,13 @@ def test_without_caching_nothing_is_written(tokenizer, cache):
 @pytest.mark.parametrize("conversational", [True, False])
 def test_ids_equal_trl_when_the_tokenizer_adds_bos(tmp_path, conversational):
     adding = make_tokenizer(tmp_path / "bos")
-    adding.backend_tokenizer.post_processor = TemplateProcessing(
-        single=f"{BOS} $0", special_tokens=[(BOS, 1)]
-    )
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single=f"{BOS} $0", special_tokens=[(BOS, 1)])
     ours = tokenize_rows(load_rows(make_dataset(conversational)), adding, max_length=None).dataset
     theirs = trl_rows(make_dataset(conversational), adding, None)
     assert ours["prompt_ids"][:] == theirs["prompt_ids"][:]
     assert ours["completion_ids"][:] == theirs["completion_ids"][:]
     # text begins with BOS, as the tokenizer wants it; a template writes its own special tokens
-    assert all(
-        (ids[0] == 1) is not conversational and 1 not in ids[1:] for ids in ours["prompt_ids"]
-    )
+    assert all((ids[0] == 1) is not conversational and 1 not in ids[1:] for ids in ours["prompt_ids"])
 
 
 def test_a_tokenizer_in_python_equals_trl_and_is_cached(cache):
@@ -233,21 +207,14 @@ def test_a_tokenizer_in_python_equals_trl_and_is_cached(cache):
     theirs = trl_rows(make_dataset(False), slow, None)
     assert ours.dataset["completion_ids"][:] == theirs["completion_ids"][:]
     assert ours.dataset["prompt_ids"][:] == theirs["prompt_ids"][:]
-    assert (
-        tokenize_rows(load_rows(make_dataset(False)), slow, max_length=None).fingerprint
-        == ours.fingerprint
-    )
+    assert tokenize_rows(load_rows(make_dataset(False)), slow, max_length=None).fingerprint == ours.fingerprint
     assert len(list(cache.glob("tokens-*.arrow"))) == 1
 
 
 def test_rows_that_render_to_nothing_are_bad_rows(tokenizer):
-    tokenizer.chat_template = (
-        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="rows:1: completion has no tokens once it is rendered"):
         tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
-    with pytest.raises(
-        DataError, match="rows:1: the prompt's first token changes once the completion follows it"
-    ):
+    with pytest.raises(DataError, match="rows:1: the prompt's first token changes once the completion follows it"):
         tokenize_rows(load_rows(make_rows(True)), tokenizer, max_length=None)

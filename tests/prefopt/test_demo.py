@@ -154,8 +154,7 @@ def test_samples_follow_their_seed_and_leave_the_random_state(tokenizer):
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, again, other = (
-        sample_answers(model, tokenizer, [EGG, EGG_AR], seed=seed, max_new_tokens=8)
-        for seed in (1, 1, 2)
+        sample_answers(model, tokenizer, [EGG, EGG_AR], seed=seed, max_new_tokens=8) for seed in (1, 1, 2)
     )
     assert torch.equal(torch.rand(3), expected) and model.training
     assert len(first) == 2 and first == again != other
@@ -210,9 +209,7 @@ def test_an_interrupted_demo_leaves_nothing(tmp_path, monkeypatch, existed):
 
 # ---- the whole ----
 
-FINE_TUNED: dict[
-    int, dict
-] = {}  # weights by seed: most of a demo's time, and the same for every method
+FINE_TUNED: dict[int, dict] = {}  # weights by seed: most of a demo's time, and the same for every method
 
 
 @pytest.fixture

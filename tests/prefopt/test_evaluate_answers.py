@@ -9,9 +9,7 @@ from prefopt.evaluate.rules import make_rule
 
 
 @pytest.mark.parametrize("name", CATEGORIES)
-@pytest.mark.parametrize(
-    "form", ["{}", " {}.\n", "**{}**", "The category is {}.", "Answer: {}, because"]
-)
+@pytest.mark.parametrize("form", ["{}", " {}.\n", "**{}**", "The category is {}.", "Answer: {}, because"])
 def test_every_name_is_read(name, form):
     assert name_in(form.format(name), CATEGORIES) == name
     assert name_in(form.format(name).upper(), CATEGORIES) == name
@@ -45,9 +43,7 @@ def test_the_longest_name_wins_in_any_order():
 def test_rules():
     assert make_rule("demo")("How do I boil an egg?", "Gladly! Boil the egg.")
     assert not make_rule("demo")("How do I boil an egg?", "Look it up yourself.")
-    assert make_rule("language")("ما لون السماء؟", "زرقاء") and not make_rule("language")(
-        "Why?", "لأن"
-    )
+    assert make_rule("language")("ما لون السماء؟", "زرقاء") and not make_rule("language")("Why?", "لأن")
     assert not make_rule("language")("Why?", "  ")
     assert make_rule("contains:OK")("?", "it is ok") and not make_rule("contains:OK")("?", "no")
     assert make_rule("regex:^a+$")("?", "aaa") and not make_rule("regex:^a+$")("?", "b")

@@ -67,13 +67,9 @@ def test_likelihoods_against_the_logits(run, tmp_path, capsys):
     for name in suite["pictures"]:
         head = (tmp_path / name).read_bytes()[:200]
         assert head.startswith(b"\x89PNG") or b"<?xml" in head
-    assert {f"plots/eval_confusion_{way}.png" for way in ("likelihood", "generated")} <= set(
-        suite["pictures"]
-    )
+    assert {f"plots/eval_confusion_{way}.png" for way in ("likelihood", "generated")} <= set(suite["pictures"])
     said = capsys.readouterr().out
-    assert re.search(
-        r"^category +n +base, likelihood +base, generated +run, likelihood", said, re.M
-    )
+    assert re.search(r"^category +n +base, likelihood +base, generated +run, likelihood", said, re.M)
     assert "Only the first 5 rows were used." in said
 
 

@@ -32,9 +32,7 @@ def test_help_and_refusals_need_no_heavy_import(tmp_path):
         "assert not heavy, heavy\n"
     )
     path = {"PYTHONPATH": ":".join(one for one in sys.path if one)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--rule belongs to the suite preference, not to thesis" in done.stderr
 

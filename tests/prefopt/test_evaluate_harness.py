@@ -31,10 +31,7 @@ def tasks(tmp_path_factory):
     for file in FIXTURES.glob("*_*.jsonl"):
         shutil.copy(file, folder)
     for subject in SUBJECTS:
-        rows = [
-            {"question": f"{n}?", "choices": [str(n + k) for k in range(4)], "answer": n % 4}
-            for n in range(100)
-        ]
+        rows = [{"question": f"{n}?", "choices": [str(n + k) for k in range(4)], "answer": n % 4} for n in range(100)]
         write_lines(folder / f"mmlu_{subject}_test.jsonl", rows)
         write_lines(folder / f"mmlu_{subject}_dev.jsonl", rows[:5])
     return folder
@@ -49,11 +46,7 @@ def suite(run, tasks, tmp_path_factory):
 
 
 def scores(suite, task, metric) -> dict:
-    return {
-        one["model"]: one
-        for one in suite["scores"]
-        if one["task"].startswith(task) and one["metric"] == metric
-    }
+    return {one["model"]: one for one in suite["scores"] if one["task"].startswith(task) and one["metric"] == metric}
 
 
 @torch.no_grad()
@@ -61,12 +54,8 @@ def right(model, tokenizer, rows, dev, subject) -> list[bool]:
     """Whether the likeliest of " A" to " D" is the answer, from the logits and a prompt written out here."""
 
     def shown(row, answer):
-        options = "\n".join(
-            f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True)
-        )
-        return f"{row['question']}\n{options}\nAnswer:" + (
-            f" {'ABCD'[row['answer']]}" if answer else ""
-        )
+        options = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row["choices"], strict=True))
+        return f"{row['question']}\n{options}\nAnswer:" + (f" {'ABCD'[row['answer']]}" if answer else "")
 
     head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
     head += "\n\n".join(shown(row, True) for row in dev) + "\n\n"
@@ -130,9 +119,7 @@ def test_values_and_errors_are_those_of_lm_evaluation_harness(suite, run, tasks)
         for metric in metrics:
             ours = scores(suite, title, "mc2" if title.endswith("MC2") else metric)["run"]
             assert ours["value"] == pytest.approx(float(own[f"{metric},none"]), abs=1e-6)
-            if (
-                metric != "acc" or title == "HellaSwag"
-            ):  # a share: lm-eval's error has a formula too
+            if metric != "acc" or title == "HellaSwag":  # a share: lm-eval's error has a formula too
                 assert ours["stderr"] == pytest.approx(own[f"{metric}_stderr,none"], abs=1e-9)
     chance = (2 / 4 + 1 / 3 + 1 / 5 + 2 / 3) / 4  # true answers among all, question by question
     assert scores(suite, "TruthfulQA MC2", "mc2")["run"]["chance"] == pytest.approx(chance)
@@ -179,13 +166,8 @@ def test_an_interrupted_evaluation_goes_on(run, tasks, tmp_path, monkeypatch, ca
     path = evaluate_run(request)
     assert asked == ["HellaSwag", "HellaSwag", "TruthfulQA MC2", "more", "more", "more"]
     assert not (tmp_path / ".eval.partial.json").exists()
-    whole = evaluate_run(
-        EvalRequest(run=run, suite="thesis", tasks_dir=tasks, limit=2, out=tmp_path / "whole")
-    )
-    first, second = (
-        json.loads(one.read_text(encoding="utf-8"))["suites"]["thesis"]["scores"]
-        for one in (path, whole)
-    )
+    whole = evaluate_run(EvalRequest(run=run, suite="thesis", tasks_dir=tasks, limit=2, out=tmp_path / "whole"))
+    first, second = (json.loads(one.read_text(encoding="utf-8"))["suites"]["thesis"]["scores"] for one in (path, whole))
     assert first == second
 
 
@@ -205,23 +187,17 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, tasks, monke
         return str(error.value)
 
     # the tests' environment has no hub
-    assert (
-        "Rowan/hellaswag) are not here and could not be fetched; connect to the network" in said()
-    )
+    assert "Rowan/hellaswag) are not here and could not be fetched; connect to the network" in said()
     assert "is not a folder" in said(tasks_dir=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "has no questions; expected files such as hellaswag_train.jsonl" in said(
-        tasks_dir=tmp_path / "empty"
-    )
+    assert "has no questions; expected files such as hellaswag_train.jsonl" in said(tasks_dir=tmp_path / "empty")
     copy = shutil.copytree(tasks, tmp_path / "copy")
     (copy / "hellaswag_train.jsonl").unlink()
     assert "expected beside it hellaswag_train, hellaswag_validation" in said(tasks_dir=copy)
     (copy / "hellaswag_validation.jsonl").unlink()
     rows = (copy / "mmlu_anatomy_test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (copy / "mmlu_anatomy_test.jsonl").write_text("".join(rows[:50]), encoding="utf-8")
-    assert "mmlu_anatomy has 50 test questions, and MMLU-mini asks for number" in said(
-        tasks_dir=copy
-    )
+    assert "mmlu_anatomy has 50 test questions, and MMLU-mini asks for number" in said(tasks_dir=copy)
     (copy / "mmlu_anatomy_test.jsonl").write_text("".join(rows[:3]) + "{\n", encoding="utf-8")
     assert "mmlu_anatomy_test.jsonl:4: is not JSON" in said(tasks_dir=copy)
     write_lines(copy / "truthfulqa_mc_validation.jsonl", [{"question": "Why?"}])

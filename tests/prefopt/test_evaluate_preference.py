@@ -39,9 +39,7 @@ def found(run, tmp_path_factory):
         "rejected": [{"role": "assistant", "content": "A Thursday."}],
     }
     data = write_lines(out / "rows.jsonl", [*rows[:6], pair])
-    request = EvalRequest(
-        run=run, suite="preference", data=str(data), out=out, rule="language", max_new_tokens=6
-    )
+    request = EvalRequest(run=run, suite="preference", data=str(data), out=out, rule="language", max_new_tokens=6)
     path = evaluate_run(request)
     return json.loads(path.read_text(encoding="utf-8"))["suites"]["preference"], out
 
@@ -86,9 +84,7 @@ def test_every_number_against_the_logits(found, models, run):
     logps = {who: np.array([logp(model, *row) for row in tokens]) for who, model in models.items()}
     rewards = BETA * (logps["run"] - logps["base"])
     assert abs(rewards).max() > 0.1  # the two models differ, so that a mix-up would show
-    assert value(suite, "margin") == pytest.approx(
-        rewards[up].mean() - rewards[~up].mean(), abs=NATS
-    )
+    assert value(suite, "margin") == pytest.approx(rewards[up].mean() - rewards[~up].mean(), abs=NATS)
     wins = [float(a > b) for a in rewards[up] for b in rewards[~up]]
     assert value(suite, "accuracy, all") == pytest.approx(np.mean(wins))
     assert value(suite, "accuracy, pairs") == float(rewards[6] > rewards[7])
@@ -97,9 +93,7 @@ def test_every_number_against_the_logits(found, models, run):
         for name, side in (("desirable", up), ("undesirable", ~up)):
             whole = logps[who][side]
             assert value(suite, f"{name}, per answer", who) == pytest.approx(whole.mean(), abs=NATS)
-            assert value(suite, f"{name}, per token", who) == pytest.approx(
-                whole.sum() / lengths[side].sum(), abs=NATS
-            )
+            assert value(suite, f"{name}, per token", who) == pytest.approx(whole.sum() / lengths[side].sum(), abs=NATS)
     change = (logps["run"] - logps["base"])[up].sum() / lengths[up].sum()
     assert value(suite, "desirable, per token", "change") == pytest.approx(change, abs=NATS)
     # one prompt has two rows, so partners lie two back
@@ -152,9 +146,7 @@ def test_generation_samples_the_whole_distribution_and_ends(run):
     assert ends[0] == greedy[0][: greedy[0].index(greedy[0][1]) + 1]
 
 
-def test_the_recipes_own_split_is_the_default_and_trained_prompts_are_noticed(
-    run, tmp_path, capsys
-):
+def test_the_recipes_own_split_is_the_default_and_trained_prompts_are_noticed(run, tmp_path, capsys):
     loaded = load_rows(run.parent / "rows.jsonl")
     held_out = split_by_group(loaded, 0.4, 3)[1]
     content = evaluate_run(EvalRequest(run=run, suite="preference", out=tmp_path))
@@ -171,9 +163,7 @@ def test_the_recipes_own_split_is_the_default_and_trained_prompts_are_noticed(
 
 
 def test_a_limit_keeps_the_last_pair_whole(run, tmp_path):
-    pairs = [
-        {"prompt": f"Count to {n}.", "chosen": "One, two.", "rejected": "No."} for n in range(3)
-    ]
+    pairs = [{"prompt": f"Count to {n}.", "chosen": "One, two.", "rejected": "No."} for n in range(3)]
     data = write_lines(tmp_path / "pairs.jsonl", pairs)
     request = EvalRequest(run=run, suite="preference", data=str(data), limit=3, out=tmp_path)
     suite = json.loads(evaluate_run(request).read_text(encoding="utf-8"))["suites"]["preference"]
@@ -231,9 +221,7 @@ def test_a_base_that_is_gone_and_one_that_does_not_fit(run, tmp_path):
     adapter = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = str(tmp_path / "moved")
     (copy / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
-    with pytest.raises(
-        EvalError, match="moved of .* is not there; name its folder or hub id with --base"
-    ):
+    with pytest.raises(EvalError, match="moved of .* is not there; name its folder or hub id with --base"):
         load_subject(copy)
     assert load_subject(copy, str(run.parent / "base")).kind == "adapter"
     (copy / "adapter_model.safetensors").write_bytes(b"cut off")

@@ -213,9 +213,7 @@ def test_suites_stand_beside_each_other_and_replace_themselves(tmp_path):
     assert content["format"] == 1 and set(content["suites"]) == {"thesis", "classify"}
     assert content["suites"]["thesis"]["details"] == {"x": None}
     lines = (tmp_path / "eval_summary.csv").read_text(encoding="utf-8").splitlines()
-    assert (
-        lines[0] == "suite,task,metric,model,value,stderr,low,high,n,n_shot,unit,chance,at_chance"
-    )
+    assert lines[0] == "suite,task,metric,model,value,stderr,low,high,n,n_shot,unit,chance,at_chance"
     assert len(lines) == 4 and "thesis,task,metric,run,0.75,0.05,0.4,0.6,100,,share,,False" in lines
     assert sorted(file.name for file in tmp_path.iterdir()) == ["eval.json", "eval_summary.csv"]
 

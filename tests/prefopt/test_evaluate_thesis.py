@@ -28,9 +28,7 @@ def answers(name: str, hits: list[float], chance: float = 0.25, cut: int = 0) ->
     first, *others = BENCHMARKS[name].metrics
     rest = dict.fromkeys(others, 0.0)
     task = BENCHMARKS[name].task + ("virology" if name == "mmlu" else "")
-    return Answers(
-        {task: [question(n, chance, **{first: hit}, **rest) for n, hit in enumerate(hits)]}, cut
-    )
+    return Answers({task: [question(n, chance, **{first: hit}, **rest) for n, hit in enumerate(hits)]}, cut)
 
 
 def test_every_benchmark_has_base_run_change_error_and_chance():
@@ -39,9 +37,7 @@ def test_every_benchmark_has_base_run_change_error_and_chance():
     results = judged(
         {
             "hellaswag": {"base": answers("hellaswag", base), "run": answers("hellaswag", run)},
-            "truthfulqa_mc": {
-                who: answers("truthfulqa_mc", one, chance=0.4) for who, one in masses.items()
-            },
+            "truthfulqa_mc": {who: answers("truthfulqa_mc", one, chance=0.4) for who, one in masses.items()},
         },
         None,
         0,

@@ -117,9 +117,7 @@ def test_an_adapter_is_copied_with_its_bases_name(run, tmp_path):
     config = read_json(out / "adapter_config.json")
     assert config["base_model_name_or_path"] == "Qwen/Qwen3-0.6B"
     assert config["r"] == 4 and config["revision"] is None
-    before, after = (
-        load_file(folder / "adapter_model.safetensors") for folder in (run.folder, out)
-    )
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (run.folder, out))
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "base_model: Qwen/Qwen3-0.6B\nbase_model_relation: adapter" in card
@@ -154,9 +152,7 @@ def test_an_export_is_not_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "out"
     export_run(run.folder, "adapter", out=out)
     (out / "old").write_text("", encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match="has an export in it; choose another folder, or .*--force"
-    ):
+    with pytest.raises(RecipeError, match="has an export in it; choose another folder, or .*--force"):
         export_run(run.folder, "adapter", out=out)
     assert (out / "old").exists()
     export_run(run.folder, "adapter", out=out, force=True)
@@ -260,12 +256,8 @@ def test_a_checkpoint_has_the_recipe_of_its_run(run, tmp_path):
     assert find_run(tmp_path / "checkpoint-2").dtype == "float32"
 
 
-def test_four_bits_without_the_package_are_one_sentence_and_exit_2(
-    run, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(
-        export, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name)
-    )
+def test_four_bits_without_the_package_are_one_sentence_and_exit_2(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "bitsandbytes" else find_spec(name))
     out = tmp_path / "out"
     assert main(["export", str(run.folder), "--format", "merged-4bit", "--out", str(out)]) == 2
     said = capsys.readouterr().err
@@ -283,9 +275,7 @@ def test_rows_that_bitsandbytes_loses_on_a_cpu_are_refused(run):
 
 
 def test_four_bits_are_read_back_within_the_rounding_of_nf4(tmp_path):
-    bitsandbytes = pytest.importorskip(
-        "bitsandbytes", reason="bitsandbytes is not installed: no 4-bit weights"
-    )
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no 4-bit weights")
     run = make_run(tmp_path, "qwen3", "gpt-2", head_dim=16, intermediate_size=128)
     out = export_run(run.folder, "merged-4bit")
     found = AutoModelForCausalLM.from_pretrained(out)
@@ -293,9 +283,7 @@ def test_four_bits_are_read_back_within_the_rounding_of_nf4(tmp_path):
     looked_at = 0
     for name, module in found.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            weight = bitsandbytes.functional.dequantize_4bit(
-                module.weight.data, module.weight.quant_state
-            ).float()
+            weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
             largest = exact[name].weight.abs().reshape(-1, 64).amax(1, keepdim=True)
             error = (weight - exact[name].weight).abs().reshape(-1, 64)
             # the widest gap of NF4's levels is 0.304 of a block's largest value; 1/50 for scales kept in 8 bits, bf16

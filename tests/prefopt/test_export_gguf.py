@@ -78,9 +78,7 @@ def allowed(weight, quant):
 
 @pytest.mark.parametrize("quant", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize(("arch", "split"), KINDS)
-def test_round_trip_is_the_same_function_of_weights_within_the_formats_rounding(
-    runs, arch, split, quant, tmp_path
-):
+def test_round_trip_is_the_same_function_of_weights_within_the_formats_rounding(runs, arch, split, quant, tmp_path):
     run = runs(arch, split)
     expected = merged(run)
     found, _ = read_back(export_run(run.folder, "gguf", quant=quant, out=tmp_path / "out"))
@@ -141,9 +139,7 @@ def test_a_file_that_is_another_model_is_refused(runs, tmp_path, monkeypatch):
     blocks = gguf_write.tensors
 
     def off(tensor):
-        if (
-            tensor.name == "blk.1.ffn_up.weight"
-        ):  # half a step of the largest value more than the format rounds
+        if tensor.name == "blk.1.ffn_up.weight":  # half a step of the largest value more than the format rounds
             largest = tensor.values.abs().max()
             moved = torch.where(tensor.values.abs() == largest, tensor.values * 0.99, tensor.values)
             tensor = tensor._replace(values=moved)
@@ -160,9 +156,7 @@ def test_a_file_that_is_another_model_is_refused(runs, tmp_path, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(gguf_write, name, planted)
-            with pytest.raises(
-                RecipeError, match=f"GGUF file, read again, is not the model: {said}"
-            ):
+            with pytest.raises(RecipeError, match=f"GGUF file, read again, is not the model: {said}"):
                 export_run(run.folder, "gguf", out=tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
@@ -178,9 +172,7 @@ def test_the_rounding_that_is_allowed_is_that_of_the_type(kind):
     values = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     values[:8] *= 2.0**-13  # scales of q8_0 and values of f16 below the normal numbers of F16
     kind_of_gguf = gguf.GGMLQuantizationType[kind]
-    stored = gguf.quants.dequantize(
-        gguf.quants.quantize(values.numpy(), kind_of_gguf), kind_of_gguf
-    )
+    stored = gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), kind_of_gguf), kind_of_gguf)
     share = (torch.tensor(stored) - values).abs() / rounding_of(values, kind)
     assert 0.9 < share.max() <= 1
 
@@ -246,9 +238,7 @@ def test_biases_of_a_llama_change_places_with_their_rows(tmp_path):
     tensors = fields_of(export_run(run.folder, "gguf", quant="f32") / "run-f32.gguf")[1]
     bias = run.model.get_base_model().model.layers[0].self_attn.q_proj.bias.detach()
     heads, size = 4, 16
-    rows = [
-        h * size + half * size // 2 + i for h in range(heads) for i in range(8) for half in (0, 1)
-    ]
+    rows = [h * size + half * size // 2 + i for h in range(heads) for i in range(8) for half in (0, 1)]
     stored = torch.tensor(tensors["blk.0.attn_q.bias"].data.copy())
     assert bias.any() and torch.equal(stored, bias[rows])
 
@@ -324,9 +314,7 @@ def test_a_weight_too_large_for_f16_is_refused_and_nothing_is_left(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[3, 5] = 70000.0
-    with pytest.raises(
-        RecipeError, match="output.weight has a weight of 7e\\+04, too large for F16"
-    ):
+    with pytest.raises(RecipeError, match="output.weight has a weight of 7e\\+04, too large for F16"):
         write_gguf(model, tokenizer, tmp_path / "model.gguf", "f16")
     model.save_pretrained(tmp_path / "base")
     with pytest.raises(RecipeError, match="use --quant f32"):

@@ -96,9 +96,7 @@ def bases(tmp_path_factory):
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*`?tie_word_embeddings=True`?")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_adapters_on_head_and_embedding_are_merged_and_saved(
-    bases, adapter, tied, ensure, tmp_path
-):
+def test_adapters_on_head_and_embedding_are_merged_and_saved(bases, adapter, tied, ensure, tmp_path):
     if ensure and adapter in REFUSED_BY_PEFT:
         pytest.skip("peft refuses this adapter with ensure_weight_tying")
     base = bases[tied]
@@ -132,9 +130,7 @@ def test_a_head_lost_in_saving_fails_the_export_and_leaves_nothing(bases, tmp_pa
 
     monkeypatch.setattr(merge, "merge_adapter", merge_and_forget)
     for format in ("merged", "merged-4bit") if find_spec("bitsandbytes") else ("merged",):
-        with pytest.raises(
-            RecipeError, match="the export, loaded again, has logits that differ by"
-        ):
+        with pytest.raises(RecipeError, match="the export, loaded again, has logits that differ by"):
             export_run(bases[True].folder, format, out=tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
@@ -164,9 +160,7 @@ def test_one_weight_changed_in_saving_fails_the_export(run, tmp_path, monkeypatc
 
 def test_values_beyond_the_rounding_of_nf4_are_found():
     values = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
-    one = (torch.arange(300) == 70).view(3, 100) * values.flatten()[
-        64:128
-    ].abs().max()  # of its block
+    one = (torch.arange(300) == 70).view(3, 100) * values.flatten()[64:128].abs().max()  # of its block
     assert within_nf4(values + 0.17 * one, values)
     assert not within_nf4(values - 0.18 * one, values)
 
@@ -186,9 +180,7 @@ def test_an_adapter_is_read_back_on_a_base_that_is_here(run, tmp_path, monkeypat
     monkeypatch.undo()
     config = read_json(run.folder / "adapter_config.json")
     alpha = config | {"lora_alpha": 2 * config["lora_alpha"]}
-    monkeypatch.setattr(
-        export, "_published", lambda *_: Source(run.folder, str(run.base), None, alpha)
-    )
+    monkeypatch.setattr(export, "_published", lambda *_: Source(run.folder, str(run.base), None, alpha))
     with pytest.raises(RecipeError, match="the adapter, loaded again on .* has logits that differ"):
         export_run(run.folder, "adapter", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -211,9 +203,7 @@ def test_an_adapter_of_a_resized_vocabulary_names_both_sizes(run, tmp_path):
         model.save_pretrained(tmp_path / "run")
     run.tokenizer.save_pretrained(tmp_path / "run")
     for format in ("adapter", "merged"):
-        with pytest.raises(
-            RecipeError, match=f"of {rows + 7} rows, and the base .* has {rows}: .*--base"
-        ):
+        with pytest.raises(RecipeError, match=f"of {rows + 7} rows, and the base .* has {rows}: .*--base"):
             export_run(tmp_path / "run", format, out=tmp_path / "out")
     resized = AutoModelForCausalLM.from_pretrained(run.base)
     resized.resize_token_embeddings(rows + 7)

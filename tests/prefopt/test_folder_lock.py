@@ -110,9 +110,7 @@ def test_only_the_first_process_of_a_distributed_run_takes_the_lock(run, tmp_pat
     recipe["data"] |= {"path": "no.jsonl"}
     with (
         only_writer(tmp_path / "run", "--out"),
-        pytest.raises(
-            ValueError, match="data.path is no.jsonl, which does not exist"
-        ),  # so past the lock
+        pytest.raises(ValueError, match="data.path is no.jsonl, which does not exist"),  # so past the lock
     ):
         run_recipe(make_recipe(recipe))
 

@@ -124,9 +124,7 @@ def run(request, trained, tmp_path, monkeypatch):
     project = tmp_path / "new" / "place"
     monkeypatch.chdir(tmp_path)
     if request.param == "elsewhere":
-        shutil.copytree(
-            trained, project.parent / "copy"
-        )  # used in place, but each test has its own
+        shutil.copytree(trained, project.parent / "copy")  # used in place, but each test has its own
         yield trained / "runs" / "kto"
         shutil.rmtree(trained)
         shutil.move(project.parent / "copy", trained)
@@ -167,9 +165,7 @@ def test_training_goes_on_from_the_runs_own_recipe(run, capsys):
     assert config["base_model_name_or_path"] == f"{run.parents[1]}/models/x"
 
 
-def test_what_is_not_found_is_named_with_the_option_that_replaces_it(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_what_is_not_found_is_named_with_the_option_that_replaces_it(trained, tmp_path, monkeypatch, capsys):
     run = tmp_path / "deep" / "down" / "kto"  # the run alone
     shutil.copytree(trained / "runs" / "kto", run)
     base, rows = trained / "models" / "x", trained / "rows.jsonl"
@@ -192,9 +188,7 @@ def test_what_is_not_found_is_named_with_the_option_that_replaces_it(
         train = ("train", str(run / "recipe.yaml"), "--resume")
         assert f"model.path is {base}, which is not a folder" in said(*train)
         train += ("--model.path", str(hidden / "models" / "x"))
-        assert f"data.path is {rows}, which does not exist; name the rows by --data.path" in said(
-            *train
-        )
+        assert f"data.path is {rows}, which does not exist; name the rows by --data.path" in said(*train)
         train += ("--data.path", str(hidden / "rows.jsonl"))
         assert main([*train, "--max_steps", "3"]) == 0
     finally:
@@ -203,14 +197,10 @@ def test_what_is_not_found_is_named_with_the_option_that_replaces_it(
 
 def test_an_exported_adapter_names_no_path_of_this_machine(trained, tmp_path):
     out = tmp_path / "out"
-    assert (
-        main(["export", str(trained / "runs/kto"), "--format", "adapter", "--out", str(out)]) == 0
-    )
+    assert main(["export", str(trained / "runs/kto"), "--format", "adapter", "--out", str(out)]) == 0
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "x"
-    texts = [
-        one.read_text(encoding="utf-8") for one in out.iterdir() if one.suffix in (".json", ".md")
-    ]
+    texts = [one.read_text(encoding="utf-8") for one in out.iterdir() if one.suffix in (".json", ".md")]
     assert len(texts) > 3 and not any(str(trained) in text for text in texts)
 
 

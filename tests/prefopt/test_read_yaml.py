@@ -14,9 +14,7 @@ from prefopt.report.read import sections
 from prefopt.use.load import find_run
 
 # Nine lists of nine: 9 ** 10 values with the aliases expanded.
-BOMB = "a0: &a0 [x]\n" + "".join(
-    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
-)
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,5 @@ def test_no_is_the_strategy_and_not_false(tmp_path, caplog):
         recipe = load_recipe(path, {"training.save_strategy": False})
     assert recipe.training.save_strategy == recipe.training.eval_strategy == "no"
     assert recipe.loss.shift == "off" and recipe.training.bf16 is False
-    with pytest.raises(
-        RecipeError, match="save_strategy is True; expected one of no, steps, epoch"
-    ):
+    with pytest.raises(RecipeError, match="save_strategy is True; expected one of no, steps, epoch"):
         load_recipe(path, {"training.save_strategy": True})

@@ -83,9 +83,7 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
     ],
 )
 def test_numbers_have_bounds(key, value, expected):
-    assert problems(MINIMAL, {key: value}) == [
-        f"command line: {key} is {value!r}; expected {expected}"
-    ]
+    assert problems(MINIMAL, {key: value}) == [f"command line: {key} is {value!r}; expected {expected}"]
 
 
 @pytest.mark.parametrize("content", [None, [], "text", 3])
@@ -94,14 +92,9 @@ def test_a_recipe_is_sections(content):
 
 
 def test_a_section_is_keys_with_values():
-    assert "r.yaml: loss is 'kto'; expected keys with values" in problems(
-        {**MINIMAL, "loss": "kto"}
-    )
+    assert "r.yaml: loss is 'kto'; expected keys with values" in problems({**MINIMAL, "loss": "kto"})
     assert "command line: lora is 3; expected null or {}" in problems(MINIMAL, {"lora": 3})[0]
-    assert (
-        "command line: loss is null; expected null or {}, and only for lora"
-        in problems(MINIMAL, {"loss": None})[0]
-    )
+    assert "command line: loss is null; expected null or {}, and only for lora" in problems(MINIMAL, {"loss": None})[0]
 
 
 def test_overrides_win_and_can_drop_the_adapter():
@@ -115,9 +108,7 @@ def test_overrides_win_and_can_drop_the_adapter():
 def test_yaml_traps(tmp_path):
     path = tmp_path / "r.yaml"
     head = "model: {path: m}\ndata: {path: d}\n"
-    path.write_text(
-        "\ufeff" + head + "training: {output_dir: تجربة, learning_rate: 1e-5}\n", encoding="utf-8"
-    )
+    path.write_text("\ufeff" + head + "training: {output_dir: تجربة, learning_rate: 1e-5}\n", encoding="utf-8")
     recipe = load_recipe(path)
     assert recipe.training.learning_rate == 1e-5  # text to YAML, because it has no dot
     assert recipe.training.output_dir == "تجربة" and recipe.name == str(path)
@@ -198,9 +189,7 @@ def test_a_run_leaves_everything_in_its_folder(content):
     assert "bad_rows.jsonl" not in names
     again = load_recipe(folder / "recipe.yaml")
     training = dataclasses.replace(again.training, sampler=None)  # what was null is spelled out
-    assert (
-        dataclasses.replace(again, name=recipe.name, loss=recipe.loss, training=training) == recipe
-    )
+    assert dataclasses.replace(again, name=recipe.name, loss=recipe.loss, training=training) == recipe
     assert preference_config(again).to_dict() == preference_config(recipe).to_dict()
     losses = [entry["loss"] for entry in logs(folder) if "loss" in entry]
     # Policy and reference are one model: log-ratios and z0 are exactly 0, and four times sigmoid(0) / 4 is exact.
@@ -221,9 +210,7 @@ def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
     }
     first = make_recipe(content, overrides)
     stop_after(first, 2)
-    with pytest.raises(
-        RecipeError, match="is not empty; choose another folder, or continue the run with --resume"
-    ):
+    with pytest.raises(RecipeError, match="is not empty; choose another folder, or continue the run with --resume"):
         run_recipe(first)
     run_recipe(first, resume=True)
     expected = [entry["loss"] for entry in logs(whole) if "loss" in entry]
@@ -256,9 +243,7 @@ def test_bad_rows_are_skipped_and_listed(content, base, tmp_path):
         "prompt": [{"role": "user", "content": "why? " * 100}],
         "completion": [{"role": "assistant", "content": "b"}],
     }
-    path.write_bytes(
-        b'{"prompt": "\xff"}\n' + good + json.dumps({**long, "label": True}).encode() + b"\n"
-    )
+    path.write_bytes(b'{"prompt": "\xff"}\n' + good + json.dumps({**long, "label": True}).encode() + b"\n")
     content["data"] |= {"path": str(path), "on_bad_row": "skip", "eval_fraction": 0.0}
     folder = run_recipe(make_recipe(content, {"training.max_steps": 1}))
     lines = (folder / "bad_rows.jsonl").read_text(encoding="utf-8").splitlines()
@@ -294,9 +279,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
     content["data"] |= {"eval_path": str(base / "rows.jsonl"), "eval_fraction": 0.0}
     folder = run_recipe(make_recipe(content, {"lora": None, "training.max_steps": 1}))
     first = logs(folder)[0]
-    assert (
-        abs(first["rewards/chosen"]) > 0.1
-    )  # another model is the reference from the first step on
+    assert abs(first["rewards/chosen"]) > 0.1  # another model is the reference from the first step on
     assert any("eval_loss" in entry for entry in logs(folder))
 
 
@@ -344,9 +327,7 @@ def test_what_cannot_run_is_one_message_before_training(content, overrides, mess
 
 
 def test_pairs_are_wanted_where_the_method_learns_from_pairs(content):
-    with pytest.raises(
-        DataError, match=r"rows.jsonl has no pairs to train on; expected .*15 rated"
-    ):
+    with pytest.raises(DataError, match=r"rows.jsonl has no pairs to train on; expected .*15 rated"):
         run_recipe(make_recipe(content, {"loss.method": "dpo"}))
 
 

@@ -77,7 +77,5 @@ def test_pairs_of_the_data_stay_pairs_and_come_first(tokenizer):
 
 def test_no_prompt_with_both_labels_is_no_data_for_a_method_of_pairs(tokenizer):
     rows = [row("A?", " good", True), row("B?", " bad", False), *ROWS[-2:]]
-    with pytest.raises(
-        DataError, match="no pairs to train on; .* to the same prompt; found 4 rated"
-    ):
+    with pytest.raises(DataError, match="no pairs to train on; .* to the same prompt; found 4 rated"):
         tokenize_pairs(load_rows(rows), tokenizer, max_length=None)

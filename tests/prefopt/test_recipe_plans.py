@@ -21,8 +21,7 @@ PUBLISHED = [name for name in recipe_names() if load_recipe(name).data.plan is n
 @pytest.fixture
 def content(tmp_path):
     rows = [
-        {"prompt": f"What is {number}?", "chosen": f"It is {number}.", "rejected": "No idea."}
-        for number in range(40)
+        {"prompt": f"What is {number}?", "chosen": f"It is {number}.", "rejected": "No idea."} for number in range(40)
     ]
     with (tmp_path / "rows.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -56,9 +55,7 @@ def test_a_plan_is_built_once_and_its_splits_are_used(content, tmp_path, capsys)
 def test_rows_built_with_other_arguments_are_refused(content, tmp_path):
     with_plan(make_recipe(content))
     write_plan(tmp_path, validation=0.5)
-    with pytest.raises(
-        DataError, match="built with other arguments than data.plan .* remove the folder"
-    ):
+    with pytest.raises(DataError, match="built with other arguments than data.plan .* remove the folder"):
         with_plan(make_recipe(content))
 
 
@@ -135,9 +132,9 @@ def test_dialogue_gives_a_base_model_turns_that_end_in_its_eos_token(content):
 def test_a_template_file_is_read_and_one_that_is_not_there_named(content, tmp_path):
     path = tmp_path / "own.jinja"
     path.write_text("{{ messages[0]['content'] }}", encoding="utf-8")
-    assert load_tokenizer(
-        make_recipe(content, {"data.chat_template": str(path)})
-    ).chat_template == path.read_text(encoding="utf-8")
+    assert load_tokenizer(make_recipe(content, {"data.chat_template": str(path)})).chat_template == path.read_text(
+        encoding="utf-8"
+    )
     with pytest.raises(RecipeError, match="data.chat_template is 'dialog'; expected dialogue or a"):
         load_tokenizer(make_recipe(content, {"data.chat_template": "dialog"}))
     own = AutoTokenizer.from_pretrained(content["model"]["path"]).chat_template
@@ -192,9 +189,7 @@ def test_tiny_makes_its_inputs_once_and_an_override_wins(tmp_path, monkeypatch):
     assert str(weights.parent) == first.model.path
     assert tiny_recipe("kto-lora", {"training.max_steps": 3}) == first
     assert weights.stat().st_mtime_ns == written
-    with pytest.raises(
-        RecipeError, match="kto-lora-tiny-inputs is there and not what --tiny makes"
-    ):
+    with pytest.raises(RecipeError, match="kto-lora-tiny-inputs is there and not what --tiny makes"):
         tiny_recipe("kto-lora", {"model.path": "other/SmolLM2-135M"} | {"training.seed": 7})
 
 

@@ -41,23 +41,15 @@ def four_bits(path):
 
 
 def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
-    with pytest.raises(
-        RecipeError, match="model.quantization is nf4 and lora is null; .* expected"
-    ):
+    with pytest.raises(RecipeError, match="model.quantization is nf4 and lora is null; .* expected"):
         preference_config(make_recipe(CONTENT, {"lora": None}))
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"model.quantization": None, "training.optim": "adamw_bnb_8bit"}]
-)
+@pytest.mark.parametrize("overrides", [{}, {"model.quantization": None, "training.optim": "adamw_bnb_8bit"}])
 def test_without_bitsandbytes_it_says_how_to_get_it(overrides, monkeypatch):
     find = packing.find_spec
-    monkeypatch.setattr(
-        packing, "find_spec", lambda name: None if name == "bitsandbytes" else find(name)
-    )
-    with pytest.raises(
-        RecipeError, match=r"needs the package bitsandbytes: pip install bitsandbytes$"
-    ):
+    monkeypatch.setattr(packing, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(RecipeError, match=r"needs the package bitsandbytes: pip install bitsandbytes$"):
         preference_config(make_recipe(CONTENT, overrides))
 
 
@@ -103,18 +95,12 @@ def gradients(model):
     ids = torch.randint(0, 256, (2, 12))
     model.train()
     model(input_ids=ids, labels=ids).loss.backward()
-    return {
-        name: parameter.grad.clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def with_adapter(model):
     torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def test_an_evaluation_leaves_the_gradient_as_it_was(tiny):
@@ -186,6 +172,4 @@ def test_an_unknown_quantization_is_named_with_the_nearest(capsys, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(CONTENT), encoding="utf-8")
     assert main(["train", str(path), "--model.quantization", "nf5"]) == 2
-    assert "model.quantization is 'nf5'; expected one of nf4; did you mean nf4? or null" in (
-        capsys.readouterr().err
-    )
+    assert "model.quantization is 'nf5'; expected one of nf4; did you mean nf4? or null" in (capsys.readouterr().err)

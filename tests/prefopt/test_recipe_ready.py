@@ -125,9 +125,7 @@ def test_the_source_of_a_plan_is_looked_for_before_the_model(content, tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text("sources: [mine=gone.jsonl]\n", encoding="utf-8")
     overrides = {"data.plan": str(plan), "data.path": str(tmp_path / "built")}
-    with pytest.raises(
-        UserError, match="^r.yaml: data.plan: there is no file gone.jsonl, which is "
-    ):
+    with pytest.raises(UserError, match="^r.yaml: data.plan: there is no file gone.jsonl, which is "):
         run_recipe(make_recipe(content, overrides, name="r.yaml"))
 
 
@@ -140,9 +138,7 @@ def test_extra_options_have_the_types_of_training_arguments(content):
         dataloader_num_workers=2,
         dataloader_prefetch_factor=4,
     )
-    config = preference_config(
-        make_recipe(content, {"training.lr_scheduler_type": "cosine", **overrides})
-    )
+    config = preference_config(make_recipe(content, {"training.lr_scheduler_type": "cosine", **overrides}))
     assert config.adam_epsilon == 1e-7 and config.logging_strategy == "no"
     assert config.lr_scheduler_kwargs == {"num_cycles": 0.25}
     assert config.accelerator_config.non_blocking is True
@@ -160,9 +156,7 @@ def test_what_transformers_can_make_is_accepted(content, optim, scheduler):
 def test_a_problem_of_the_loss_is_not_given_the_adapters_key(content):
     """alpha is an option of enhanced_kto and of LoRA."""
     with pytest.raises(RecipeError, match=r"  loss\.alpha is 2\.0; expected a number above 0 and"):
-        preference_config(
-            make_recipe(content, {"loss.method": "enhanced_kto", "loss.alpha": 2}, name="r.yaml")
-        )
+        preference_config(make_recipe(content, {"loss.method": "enhanced_kto", "loss.alpha": 2}, name="r.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -153,9 +153,7 @@ def test_rows_that_changed_under_their_path_are_refused(whole, tmp_path):
     write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(RecipeError) as error:
         run_recipe(make_recipe(content, {"training.max_steps": 4}), resume=True)
-    assert "the rows of data.path, or the tokenizer that encodes them, have changed (" in str(
-        error.value
-    )
+    assert "the rows of data.path, or the tokenizer that encodes them, have changed (" in str(error.value)
     assert contents(run) == before
 
 
@@ -165,9 +163,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 def test_a_longer_budget_goes_on_and_is_written_down(recipe, caplog):
     run = resume(recipe, training__max_steps=6, training__logging_steps=1)
-    assert "the run now has 6 steps instead of 4: from here on the learning rate follows" in (
-        caplog.text
-    )
+    assert "the run now has 6 steps instead of 4: from here on the learning rate follows" in (caplog.text)
     record = record_of(run)
     (row,) = record["resumes"]
     assert row.pop("at").endswith("+00:00")
@@ -244,9 +240,7 @@ def test_a_run_without_a_whole_checkpoint_is_left_as_it_is(recipe):
     for step in (2, 4):
         (run / f"checkpoint-{step}" / "scheduler.pt").unlink()
     before = contents(run)
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-4: scheduler\.pt is missing; checkpoint-2"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4: scheduler\.pt is missing; checkpoint-2"):
         resume(recipe, training__max_steps=6)
     assert contents(run) == before
 

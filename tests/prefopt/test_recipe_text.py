@@ -25,8 +25,7 @@ def folder(tmp_path_factory):
     make_model("llama", len(make_tokenizer(made / "model")), made / "model")
     for name, labels in (("rows", (True, False)), ("words", ("yes", "no"))):
         rows = [
-            {"prompt": prompt, "completion": f" {answer}", "label": labels[not label]}
-            for prompt, answer, label in ROWS
+            {"prompt": prompt, "completion": f" {answer}", "label": labels[not label]} for prompt, answer, label in ROWS
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (made / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -103,13 +102,8 @@ def test_rows_of_text_are_warned_about_and_chat_continues_text(text_run, monkeyp
     report = (text_run / "report.html").read_text(encoding="utf-8")
     assert "data.as_chat: true" in report and "has a chat template, which is not used" in report
     assert answered(text_run, monkeypatch) == "Hello"
-    assert (
-        "trained on plain text: each line is text that the model continues"
-        in capsys.readouterr().err
-    )
-    with pytest.raises(
-        RecipeError, match="--system is given, but the run has no chat template, or was"
-    ):
+    assert "trained on plain text: each line is text that the model continues" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="--system is given, but the run has no chat template, or was"):
         chat(text_run, system="Be brief.", source=io.StringIO(""))
 
 
@@ -131,9 +125,7 @@ def test_evaluation_reads_rows_as_training_did(text_run, chat_run, folder, capsy
     tokens = {}
     for run in (text_run, chat_run):
         source, subject = find_run(run), load_subject(run)
-        held_out = tokenized(
-            read_rows(source, EvalRequest(run=run, suite="preference", out=run)), subject
-        )
+        held_out = tokenized(read_rows(source, EvalRequest(run=run, suite="preference", out=run)), subject)
         tokens[run.name] = [subject.tokenizer.decode(row["prompt_ids"]) for row in held_out.rows]
         path = folder / ("rows.jsonl" if run is text_run else "words.jsonl")
         rows = load_rows(path, **source.row_options)
@@ -186,10 +178,7 @@ def test_a_mapping_of_labels_is_checked_with_the_recipe(folder, data, problem):
 def test_options_on_the_command_line(folder, capsys):
     path = folder / "bad.yaml"
     path.write_text(yaml.safe_dump(content(folder, "none")), encoding="utf-8")
-    assert (
-        main(["train", str(path), "--data.label_map", "[1, 0]", "--data.as_chat", "yes please"])
-        == 2
-    )
+    assert main(["train", str(path), "--data.label_map", "[1, 0]", "--data.as_chat", "yes please"]) == 2
     error = capsys.readouterr().err
     assert "data.label_map is [1, 0]; expected keys with values" in error
     assert "data.as_chat is 'yes please'; expected true or false" in error

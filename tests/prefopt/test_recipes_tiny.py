@@ -19,9 +19,7 @@ def scored(run, row=0):
     """Prompt and scored answer of a training row, as the run's own tokenizer and template render them."""
     tokenizer = AutoTokenizer.from_pretrained(run.folder)
     loaded = load_rows(run.own.data.path, split="train")
-    rows = tokenize_rows(
-        loaded, tokenizer, max_length=None, chat_template_kwargs=run.own.data.chat_template_kwargs
-    )
+    rows = tokenize_rows(loaded, tokenizer, max_length=None, chat_template_kwargs=run.own.data.chat_template_kwargs)
     ids = rows.dataset[row]
     return tokenizer.decode(ids["prompt_ids"]), tokenizer.decode(ids["completion_ids"])
 

@@ -27,10 +27,7 @@ SECRET = "sEcReT-v4lu3"
         *((name, True) for name in ("password", "db_password", "client_secret", "clientSecret")),
         *((name, False) for name in ("pad_token", "eos_token", "bos_token", "image_token")),
         *((name, False) for name in ("max_new_tokens", "num_tokens", "token_indices", "tokenizer")),
-        *(
-            (name, False)
-            for name in ("include_num_input_tokens_seen", "key", "monkey", "secretary")
-        ),
+        *((name, False) for name in ("include_num_input_tokens_seen", "key", "monkey", "secretary")),
         (3, False),
     ],
 )

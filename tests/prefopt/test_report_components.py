@@ -70,9 +70,7 @@ def test_the_shift_with_its_schedule_and_bounds():
     )
     assert lines(run)["bounds"]["setting"] == "main_bound 0.025, odds_bound 0.2"
     plateau = a_run(method="enhanced_kto", shift="window", shift_start="plateau", shift_ramp=0.0)
-    assert lines(plateau)["BCO's shift"]["setting"].endswith(
-        "from the plateau of the margin, at once"
-    )
+    assert lines(plateau)["BCO's shift"]["setting"].endswith("from the plateau of the margin, at once")
 
 
 def test_bco_has_its_shift_alone():

@@ -80,10 +80,7 @@ def run_dir(tmp_path):
 def rows_of(page: str) -> list[list[str]]:
     """The cells of every line of every table."""
     lines = re.findall(r"<tr>(.*?)</tr>", page)
-    return [
-        [re.sub("<[^>]*>", "", one) for one in re.findall(r"<t[hd].*?</t[hd]>", line)]
-        for line in lines
-    ]
+    return [[re.sub("<[^>]*>", "", one) for one in re.findall(r"<t[hd].*?</t[hd]>", line)] for line in lines]
 
 
 def test_base_and_run_stand_in_their_columns_with_error_chance_and_words(run_dir):
@@ -171,9 +168,7 @@ def test_a_card_that_was_changed_by_hand_is_kept(run_dir, caplog):
 
 
 def test_the_empty_form_that_comes_with_an_adapter_is_not_kept(run_dir):
-    model = get_peft_model(
-        build_model(build_tokenizer(), seed=0), LoraConfig(target_modules=["q_proj"])
-    )
+    model = get_peft_model(build_model(build_tokenizer(), seed=0), LoraConfig(target_modules=["q_proj"]))
     model.create_or_update_model_card(str(run_dir))
     assert "[More Information Needed]" in (run_dir / "README.md").read_text(encoding="utf-8")
     write_report(run_dir)

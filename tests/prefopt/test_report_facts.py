@@ -98,9 +98,7 @@ def test_memory_in_mebibytes_on_page_and_card(tmp_path):
         "device": "a GPU",
     }
     assert ">2,048 MiB (3,072 MiB reserved)</td>" in page
-    assert "| at the peak | 2,048 MiB (3,072 MiB reserved) |" in (tmp_path / "README.md").read_text(
-        encoding="utf-8"
-    )
+    assert "| at the peak | 2,048 MiB (3,072 MiB reserved) |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     (tmp_path / "memory.json").write_text('{"device": "cpu"}', encoding="utf-8")
     assert memory(read_run(tmp_path)) == {}
 
@@ -113,8 +111,7 @@ def test_what_built_data_came_from(tmp_path):
     (run_dir / "recipe.yaml").write_text(f"data: {{path: {built.folder}}}\n", encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
     assert built_from(read_run(run_dir)) == [
-        {"source": "mmlu-pro", "schema": "mmlu-pro", "from": "a local file"}
-        | {"revision": None, "rows": 28}
+        {"source": "mmlu-pro", "schema": "mmlu-pro", "from": "a local file"} | {"revision": None, "rows": 28}
     ]
     assert "answers made of them        28   28" in page
     card = (run_dir / "README.md").read_text(encoding="utf-8")

@@ -28,9 +28,7 @@ def test_a_fence_cannot_be_closed_from_inside():
 @pytest.mark.parametrize("value", ["=1+1", "+cmd", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "-"])
 def test_a_cell_that_a_spreadsheet_would_run_is_text(value):
     text = csv_text([value], [[value], {value: value}])
-    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))] == [
-        "'" + value.replace("\r", "\n")
-    ] * 3
+    assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))] == ["'" + value.replace("\r", "\n")] * 3
 
 
 @pytest.mark.parametrize("value", ["-0.5", "+1.5e-3", "-0.0000", -0.5, 3, "a=b", "", "-inf"])

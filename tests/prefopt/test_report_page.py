@@ -80,9 +80,7 @@ def run_dir(tmp_path):
         "run.json": json.dumps(record),
         "metrics.jsonl": "".join(json.dumps(log) + "\n" for log in logs),
         "samples.json": json.dumps(samples),
-        "summary.json": json.dumps(
-            {"title": ATTACK, "metric": ATTACK, "note": ATTACK, "how": ATTACK}
-        ),
+        "summary.json": json.dumps({"title": ATTACK, "metric": ATTACK, "note": ATTACK, "how": ATTACK}),
         "bad_rows.jsonl": json.dumps({"file": ATTACK, "line": 3, "reason": ATTACK}) + "\n",
         "recipe.yaml": f"# {ATTACK}\n",
     }

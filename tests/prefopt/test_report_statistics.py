@@ -32,9 +32,7 @@ def test_wilson_at_the_edges():
     assert [round(end, 4) for end in wilson(1, 1)] == [0.2065, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("both", "first_only", "second_only"), [(0.3, 0.1, 0.5), (0.05, 0.02, 0.9)]
-)
+@pytest.mark.parametrize(("both", "first_only", "second_only"), [(0.3, 0.1, 0.5), (0.05, 0.02, 0.9)])
 def test_paired_difference_holds_the_truth_19_times_of_20(both, first_only, second_only):
     rng = random.Random(0)
     outcomes = [(True, True), (True, False), (False, True), (False, False)]

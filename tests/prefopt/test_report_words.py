@@ -11,16 +11,13 @@ from prefopt.report.words import judgement, tell
 def run_with(margins=(), losses=(), record=None, summary=None, samples=()):
     logs = [{"step": i + 1, "rewards/margins": value} for i, value in enumerate(margins)]
     logs += [{"step": i + 1, "loss": value} for i, value in enumerate(losses)]
-    return Run(
-        Path("run"), record=record or {}, logs=logs, summary=summary or {}, samples=list(samples)
-    )
+    return Run(Path("run"), record=record or {}, logs=logs, summary=summary or {}, samples=list(samples))
 
 
 def samples(before: int, after: int, n: int):
     """n samples; the first ``before`` were good before, the first ``after`` after."""
     return [
-        {"prompt": "?", "before": "b", "after": "a", "before_ok": i < before, "after_ok": i < after}
-        for i in range(n)
+        {"prompt": "?", "before": "b", "after": "a", "before_ok": i < before, "after_ok": i < after} for i in range(n)
     ]
 
 
@@ -108,10 +105,7 @@ def test_held_out_rows_overrule_a_margin_on_the_training_rows():
     logs = [{"step": i, "rewards/margins": 1.0 + 0.01 * (i % 2)} for i in range(1, 7)]
     good = tell(Run(Path("run"), logs=logs))
     assert good.tone == "good"
-    assert (
-        "In the last 4 of 6 logs a desirable row's reward was on average 1 above"
-        in good.sentences[0]
-    )
+    assert "In the last 4 of 6 logs a desirable row's reward was on average 1 above" in good.sentences[0]
     held_out = {"step": 6, "eval_rewards/margins": -0.13}
     story = tell(Run(Path("run"), logs=[*logs, held_out]))
     assert story.tone == "bad"

@@ -75,9 +75,7 @@ def test_good_and_bad_answers_can_be_told_apart_by_their_transitions():
 
     def counts(answers):
         table = torch.zeros(VOCABULARY, VOCABULARY)
-        table.index_put_(
-            (answers[:, :-1].flatten(), answers[:, 1:].flatten()), torch.ones(1), accumulate=True
-        )
+        table.index_put_((answers[:, :-1].flatten(), answers[:, 1:].flatten()), torch.ones(1), accumulate=True)
         table[END] = 0
         return table / table.sum()
 
@@ -124,9 +122,7 @@ def _exact_logp(base, adapter, prompt, answer):
         return x @ w[name] + SCALE * (x @ lora[name][0]) @ lora[name][1]
 
     def normal(x):
-        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(
-            x.var(-1, unbiased=False, keepdim=True) + 1e-5
-        )
+        return (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5)
 
     tokens = torch.cat([prompt, answer])
     x = w["embedding"][tokens] + w["position"][: len(tokens)]
@@ -149,10 +145,7 @@ def _exact_logp(base, adapter, prompt, answer):
 def test_a_new_adapter_leaves_the_reference_model_as_it_is(base):
     adapters = new_adapters([0, 7])
     assert adapters.shape == (2, adapter_size()) and not torch.equal(*adapters)
-    assert all(
-        torch.equal(weight, base[name].expand_as(weight))
-        for name, weight in merged(base, adapters).items()
-    )
+    assert all(torch.equal(weight, base[name].expand_as(weight)) for name, weight in merged(base, adapters).items())
     assert torch.equal(new_adapters([7])[0], adapters[1])
 
 
@@ -252,9 +245,7 @@ def test_a_change_changes_the_gradient_and_nothing_else_does(window):
 def test_component_clip_bounds_both_parts(window):
     both = parts.coefficients(Config("naive", COMPONENTS, "fp32", 0.01), window)
     bound = parts.MAIN_BOUND + parts.ODDS_BOUND / window.lengths
-    clipped = parts.coefficients(
-        Config("naive", COMPONENTS, "fp32", 0.01, ("component clip",)), window
-    )
+    clipped = parts.coefficients(Config("naive", COMPONENTS, "fp32", 0.01, ("component clip",)), window)
     assert (both.abs() > bound).any() and (clipped.abs() <= bound * (1 + EPS)).all()
 
 
@@ -263,9 +254,7 @@ def test_shares_sum_to_one_and_name_only_what_is_on(window):
         for on in ((), ("shift",), ("value", "odds"), COMPONENTS):
             shares = parts.shares(Config(form, on, "fp32", 0.01), window)
             assert tuple(shares) == parts.SHARES
-            torch.testing.assert_close(
-                sum(shares.values()), torch.ones(3), rtol=0, atol=len(parts.SHARES) * EPS
-            )
+            torch.testing.assert_close(sum(shares.values()), torch.ones(3), rtol=0, atol=len(parts.SHARES) * EPS)
             assert {name for name, share in shares.items() if share.any()} == {"kto", *on}
 
 

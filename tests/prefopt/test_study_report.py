@@ -77,9 +77,7 @@ def test_csv_has_a_line_for_each_configuration():
     assert len(lines) == 1 + len({Config.of(row) for row in rows})
     found = [line for line in lines if line.startswith("naive,weighting,bf16")]
     low, high = wilson(8, 12)
-    assert found == [
-        f"naive,weighting,bf16,0.02,,12,8,8,0,0,0.6667,{low:.4f},{high:.4f},0.8000,1.0550"
-    ]
+    assert found == [f"naive,weighting,bf16,0.02,,12,8,8,0,0,0.6667,{low:.4f},{high:.4f},0.8000,1.0550"]
 
 
 def test_a_paired_difference_is_over_what_both_have():
@@ -173,9 +171,7 @@ def test_a_variant_run_often_enough_gets_its_own_sentence():
 def test_few_runs_are_no_verdict():
     rows = [row for row in made_up() if row["seed"] < 12]
     assert find(rows).tone == "unclear"
-    assert find([row for row in rows if row["form"] == "naive"]).verdict == (
-        "The defaults were not run."
-    )
+    assert find([row for row in rows if row["form"] == "naive"]).verdict == ("The defaults were not run.")
 
 
 def test_the_report_is_one_page_with_every_plot(tmp_path):

@@ -37,9 +37,7 @@ with sigterm_raises():
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "model: {path: m}\ndata: {path: d}\ntraining: {output_dir: run}\n", encoding="utf-8"
-    )
+    path.write_text("model: {path: m}\ndata: {path: d}\ntraining: {output_dir: run}\n", encoding="utf-8")
     return path
 
 
@@ -87,7 +85,5 @@ def test_a_signal_that_is_ignored_stays_ignored():
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_a_forked_worker_ends_at_once():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(one for one in sys.path if one)}
-    done = subprocess.run(
-        [sys.executable, "-c", FORK], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", FORK], env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["works", str(-signal.SIGTERM), "cleaned up"], done.stderr

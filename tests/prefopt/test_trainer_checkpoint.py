@@ -51,8 +51,7 @@ def test_the_manifest_has_every_file_with_its_size_and_digest(finished):
     files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
     found = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != MANIFEST}
     assert files == {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in found.items()
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in found.items()
     }
     expected = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"}
     assert expected | {"trainer_state.json", "prefopt_state.json"} <= set(files)
@@ -80,9 +79,7 @@ def test_every_file_that_is_missing_cut_or_changed_is_named(run):
     assert problem_of(checkpoint).startswith(f"{MANIFEST} cannot be read (")
 
 
-@pytest.mark.parametrize(
-    "files", ["{}", "[1]", '{"optimizer.pt": {}}', '{"trainer_state.json": {"bytes": 1}}', "3"]
-)
+@pytest.mark.parametrize("files", ["{}", "[1]", '{"optimizer.pt": {}}', '{"trainer_state.json": {"bytes": 1}}', "3"])
 def test_a_manifest_that_lists_nothing_is_not_trusted(run, files):
     (run / "checkpoint-4" / MANIFEST).write_text(f'{{"files": {files}}}', encoding="utf-8")
     assert problem_of(run / "checkpoint-4") == (
@@ -128,13 +125,9 @@ def test_a_trainer_refuses_a_damaged_checkpoint_before_it_writes(world, run):
     (run / "checkpoint-2" / "optimizer.pt").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     trainer = make_trainer(world, run, **OPTIONS)
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-2 cannot be .*: optimizer\.pt is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be .*: optimizer\.pt is missing"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-3 cannot be .*: there is no such folder"
-    ):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be .*: there is no such folder"):
         trainer.train(resume_from_checkpoint=str(run / "checkpoint-3"))
     assert {path.name: path.stat().st_mtime_ns for path in run.iterdir()} == before
     with pytest.raises(CheckpointError, match="has no checkpoint to resume from"):
@@ -230,12 +223,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(world, tmp_path, monkeypatc
         train(trainer)
     monkeypatch.undo()
     message = str(error.value)
-    assert (
-        message.startswith(f"{run / 'checkpoint-4'} could not be saved (") and "\n" not in message
-    )
-    assert message.endswith(
-        "; the last one is checkpoint-2. Check the free space, then resume the run"
-    )
+    assert message.startswith(f"{run / 'checkpoint-4'} could not be saved (") and "\n" not in message
+    assert message.endswith("; the last one is checkpoint-2. Check the free space, then resume the run")
     assert names(run) == {"checkpoint-2"}
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
     resumed = make_trainer(world, run, **OPTIONS)

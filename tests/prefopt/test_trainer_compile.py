@@ -40,9 +40,7 @@ def run(world, folder, *, adapter: bool = False, resume: str | None = None, **op
         folder,
         data=rows,
         ref=not adapter,
-        peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-        if adapter
-        else None,
+        peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights=False) if adapter else None,
         **(OPTIONS | options),
     )
     logs = train(trainer, resume_from_checkpoint=resume)
@@ -57,9 +55,7 @@ def compiled_layers(model: nn.Module) -> int:
 def test_a_compiled_run_has_the_numbers_of_an_eager_one(world, tmp_path, method, adapter):
     options = {"method": method, "adapter": adapter}
     plain, expected = run(world, tmp_path / "eager", **options)
-    trainer, found = run(
-        world, tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **options
-    )
+    trainer, found = run(world, tmp_path / "compiled", torch_compile=True, torch_compile_backend="eager", **options)
     assert found == pytest.approx(expected, rel=CONTRACT)
     if adapter:  # a graph more for the policy and one for the reference
         rows = data_for(method, 12)

@@ -22,9 +22,7 @@ def world(tmp_path_factory):
 
 def test_defect_10_all_wrong_options_in_one_message_with_the_nearest_name():
     with pytest.raises(ValueError) as caught:
-        PreferenceConfig(
-            "run", use_cpu=True, betta=0.2, learning_rates=1.0, method="apo-zero", beta=0
-        )
+        PreferenceConfig("run", use_cpu=True, betta=0.2, learning_rates=1.0, method="apo-zero", beta=0)
     message = str(caught.value)
     for part in (
         "4 options",
@@ -124,9 +122,7 @@ def test_every_method_has_defaults_that_fit_and_keeps_them_when_copied(method):
     used = in_force({"method": method})
     assert {name: getattr(config, name) for name in used} == used
     assert all(getattr(config, name) is None for name in set(OPTIONS) - set(used))
-    assert dataclasses.replace(config, learning_rate=1e-4).to_dict() == config.to_dict() | {
-        "learning_rate": 1e-4
-    }
+    assert dataclasses.replace(config, learning_rate=1e-4).to_dict() == config.to_dict() | {"learning_rate": 1e-4}
 
 
 def test_defaults_follow_from_the_options_that_are_given():
@@ -175,9 +171,7 @@ def test_a_trainer_names_the_argument_that_does_not_fit(world, tmp_path):
     with pytest.raises(ValueError, match="processing_class is None"):
         PreferenceTrainer(world.model, config, make_dataset(True))
     with pytest.raises(ValueError, match="ref_model is the model itself"):
-        PreferenceTrainer(
-            world.model, config, make_dataset(True), None, world.tokenizer, world.model
-        )
+        PreferenceTrainer(world.model, config, make_dataset(True), None, world.tokenizer, world.model)
 
 
 def test_rows_come_in_every_form_and_give_the_same_ids(world, tmp_path):
@@ -205,8 +199,6 @@ def test_a_mixture_of_experts_is_told_that_its_balancing_loss_is_left_out(world,
         router_aux_loss_coef=0.01,
     )
     with pytest.warns(TrainingWarning, match="load-balancing loss is not part of the objective"):
-        trainer = make_trainer(
-            world, tmp_path, ref=False, model=AutoModelForCausalLM.from_config(config)
-        )
+        trainer = make_trainer(world, tmp_path, ref=False, model=AutoModelForCausalLM.from_config(config))
     (log, *_) = train(trainer)
     assert log["loss"] == 0.5 and log["grad_norm"] > 0

@@ -39,9 +39,7 @@ def rank_main(folder: Path) -> None:
     for stage in STAGES:
         os.environ |= launch_environment(CONFIGS / f"{stage}.yaml")
         place = folder / stage
-        seen[stage] = {
-            name: run_case(world, place / name, name, 2, use_cpu=False) for name in CASES
-        }
+        seen[stage] = {name: run_case(world, place / name, name, 2, use_cpu=False) for name in CASES}
         again = run_resumed(world, place / "again", RESUMED[stage], use_cpu=False)
         seen[stage]["again"] = again
     leave(folder, seen)

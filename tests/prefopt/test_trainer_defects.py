@@ -87,9 +87,7 @@ def test_defect_01_paired_rows_come_shuffled_and_balanced(world, tmp_path):
     options = {"per_device_train_batch_size": 4, "max_steps": 8, "data": pairs(8)}
     runs = []
     for seed in (7, 7, 8):
-        trainer = make_trainer(
-            world, tmp_path, seed=seed, method="apo_zero", learning_rate=0.0, **options
-        )
+        trainer = make_trainer(world, tmp_path, seed=seed, method="apo_zero", learning_rate=0.0, **options)
         seen = watch_rows(trainer)
         train(trainer)
         runs.append(seen)
@@ -105,9 +103,7 @@ def test_defect_01_trl_gives_single_class_batches(world, tmp_path):
     """What ours is compared with: the same pairs, in TRL, are a block of one label and a block of the other."""
     from datasets import Dataset
 
-    config = KTOConfig(
-        output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=4, **COMMON
-    )
+    config = KTOConfig(output_dir=str(tmp_path), bf16=False, per_device_train_batch_size=4, **COMMON)
     theirs = KTOTrainer(
         model=copy.deepcopy(world.model),
         ref_model=copy.deepcopy(world.ref),
@@ -130,9 +126,7 @@ def test_defect_02_accumulation_does_not_change_the_gradient(drifted, tmp_path, 
             drifted,
             tmp_path,
             ref=not adapter,
-            peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
-            if adapter
-            else None,
+            peft_config=LoraConfig(target_modules=["q_proj"], init_lora_weights=False) if adapter else None,
             max_steps=1,
             sampler=sampler,
             kl_estimator=estimator,
@@ -297,8 +291,6 @@ def test_defect_06_metrics_are_weighted_by_rows_and_tokens(world, tmp_path):
     means = []
     for rows, labels in seen:
         subset = [make_rows(True)[r] for r, label in zip(rows, labels, strict=True) if label]
-        one = make_trainer(
-            world, tmp_path, data=subset, per_device_train_batch_size=4, max_steps=1, **options
-        )
+        one = make_trainer(world, tmp_path, data=subset, per_device_train_batch_size=4, max_steps=1, **options)
         means.append(train(one)[0]["logps/chosen"])
     assert abs(sum(means) / len(means) - log["logps/chosen"]) > 0.1

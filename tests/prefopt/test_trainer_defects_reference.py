@@ -144,9 +144,7 @@ class _HostReads(TorchDispatchMode):
 
 def test_defect_09_a_step_does_not_wait_for_the_device(world, tmp_path):
     """Reads by the model itself and by checks that only look at CPU tensors (in the op) are not the trainer's."""
-    trainer = make_trainer(
-        world, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2
-    )
+    trainer = make_trainer(world, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2)
     step, log = trainer.training_step, trainer.log
     reads, logs = _HostReads(), []
 
@@ -179,9 +177,7 @@ def test_defect_12_logits_are_not_rounded_to_bf16(world):
     with torch.no_grad():
         model.lm_head.weight *= 4.0  # logits of some tens, as trained models have
     head = lm_head_of(model)
-    ids = torch.randint(
-        0, head.weight.shape[0], (4, 40), generator=torch.Generator().manual_seed(0)
-    )
+    ids = torch.randint(0, head.weight.shape[0], (4, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     packing = pack_completions(ids, mask)
     caught = []

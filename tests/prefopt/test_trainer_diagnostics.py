@@ -94,9 +94,7 @@ def test_defect_15_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path):
         return clip(model)
 
     trainer._clip_grad_norm = spoil
-    with pytest.raises(
-        NonFiniteError, match=r"step 2: the gradient norm is nan, with rows \[4, 5, 6, 7\]"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 2: the gradient norm is nan, with rows \[4, 5, 6, 7\]"):
         train(trainer)
     with pytest.raises(NonFiniteError, match="none yet"):
         train(make_trainer(world, tmp_path, callbacks=[_Break(1, float("nan"))]))
@@ -119,9 +117,7 @@ def test_defect_15_elsewhere_than_on_the_cpu_a_log_or_a_checkpoint_finds_it(
         max_steps=6,
         sampler="sequential",
     )
-    with pytest.raises(
-        NonFiniteError, match=r"step 3: the loss is nan, with rows \[8, 9, 10, 11\]"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 3: the loss is nan, with rows \[8, 9, 10, 11\]"):
         train(trainer)
     assert trainer.state.global_step == 4
     names = [path.name for path in tmp_path.glob("checkpoint-*")]

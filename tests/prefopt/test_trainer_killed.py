@@ -63,9 +63,7 @@ def rank_main(folder: Path) -> None:
         trained(trainer)
     else:
         checkpoint = get_last_checkpoint(str(folder / "run"))
-        resumed = trained(
-            make_trainer(world, folder / "run", **OPTIONS), resume_from_checkpoint=checkpoint
-        )
+        resumed = trained(make_trainer(world, folder / "run", **OPTIONS), resume_from_checkpoint=checkpoint)
         whole = trained(make_trainer(world, folder / "whole", **OPTIONS))
         leave(folder, {"from": Path(checkpoint).name, "resumed": resumed, "whole": whole})
 

@@ -32,9 +32,7 @@ def whole(tmp_path_factory):
         (f"os.rename {PARTIAL}/checkpoint-6", 4),  # all is there, the manifest too
     ],
 )
-def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(
-    whole, tmp_path, operation, left
-):
+def test_a_run_killed_while_saving_resumes_from_the_checkpoint_before(whole, tmp_path, operation, left):
     base, operations, expected = whole
     run = base / "whole" / "run"
     verb, _, place = operation.partition(" ")

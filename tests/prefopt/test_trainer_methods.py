@@ -94,9 +94,7 @@ class Exact:
         found = []
         for position, row in enumerate(self.rows):
             ids, scored = row[prompt], self.rows[position - shift][completion]
-            found.append(
-                [logp(model, ids, scored) for model in (self.policy, self.ref)] + [len(scored)]
-            )
+            found.append([logp(model, ids, scored) for model in (self.policy, self.ref)] + [len(scored)])
         return torch.tensor(found, dtype=torch.float64).unbind(1)
 
     def side(self, side: str):
@@ -291,9 +289,7 @@ def test_the_shift_waits_for_a_plateau(world, tmp_path):
 
 # ---- they learn ----
 
-BAR = {
-    "ipo": 0.5
-}  # share of the first loss that is left; half of IPO's is the distance to its target
+BAR = {"ipo": 0.5}  # share of the first loss that is left; half of IPO's is the distance to its target
 
 
 @pytest.mark.parametrize("method", METHODS)

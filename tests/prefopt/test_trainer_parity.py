@@ -162,9 +162,7 @@ def test_logs_what_trl_logs(name, worlds, tmp_path):
             assert expected.pop("kl") == 0.0
         assert set(mine) >= set(expected)
         for key, value in expected.items():
-            assert mine[key] == pytest.approx(value, abs=TOLERANCES.get(key, OTHERS), rel=0), (
-                f"step {step + 1}: {key}"
-            )
+            assert mine[key] == pytest.approx(value, abs=TOLERANCES.get(key, OTHERS), rel=0), f"step {step + 1}: {key}"
 
     # Otherwise the comparison would be blind.
     assert abs(ours[0]["rewards/chosen"]) > 1e-2

@@ -55,9 +55,7 @@ def assert_same(ours: list[dict], theirs: list[dict], keys: set[str]) -> None:
     assert len(ours) == len(theirs) == COMMON["max_steps"]
     for step, (mine, trls) in enumerate(zip(ours, theirs, strict=True), start=1):
         for key in keys:
-            assert mine[key] == pytest.approx(trls[key], abs=TOLERANCES.get(key, OTHERS), rel=0), (
-                f"step {step}: {key}"
-            )
+            assert mine[key] == pytest.approx(trls[key], abs=TOLERANCES.get(key, OTHERS), rel=0), f"step {step}: {key}"
 
 
 @pytest.mark.parametrize(
@@ -77,11 +75,7 @@ def test_dpo_logs_what_trl_logs(world, tmp_path, method, mine, trls):
     rows, size = make_pairs(12, chat=False), {"per_device_train_batch_size": 4}
     config = DPOConfig(output_dir=str(tmp_path / "trl"), **(COMMON | SHARED | size | trls))
     theirs = run_trl(world, DPOTrainer, config, rows, ref_model=copy.deepcopy(world.ref))
-    ours = train(
-        make_trainer(
-            world, tmp_path, method=method, data=rows, sampler="sequential", **size, **mine
-        )
-    )
+    ours = train(make_trainer(world, tmp_path, method=method, data=rows, sampler="sequential", **size, **mine))
     assert_same(ours, theirs, METRICS)
     assert abs(ours[0]["rewards/margins"]) > 1e-2  # or the comparison would be blind
 
@@ -108,15 +102,9 @@ def test_cpo_and_simpo_log_what_trl_logs(world, tmp_path, method, mine, trls):
     size = {"per_device_train_batch_size": 4, "learning_rate": 1e-4}
     config = CPOConfig(output_dir=str(tmp_path / "trl"), **(COMMON | SHARED | size | trls))
     theirs = run_trl(world, CPOTrainer, config, rows)
-    ours = train(
-        make_trainer(
-            world, tmp_path, method=method, data=rows, sampler="sequential", **size, **mine
-        )
-    )
+    ours = train(make_trainer(world, tmp_path, method=method, data=rows, sampler="sequential", **size, **mine))
     keys = {key for key in METRICS if not key.startswith(("logits", "entropy"))}
-    assert_same(
-        ours, theirs, keys - ({"logps/chosen", "logps/rejected"} if method == "simpo" else set())
-    )
+    assert_same(ours, theirs, keys - ({"logps/chosen", "logps/rejected"} if method == "simpo" else set()))
 
 
 def test_orpo_logs_what_trl_logs_but_for_the_prompts(world, tmp_path):
@@ -125,15 +113,11 @@ def test_orpo_logs_what_trl_logs_but_for_the_prompts(world, tmp_path):
     config = ORPOConfig(output_dir=str(tmp_path / "trl"), beta=0.4, **(COMMON | SHARED | size))
     (theirs,) = run_trl(world, ORPOTrainer, config, rows)
     (ours,) = train(
-        make_trainer(
-            world, tmp_path, method="orpo", odds_weight=0.4, data=rows, sampler="sequential", **size
-        )
+        make_trainer(world, tmp_path, method="orpo", odds_weight=0.4, data=rows, sampler="sequential", **size)
     )
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
         assert ours[key] == pytest.approx(theirs[key], abs=OTHERS, rel=0), key
-    likelihood = (
-        -ours["rewards/chosen"] / 0.4
-    )  # rewards are odds_weight times the mean log-probability
+    likelihood = -ours["rewards/chosen"] / 0.4  # rewards are odds_weight times the mean log-probability
     odds = theirs["loss"] - theirs["nll_loss"]
     assert ours["loss"] - likelihood == pytest.approx(odds, abs=1e-5, rel=0)
     assert abs(likelihood - theirs["nll_loss"]) > 1e-2
@@ -152,14 +136,10 @@ def test_sft_logs_what_trl_logs(world, tmp_path, accumulation):
     config = SFTConfig(output_dir=str(tmp_path / "trl"), **(COMMON | SHARED | size))
     theirs = run_trl(world, SFTTrainer, config, rows)
     data = [row | {"label": True} for row in rows]
-    ours = train(
-        make_trainer(world, tmp_path, method="sft", data=data, sampler="sequential", **size)
-    )
+    ours = train(make_trainer(world, tmp_path, method="sft", data=data, sampler="sequential", **size))
     assert len(ours) == len(theirs) == size["max_steps"]
     for mine, trls in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm"):
-            assert mine[key] == pytest.approx(trls[key], abs=TOLERANCES.get(key, OTHERS), rel=0), (
-                key
-            )
+            assert mine[key] == pytest.approx(trls[key], abs=TOLERANCES.get(key, OTHERS), rel=0), key
     if accumulation == 1:
         assert ours[0]["entropy"] == pytest.approx(theirs[0]["entropy"], abs=OTHERS, rel=0)

@@ -38,10 +38,7 @@ def state(model: nn.Module) -> dict:
     """Everything that building a trainer changes in a model."""
     return {
         "modules": [(name, id(module)) for name, module in model.named_modules()],
-        "parameters": [
-            (name, id(p), p.requires_grad, p.clone().tolist())
-            for name, p in model.named_parameters()
-        ],
+        "parameters": [(name, id(p), p.requires_grad, p.clone().tolist()) for name, p in model.named_parameters()],
         "modes": [module.training for module in model.modules()],
         "hooks": [list(module._forward_hooks) for module in model.modules()],
         "dropout": [
@@ -179,9 +176,7 @@ def test_the_reference_is_loaded_from_a_folder_in_the_dtype_of_the_model(world, 
     assert {p.dtype for p in trainer.reference.model.parameters()} == {torch.bfloat16}
     with pytest.raises(UserError, match="ref_model: cannot load a causal language model from .*no"):
         make_trainer(world, tmp_path, ref=str(tmp_path / "no"))
-    with pytest.raises(
-        TypeError, match="ref_model is a dict; expected a loaded model, or a folder"
-    ):
+    with pytest.raises(TypeError, match="ref_model is a dict; expected a loaded model, or a folder"):
         make_trainer(world, tmp_path, ref={"path": "ref"})
 
 
@@ -225,7 +220,4 @@ def test_the_best_of_several_evaluation_sets_needs_the_name_of_one(world, tmp_pa
     with pytest.raises(ValueError, match="such as eval_x_loss, eval_y_loss"):
         make_trainer(world, tmp_path, eval_dataset=sets, **options)
     options |= {"metric_for_best_model": "eval_x_loss"}
-    assert (
-        make_trainer(world, tmp_path, eval_dataset=sets, **options).eval_dataset.keys()
-        == sets.keys()
-    )
+    assert make_trainer(world, tmp_path, eval_dataset=sets, **options).eval_dataset.keys() == sets.keys()

@@ -65,9 +65,7 @@ def test_defect_08_resume_equals_the_uninterrupted_run(world, tmp_path, options)
 
     def build():
         config = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.2)
-        return make_trainer(
-            world, tmp_path / "run", peft_config=config if adapter else None, **options
-        )
+        return make_trainer(world, tmp_path / "run", peft_config=config if adapter else None, **options)
 
     whole = build()
     logs = train(whole)

@@ -73,9 +73,7 @@ def test_rows_that_are_not_half_of_a_pair_are_left_out_and_counted(world, tmp_pa
     pairs = tokenize_pairs(loaded, world.tokenizer, max_length=96)
     whole = tokenize_rows(loaded, world.tokenizer, max_length=96).dataset
     assert pairs.counts["rows"] == pairs.counts["pairs"] == 4 and pairs.counts["without_pair"] == 2
-    for pair, (chosen, rejected) in zip(
-        pairs.dataset, ((0, 1), (4, 5), (6, 7), (8, 9)), strict=True
-    ):
+    for pair, (chosen, rejected) in zip(pairs.dataset, ((0, 1), (4, 5), (6, 7), (8, 9)), strict=True):
         for side, row in (("chosen", whole[chosen]), ("rejected", whole[rejected])):
             assert pair[f"{side}_prompt_ids"] == row["prompt_ids"]
             assert pair[f"{side}_completion_ids"] == row["completion_ids"]
@@ -145,9 +143,7 @@ def test_evaluation_weighs_every_row_or_token_the_same(world, tmp_path, name):
     """The same whatever the batches, and for a model that stands still what a step of all rows logs."""
     options = of(name) | {"learning_rate": 0.0, "max_steps": 1}
     rows = options["data"]
-    split = make_trainer(
-        world, tmp_path, eval_dataset=rows, per_device_eval_batch_size=3, **options
-    )
+    split = make_trainer(world, tmp_path, eval_dataset=rows, per_device_eval_batch_size=3, **options)
     count = len(split.train_dataset)
     whole = make_trainer(
         world, tmp_path, eval_dataset=rows, per_device_eval_batch_size=count,

@@ -33,9 +33,7 @@ def tied(tmp_path_factory):
 def assert_same_logits(loaded, trained):
     ids = torch.arange(12)[None]
     with torch.no_grad():
-        assert torch.equal(
-            loaded.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits
-        )
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
 
 
 def with_generation_config(world, **values):
@@ -107,12 +105,8 @@ def test_an_adapter_on_a_resized_vocabulary_needs_the_resized_base(tied, tmp_pat
     train(trainer)
     with caplog.at_level(logging.WARNING):
         trainer.save_model()
-    assert (
-        f"of {rows + 7} rows, which are saved with it, and {tied.folder} has {rows}" in caplog.text
-    )
-    with pytest.raises(
-        RecipeError, match=f"of {rows + 7} rows, and the base model {tied.folder} has {rows}"
-    ):
+    assert f"of {rows + 7} rows, which are saved with it, and {tied.folder} has {rows}" in caplog.text
+    with pytest.raises(RecipeError, match=f"of {rows + 7} rows, and the base model {tied.folder} has {rows}"):
         load_model(find_run(run))
     assert_same_logits(load_model(find_run(run, str(tmp_path / "resized"))), trainer.model)
 
@@ -120,8 +114,6 @@ def test_an_adapter_on_a_resized_vocabulary_needs_the_resized_base(tied, tmp_pat
 @pytest.mark.parametrize("indices", [[3, 425], {"lm_head": [3], "embed_tokens": [425]}, [-1]])
 def test_token_ids_beyond_the_vocabulary_are_refused_before_training(tied, tmp_path, indices):
     adapter = LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices)
-    with pytest.raises(
-        ValueError, match=r"has (425|-1), and the vocabulary has 425 rows; expected"
-    ):
+    with pytest.raises(ValueError, match=r"has (425|-1), and the vocabulary has 425 rows; expected"):
         make_trainer(tied, tmp_path, peft_config=adapter, **ONE_STEP)
     assert not any(tmp_path.iterdir())

@@ -36,9 +36,7 @@ def a_trainer(model=None, *, gpus=1, parallel=None, fsdp=None, zero=None, layout
     return SimpleNamespace(
         args=SimpleNamespace(n_gpu=gpus),
         model=model,
-        accelerator=SimpleNamespace(
-            parallelism_config=parallel, state=state, device=torch.device("cpu")
-        ),
+        accelerator=SimpleNamespace(parallelism_config=parallel, state=state, device=torch.device("cpu")),
         place_model_on_device=fsdp is zero is layout is None,
         is_fsdp_enabled=fsdp is not None,
         is_deepspeed_enabled=zero is not None,

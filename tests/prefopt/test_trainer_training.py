@@ -166,9 +166,7 @@ def test_an_adapter_on_the_head_is_trained_and_the_reference_has_none(world, tmp
     first, *_, last = trainer.state.log_history[:-1]
     assert first["rewards/margins"] == 0.0 != last["rewards/margins"]  # B is 0 at the start
     state = trainer.model.state_dict()
-    assert torch.equal(
-        state["base_model.model.lm_head.base_layer.weight"], world.model.lm_head.weight
-    )
+    assert torch.equal(state["base_model.model.lm_head.base_layer.weight"], world.model.lm_head.weight)
 
 
 def test_dropout_stays_where_it_is_asked_for(world, tmp_path):

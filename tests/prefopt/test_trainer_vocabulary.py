@@ -36,9 +36,7 @@ def test_rows_of_files_lists_and_token_ids_are_named(grown, tmp_path, method):
         make_trainer(grown, tmp_path / "run", data=path, method=method)
     where = f"{path}:1: token {size} ('Jupiter') has no embedding: the model has {size}, for ids 0 to {size - 1}"
     assert str(error.value.bad[0]) == where and where in str(error.value)
-    assert f"resize_token_embeddings(len(tokenizer)) (the tokenizer has {size + 2} tokens)" in str(
-        error.value
-    )
+    assert f"resize_token_embeddings(len(tokenizer)) (the tokenizer has {size + 2} tokens)" in str(error.value)
     # "ladder" stands in an undesirable answer, which sft does not train on, and pairs of data_for have as the better one
     lines = {"kto": [1, 17], "dpo": [1, 17], "sft": [1]}[method]
     assert [bad.line for bad in error.value.bad] == lines
@@ -47,9 +45,7 @@ def test_rows_of_files_lists_and_token_ids_are_named(grown, tmp_path, method):
 def test_tokenised_rows_and_evaluation_rows_are_checked(grown, tmp_path):
     clean = make_rows(True)[1:16]
     tokens = tokenize_rows(load_rows(make_rows(True)), grown.tokenizer, max_length=96)
-    with pytest.raises(
-        DataError, match="^2 rows have tokens without an embedding:\n  rows:1: token"
-    ):
+    with pytest.raises(DataError, match="^2 rows have tokens without an embedding:\n  rows:1: token"):
         make_trainer(grown, tmp_path / "run", data=tokens)
     with pytest.raises(DataError, match="rows:17: token 421 .'ladder'. has no embedding"):
         make_trainer(grown, tmp_path / "run", data=clean, eval_dataset={"mine": make_rows(True)})
@@ -85,9 +81,7 @@ def test_a_padding_token_without_an_embedding(world, tmp_path):
     tokens = tokenize_rows(load_rows(make_rows(True)), world.tokenizer, max_length=96)
     model = copy.deepcopy(world.model)
     model.config.pad_token_id = -1  # what counts where there is no tokenizer
-    with pytest.raises(
-        UserError, match="^pad_token_id is -1: the model has .* tokenizer.eos_token will do"
-    ):
+    with pytest.raises(UserError, match="^pad_token_id is -1: the model has .* tokenizer.eos_token will do"):
         make_trainer(
             world._replace(tokenizer=None),
             tmp_path / "run",

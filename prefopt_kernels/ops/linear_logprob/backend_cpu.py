@@ -18,9 +18,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
 
 def instruction_sets() -> tuple[str, ...]:
     """Those of this machine that have kernels, best first."""
-    reason = (
-        _extension.why_not()
-    )  # loads the library: an exported graph gets here without select_backend
+    reason = _extension.why_not()  # loads the library: an exported graph gets here without select_backend
     if reason is not None:
         raise RuntimeError(f"backend 'cpu' cannot run this call: {reason}")
     return tuple(torch.ops.prefopt_kernels_cpu.isas())
@@ -31,9 +29,7 @@ def instruction_set() -> str:
     return instruction_sets()[0]
 
 
-def forward(
-    operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float
-) -> dict[str, Tensor]:
+def forward(operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float) -> dict[str, Tensor]:
     """Every wanted output; nothing is filtered here."""
     hidden, T = operands.hidden, operands.hidden.shape[0]
     out = {name: hidden.new_zeros(T, dtype=torch.float32) for name in want}
@@ -81,16 +77,12 @@ class _Call:
 
     def plan(self, product: bool) -> list[int]:
         N, R = self.rows.numel(), 0 if self.low_hidden is None else self.low_hidden.shape[1]
-        return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(
-            self.hidden, self.weight, N, R, product, self.isa
-        )
+        return torch.ops.prefopt_kernels_cpu.linear_logprob_plan(self.hidden, self.weight, N, R, product, self.isa)
 
     def forward(self, want: frozenset[str], unit: Tensor | None) -> dict[str, Tensor]:
         """Each output for the N rows; fills ``unit`` in place."""
         N, V = self.rows.numel(), self.weight.shape[0]
-        padded_tokens, padded_hidden, splits, groups, workspace_bytes, *_backward = self.plan(
-            unit is not None
-        )
+        padded_tokens, padded_hidden, splits, groups, workspace_bytes, *_backward = self.plan(unit is not None)
         partials = self._empty(6, splits, padded_tokens)
         product = None if unit is None else self._empty(splits, N, padded_hidden)
         torch.ops.prefopt_kernels_cpu.linear_logprob_forward(
@@ -137,9 +129,7 @@ class _Call:
     def backward(self, upstream: Upstream, saved: Saved, need: frozenset[str]) -> dict[str, Tensor]:
         dlogp, dlse, dentropy = upstream
         N, (V, H), dtype = self.rows.numel(), self.weight.shape, self.weight.dtype
-        padded_tokens, padded_hidden, *_forward, parts, chunk, workspace_bytes = self.plan(
-            "hidden" in need
-        )
+        padded_tokens, padded_hidden, *_forward, parts, chunk, workspace_bytes = self.plan("hidden" in need)
         coefficients = torch.zeros(5, padded_tokens)
         coefficients[0] = torch.finfo(torch.float32).max  # lse of the padding: its p is 0
         for row, values in enumerate((saved.lse, None, dlogp, dentropy, saved.entropy)):
@@ -181,9 +171,7 @@ class _Call:
             grads["hidden"] = self.hidden.new_zeros(self.hidden.shape)
             grads["hidden"][self.rows] = self._sum(dhidden)[:, :H].to(dtype)
         if "low_hidden" in need:
-            grads["low_hidden"] = self.low_hidden.new_zeros(
-                saved.lse.shape[0], self.low_hidden.shape[1]
-            )
+            grads["low_hidden"] = self.low_hidden.new_zeros(saved.lse.shape[0], self.low_hidden.shape[1])
             grads["low_hidden"][self.rows] = self._sum(dlow_hidden)[:, :N].T
         if "bias" in need:
             grads["bias"] = grads["bias"].to(dtype)

@@ -13,9 +13,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def forward(
-    operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float
-) -> dict[str, Tensor]:
+def forward(operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float) -> dict[str, Tensor]:
     """Fill every wanted output row by row, ``unit`` = d logp / d hidden among them; nothing is filtered here."""
     hidden, weight, targets, *_ = operands
     T, H = hidden.shape

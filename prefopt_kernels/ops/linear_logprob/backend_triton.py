@@ -28,7 +28,9 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
         return None
     if hidden.device.type != "cpu" or not triton.knobs.runtime.interpret:
-        return f"hidden is on {hidden.device}, the Triton kernels run on CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        return (
+            f"hidden is on {hidden.device}, the Triton kernels run on CUDA devices (on the CPU with TRITON_INTERPRET=1)"
+        )
     if hidden.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bf16 wrongly"
     return None
@@ -39,9 +41,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def forward(
-    operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float
-) -> dict[str, Tensor]:
+def forward(operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float) -> dict[str, Tensor]:
     call = Call(operands, transform)
     out = call.outputs(want)
     if call.T == 0:

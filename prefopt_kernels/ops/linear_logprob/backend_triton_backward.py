@@ -19,13 +19,9 @@ from prefopt_kernels.ops.linear_logprob.operands import FILTER_TILE, Saved, Upst
 HIDDEN_SIDE, HEAD_SIDE = ("hidden", "low_hidden"), ("weight", "bias", "low_weight")
 
 
-def gradients(
-    call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]
-) -> dict[str, Tensor]:
+def gradients(call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]) -> dict[str, Tensor]:
     named = call.operands._asdict()
-    grads = {
-        name: torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in need
-    }
+    grads = {name: torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in need}
     if call.T == 0:
         return grads
     filters = _Filters(call, upstream, saved, need)
@@ -41,9 +37,7 @@ def gradients(
         rights["low_hidden"] = call.operands.low_weight.to(call.dtype).contiguous()
         rights["low_weight"] = call.rows_of(call.operands.low_hidden).to(call.dtype)
     sums = {
-        name: call.zeros(
-            call.product_splits(call.T, rights[name].shape[1], chunk), call.T, rights[name].shape[1]
-        )
+        name: call.zeros(call.product_splits(call.T, rights[name].shape[1], chunk), call.T, rights[name].shape[1])
         for name in HIDDEN_SIDE
         if name in need
     }
@@ -85,9 +79,7 @@ class _Filters:
     """Which tiles the gradients may leave out: by the largest probability in each, known before or while they are made."""
 
     def __init__(self, call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]):
-        allowed = (
-            upstream.entropy is None
-        )  # its gradient has terms p log p that a bound on p does not bound
+        allowed = upstream.entropy is None  # its gradient has terms p log p that a bound on p does not bound
         self.hidden = saved.grad_filter if allowed else 0.0
         self.head = saved.head_grad_filter if allowed else 0.0
         self.peak, self.write, self.least = None, False, 0.0
@@ -148,9 +140,7 @@ def _logit_gradients(
         | {
             "coefficients_ptr": coefficients,
             "peak_ptr": filters.peak,
-            "workspace": tiled(
-                workspace, tiles.block_t, tiles.block_v // tiles.parts, call.descriptors
-            ),
+            "workspace": tiled(workspace, tiles.block_t, tiles.block_v // tiles.parts, call.descriptors),
             "column_sums_ptr": column_sums,
             "tiles": -(-call.V // FILTER_TILE),
             "first_column": first,

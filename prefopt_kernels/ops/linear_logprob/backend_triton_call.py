@@ -52,9 +52,7 @@ class Call:
         self.inner = self.factor * LOG2_E if softcap is None else scale / softcap
         self.outer = 0.0 if softcap is None else softcap / temperature * LOG2_E
         self.descriptors = self.describable(self.hidden, self.weight)
-        self.tiles = choices.tiles(
-            self.target, self.dtype, self.descriptors, adapter=low_hidden is not None
-        )
+        self.tiles = choices.tiles(self.target, self.dtype, self.descriptors, adapter=low_hidden is not None)
 
     def rows_of(self, values: Tensor) -> Tensor:
         """The rows that count, first and in their order, then zeros: a row that does not count may hold NaN."""
@@ -153,9 +151,7 @@ class Call:
                 "reference_ptr": reference,
                 "again_ptr": again,
                 "partials_ptr": partials,
-                "workspace": None
-                if workspace is None
-                else tiled(workspace, tiles.block_t, width, self.descriptors),
+                "workspace": None if workspace is None else tiled(workspace, tiles.block_t, width, self.descriptors),
                 "tile_max_ptr": tile_max,
                 "first_row": first_row,
                 "tiles_per_split": cdiv(cdiv(self.V, tiles.block_v), splits),
@@ -231,9 +227,7 @@ class Call:
         """``out[split] (+)= left right`` over ``inner`` of the inner dimension; ``live`` (row blocks, tiles) is what to visit."""
         splits, M, N = out.shape
         described = self.describable(left, right)
-        aligned = all(
-            matrix.stride(-2) * matrix.element_size() % 16 == 0 for matrix in (left, right, out)
-        )
+        aligned = all(matrix.stride(-2) * matrix.element_size() % 16 == 0 for matrix in (left, right, out))
         tile = choices.product(self.target, self.dtype, N, described, aligned)
         listed = live is not None
         block = (tile.block_k, tile.block_m) if transposed else (tile.block_m, tile.block_k)
@@ -245,9 +239,7 @@ class Call:
                 "right": tiled(right, tile.block_k, tile.block_n, described),
                 "out_ptr": out,
                 # the live tiles of a row block first, in their order
-                "list_ptr": torch.sort((~live).byte(), dim=1, stable=True).indices.int()
-                if listed
-                else None,
+                "list_ptr": torch.sort((~live).byte(), dim=1, stable=True).indices.int() if listed else None,
                 "live_ptr": live.sum(1).int() if listed else None,
                 "count_ptr": self.count,
                 "M": M,
@@ -304,9 +296,7 @@ def tiled(matrix: Tensor, rows: int, columns: int, descriptor: bool) -> Tensor |
     return TensorDescriptor(matrix, matrix.shape, matrix.stride(), [rows, columns])
 
 
-def _low_operands(
-    low_hidden: Tensor, low_weight: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _low_operands(low_hidden: Tensor, low_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(T, L) and (V, L) of ``dtype`` whose product is that of the fp32 factors: each pair of pieces that reaches fp32's last bit."""
     if dtype == torch.float32:
         return low_hidden, low_weight.contiguous()

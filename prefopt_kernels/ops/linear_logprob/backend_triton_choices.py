@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 
 FILTER_ROWS = 128  # tokens of a tile that a filter keeps or leaves out, and of every tile of logits
-WORKSPACE_BYTES = (
-    256 * 2**20
-)  # exponentials or logit gradients; every chunk streams the head once, so few chunks
+WORKSPACE_BYTES = 256 * 2**20  # exponentials or logit gradients; every chunk streams the head once, so few chunks
 
 
 class Target(NamedTuple):
@@ -51,9 +49,7 @@ class Product(NamedTuple):
 
 
 H100 = Target((9, 0), 132, 232_448)
-INTERPRETER = Target(
-    (9, 0), 4, 232_448
-)  # few programs, so that small tests meet several splits and several tiles each
+INTERPRETER = Target((9, 0), 4, 232_448)  # few programs, so that small tests meet several splits and several tiles each
 _pretended: Target | None = None
 
 
@@ -101,9 +97,7 @@ def tiles(target: Target, dtype: torch.dtype, descriptors: bool, adapter: bool) 
     return Tiles(FILTER_ROWS, 128, 32, 2, 8, 3)  # sm_86, sm_89: 99 KiB of shared memory
 
 
-def product(
-    target: Target, dtype: torch.dtype, columns: int, descriptors: bool, aligned: bool
-) -> Product:
+def product(target: Target, dtype: torch.dtype, columns: int, descriptors: bool, aligned: bool) -> Product:
     """``columns`` of the result: H, or the rank of an adapter. ``aligned``: rows of 16 bytes, as any usual H gives."""
     inner = 16 if dtype == torch.float32 else 32
     if columns <= 64:

@@ -90,9 +90,7 @@ def fold(
             p = tl.where(hit, 0.0, p)  # its own term is added in fp32, where 1 - p is exact
     if PRODUCT:
         tile = p.to(workspace.dtype if DESCRIPTOR else workspace.dtype.element_ty)
-        store_tile(
-            workspace, tile, row - first_row, column, workspace_stride, BLOCK_T, WIDTH, DESCRIPTOR
-        )
+        store_tile(workspace, tile, row - first_row, column, workspace_stride, BLOCK_T, WIDTH, DESCRIPTOR)
     if TILE_MAX:
         rows = row + tl.arange(0, BLOCK_T)
         place = (column // WIDTH).to(tl.int64) * T + rows
@@ -248,30 +246,20 @@ def target_logits(
         return
     rows = row + tl.arange(0, BLOCK_T)
     targets = tl.load(targets_ptr + rows, mask=rows < T, other=-1)
-    known = (targets >= 0) & (
-        targets < V
-    )  # a target beyond V makes NaN in ``combine``, not a wild read
+    known = (targets >= 0) & (targets < V)  # a target beyond V makes NaN in ``combine``, not a wild read
     raw = tl.zeros((BLOCK_T,), tl.float32)
     for k in tl.range(0, H, BLOCK_H):
         offs = k + tl.arange(0, BLOCK_H)
         mask = known[:, None] & (offs < H)[None, :]
-        left = tl.load(
-            hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + offs[None, :], mask, 0.0
-        )
-        right = tl.load(
-            weight_ptr + targets.to(tl.int64)[:, None] * weight_stride + offs[None, :], mask, 0.0
-        )
+        left = tl.load(hidden_ptr + rows.to(tl.int64)[:, None] * hidden_stride + offs[None, :], mask, 0.0)
+        right = tl.load(weight_ptr + targets.to(tl.int64)[:, None] * weight_stride + offs[None, :], mask, 0.0)
         raw += tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
     if LOW > 0:
         for k in tl.range(0, LOW, BLOCK_LOW):
             offs = k + tl.arange(0, BLOCK_LOW)
             mask = known[:, None] & (offs < LOW)[None, :]
-            left = tl.load(
-                low_hidden_ptr + rows.to(tl.int64)[:, None] * LOW + offs[None, :], mask, 0.0
-            )
-            right = tl.load(
-                low_weight_ptr + targets.to(tl.int64)[:, None] * LOW + offs[None, :], mask, 0.0
-            )
+            left = tl.load(low_hidden_ptr + rows.to(tl.int64)[:, None] * LOW + offs[None, :], mask, 0.0)
+            right = tl.load(low_weight_ptr + targets.to(tl.int64)[:, None] * LOW + offs[None, :], mask, 0.0)
             raw += tl.sum(left.to(tl.float32) * right.to(tl.float32), 1)
     if BIAS:
         raw += tl.load(bias_ptr + targets, mask=known, other=0.0)
@@ -372,9 +360,7 @@ def combine(
             around = tl.load(partials_ptr + 4 * stride + place, mask=counts, other=0.0)
             spread += shrink * (around.to(tl.float64) + moved * part)
         if MEAN:
-            logits += tl.load(partials_ptr + 5 * stride + place, mask=counts, other=0.0).to(
-                tl.float64
-            )
+            logits += tl.load(partials_ptr + 5 * stride + place, mask=counts, other=0.0).to(tl.float64)
     log_sum = tl.log(total)
     logp = (target - zero).to(tl.float64) * LN_2 - log_sum
     places = tl.load(order_ptr + rows, mask=counts, other=0)

@@ -79,9 +79,7 @@ def part_gradients(
         place = tl.cast(block, tl.int64) * tiles + column // WIDTH
         tl.store(peak_ptr + place, tl.where(has_target, 1.0, peak), mask=column < V)
     tile = dz.to(workspace.dtype if DESCRIPTOR else workspace.dtype.element_ty)
-    store_tile(
-        workspace, tile, row, column - first_column, workspace_stride, BLOCK_T, WIDTH, DESCRIPTOR
-    )
+    store_tile(workspace, tile, row, column - first_column, workspace_stride, BLOCK_T, WIDTH, DESCRIPTOR)
 
 
 @triton.jit

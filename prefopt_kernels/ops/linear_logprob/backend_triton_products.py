@@ -61,9 +61,7 @@ def product(
     offs_m = row + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    place = (
-        out_ptr + (tl.cast(split, tl.int64) * M + offs_m)[:, None] * out_stride + offs_n[None, :]
-    )
+    place = out_ptr + (tl.cast(split, tl.int64) * M + offs_m)[:, None] * out_stride + offs_n[None, :]
     if ADD:
         total = tl.load(place, mask=inside, other=0.0)
     else:
@@ -128,9 +126,7 @@ def finish(
         total += tl.load(product_ptr + place, mask=inside, other=0.0)
     targets = tl.load(targets_ptr + rows, mask=counts, other=0)
     known = inside & (targets < V)[:, None]  # else own is NaN
-    head = tl.load(
-        weight_ptr + targets.to(tl.int64)[:, None] * weight_stride + offs_h[None, :], known, 0.0
-    )
+    head = tl.load(weight_ptr + targets.to(tl.int64)[:, None] * weight_stride + offs_h[None, :], known, 0.0)
     own = tl.load(own_ptr + rows, mask=counts, other=0.0)
     share = tl.load(share_ptr + rows, mask=counts, other=0.0)
     unit = own[:, None] * head.to(tl.float32) - share[:, None] * total

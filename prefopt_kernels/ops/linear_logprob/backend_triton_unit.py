@@ -45,9 +45,7 @@ def fill_unit(call: Call, want: frozenset[str], grad_filter: float, out: dict[st
             )
             if marks is None:
                 _check_reference(call, partials, reference, again, first_row, blocks)
-        call.combine(
-            want, partials, out, first_row, blocks, reference=reference, own=own, share=share
-        )
+        call.combine(want, partials, out, first_row, blocks, reference=reference, own=own, share=share)
         live = None
         if tile_max is not None:
             rows = slice(first_row, first_row + chunk)

@@ -61,9 +61,7 @@ def check_call(
         named["bias"] = bias
     for name, tensor in named.items():
         if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is"
-            )
+            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is")
     _check_number("logit_scale", logit_scale, positive=False)
     _check_number("temperature", temperature, positive=True)
     if softcap is not None:
@@ -100,9 +98,7 @@ def check_lora(
                 f"{name} has dtype {tensor.dtype}; expected that of hidden, {hidden.dtype}, or torch.float32"
             )
         if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is"
-            )
+            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is")
     R = A.shape[0]
     for name, tensor, shape in (
         ("A", A, (R, hidden.shape[1])),

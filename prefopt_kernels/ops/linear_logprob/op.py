@@ -154,9 +154,7 @@ def score(
     low_hidden = None
     if lora is not None:
         with torch.autocast(device, enabled=False):
-            low_hidden = lora_scale * (
-                hidden.float() @ A.float().T
-            )  # (T, R), autograd's to differentiate
+            low_hidden = lora_scale * (hidden.float() @ A.float().T)  # (T, R), autograd's to differentiate
     operands = Operands(hidden, weight, targets, bias, low_hidden, B)
     heads = (weight, bias, low_hidden, B)
     frozen_head = not any(operand is not None and operand.requires_grad for operand in heads)
@@ -194,9 +192,7 @@ def select_backend(hidden: Tensor, weight: Tensor, backend: str = "auto") -> str
     if backend == "auto":
         backend = os.environ.get("PREFOPT_BACKEND", "auto")
     if backend == "auto":
-        return next(
-            name for name, module in BACKENDS.items() if module.why_not(hidden, weight) is None
-        )
+        return next(name for name, module in BACKENDS.items() if module.why_not(hidden, weight) is None)
     if backend not in BACKENDS and backend not in ABSENT:
         raise ValueError(f"backend is {backend!r}; expected one of {['auto', *BACKENDS, *ABSENT]}")
     reason = ABSENT[backend] if backend in ABSENT else BACKENDS[backend].why_not(hidden, weight)
@@ -211,11 +207,7 @@ def filters_head(backend: str, head_grad_filter: float) -> bool:
 
 
 def _autocast(operand: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return (
-        operand.to(dtype)
-        if isinstance(operand, Tensor) and operand.is_floating_point()
-        else operand
-    )
+    return operand.to(dtype) if isinstance(operand, Tensor) and operand.is_floating_point() else operand
 
 
 @torch.library.custom_op("prefopt_kernels::linear_logprob", mutates_args=())
@@ -313,9 +305,7 @@ def _backward(ctx, dlogp, dlse, dentropy, *_not_differentiable):
     need = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE.values()]
     if (dlogp is None and dlse is None and dentropy is None) or not any(need):
         return tuple(grads)
-    made = _linear_logprob_backward(
-        dlogp, dlse, dentropy, *ctx.saved_tensors, *ctx.numbers, *need, ctx.backend
-    )
+    made = _linear_logprob_backward(dlogp, dlse, dentropy, *ctx.saved_tensors, *ctx.numbers, *need, ctx.backend)
     for place, needed, grad in zip(_DIFFERENTIABLE.values(), need, made, strict=True):
         grads[place] = grad if needed else None
     return tuple(grads)
@@ -386,9 +376,7 @@ def _(dlogp, dlse, dentropy, hidden, weight, targets, bias, low_hidden, low_weig
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "linear_logprob has no second derivative: call backward without create_graph=True"
-    )
+    raise RuntimeError("linear_logprob has no second derivative: call backward without create_graph=True")
 
 
 _linear_logprob_backward.register_autograd(_no_double_backward)

@@ -42,9 +42,7 @@ def forward(
     return losses, logps, log_ratios, rewards, sums, slopes
 
 
-def backward(
-    dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, slopes: Tensor, tokens: int
-) -> Tensor:
+def backward(dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, slopes: Tensor, tokens: int) -> Tensor:
     dlogp = torch.empty(tokens)
     _ops().sequence_loss_backward(
         None if dlosses is None else dlosses.contiguous(),

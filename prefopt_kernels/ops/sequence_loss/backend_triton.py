@@ -108,9 +108,7 @@ def forward(
     return losses, logps, log_ratios, rewards, sums, slopes
 
 
-def backward(
-    dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, slopes: Tensor, tokens: int
-) -> Tensor:
+def backward(dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, slopes: Tensor, tokens: int) -> Tensor:
     # Rows outside of a cu_seqlens that is wrong, which only the CPU can tell, get 0 and not what lay in memory.
     dlogp = slopes.new_zeros(tokens)
     launch(

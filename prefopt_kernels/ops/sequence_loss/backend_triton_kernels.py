@@ -114,9 +114,7 @@ def all_rows(
         for start in range(0, B, ROWS):
             at = start + tl.arange(0, ROWS)
             mask = at < B
-            m = tl.load(logps_ptr + at, mask=mask, other=-1.0) / _length(
-                cu_seqlens_ptr, lengths_ptr, at, mask
-            )
+            m = tl.load(logps_ptr + at, mask=mask, other=-1.0) / _length(cu_seqlens_ptr, lengths_ptr, at, mask)
             omega = _decision_weight(m, decision_low, decision_high, DECISION)
             counts = mask & (omega == omega)  # not NaN
             total += tl.where(counts, omega, 0.0)

@@ -73,9 +73,7 @@ def check_call(
     for name, value in given.items():
         if name not in taken and (isinstance(value, Tensor) or value != OFF[name]):
             got = "a tensor" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"{name} is {got}; expected {OFF[name]!r}, because method {method!r} does not take it"
-            )
+            raise ValueError(f"{name} is {got}; expected {OFF[name]!r}, because method {method!r} does not take it")
 
 
 def check_values(cu_seqlens: Tensor, lengths: Tensor | None, tokens: int) -> None:
@@ -137,9 +135,7 @@ def _check_settings(given: dict[str, Any]) -> None:
         raise ValueError(f"decision_clip is {clip!r}; expected {expected}")
 
 
-def _check_number(
-    name: str, value: float, expected: str, least: float, most: float, excluded: bool
-) -> None:
+def _check_number(name: str, value: float, expected: str, least: float, most: float, excluded: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")
     # A comparison with NaN is false; math.isfinite would not be traced where a number changes.

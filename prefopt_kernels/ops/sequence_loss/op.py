@@ -24,9 +24,7 @@ BACKENDS = {
 ABSENT = {"cuda": "this version has no cuda kernel for sequence_loss"}
 
 SUMS = tuple(
-    f"{label}/{name}"
-    for label in ("desirable", "undesirable")
-    for name in ("count", "rewards", "logps", "losses")
+    f"{label}/{name}" for label in ("desirable", "undesirable") for name in ("count", "rewards", "logps", "losses")
 )  # what SequenceLoss.sums holds, by index
 
 
@@ -150,10 +148,7 @@ def sequence_loss(
         parameters = Parameters(*(numbers[name] for name in Parameters._fields))
         rows = (logp, cu_seqlens, ref_logps, labels, lengths)
         return SequenceLoss(*backend_reference.forward(*rows, form, parameters))
-    tensors = [
-        numbers[name].detach().float() if isinstance(numbers[name], Tensor) else None
-        for name in TENSORS
-    ]
+    tensors = [numbers[name].detach().float() if isinstance(numbers[name], Tensor) else None for name in TENSORS]
     *results, _slopes = _sequence_loss(
         logp,
         cu_seqlens,
@@ -161,10 +156,7 @@ def sequence_loss(
         labels,
         lengths,
         *tensors,
-        [
-            0.0 if isinstance(numbers[name], Tensor) else float(numbers[name])
-            for name in Parameters._fields
-        ],
+        [0.0 if isinstance(numbers[name], Tensor) else float(numbers[name]) for name in Parameters._fields],
         method,
         win_weighting,
         decision_weighting,
@@ -211,9 +203,7 @@ def _sequence_loss(
     if logp.device.type == "cpu":
         check_values(cu_seqlens, lengths, logp.shape[0])
     tensors = (reference_point, shift, shift_gate, odds_baseline, decision_mean)
-    given = {
-        name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None
-    }
+    given = {name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
     parameters = Parameters(*numbers)._replace(**given)
     with torch.autocast(logp.device.type, enabled=False):
         return BACKENDS[backend].forward(
@@ -272,9 +262,7 @@ def _(dlosses, dlogps, logp, cu_seqlens, slopes, backend):
 
 
 def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "sequence_loss has no second derivative: call backward without create_graph=True"
-    )
+    raise RuntimeError("sequence_loss has no second derivative: call backward without create_graph=True")
 
 
 _sequence_loss_backward.register_autograd(_no_double_backward)

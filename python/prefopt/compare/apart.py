@@ -60,9 +60,7 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
     if kind == DONE:
         return said
     kind_of_error = RecipeError if kind == REFUSED else RunError
-    raise kind_of_error(
-        f"{job.method}, seed {job.seed}: {said or _end(process.exitcode)}; see {log}"
-    )
+    raise kind_of_error(f"{job.method}, seed {job.seed}: {said or _end(process.exitcode)}; see {log}")
 
 
 def _end(code: int | None) -> str:
@@ -87,8 +85,6 @@ def _work(job: bytes, log: Path, connection: Connection) -> None:
     except UserError as error:
         traceback.print_exc()
         connection.send((REFUSED, str(error)))
-    except (
-        Exception
-    ) as error:  # an exception may not cross to the parent process; its first line does
+    except Exception as error:  # an exception may not cross to the parent process; its first line does
         traceback.print_exc()
         connection.send((FAILED, first_line(error)))

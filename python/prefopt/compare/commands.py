@@ -55,9 +55,7 @@ def add_compare_command(commands: Any) -> None:
         metavar="K",
         help="of each method, with a seed each (default: 3)",
     )
-    parser.add_argument(
-        "--out", type=path_argument, default=Path("comparison"), help="folder (default: comparison)"
-    )
+    parser.add_argument("--out", type=path_argument, default=Path("comparison"), help="folder (default: comparison)")
     parser.add_argument(
         "--tiny",
         action="store_true",

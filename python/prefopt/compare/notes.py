@@ -19,9 +19,7 @@ def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
     """
     methods, runs = list(content["methods"]), content["runs"]
     seeds = sorted({run["seed"] for run in runs})
-    notes = [
-        f"{line.title}, {reason}" for line in lines for reason in line.stopped
-    ] + _nothing_learned(lines)
+    notes = [f"{line.title}, {reason}" for line in lines for reason in line.stopped] + _nothing_learned(lines)
     if content["changes"]:
         head, *changes = content["changes"]
         notes.append(f"{head} {'; '.join(change.strip() for change in changes)}.")
@@ -37,9 +35,7 @@ def notes_of(content: dict, lines: Sequence[Line]) -> list[str]:
     made, train = rows["paired_by_prompt"], rows["train"]
     if made:
         which = f"All {made:,}" if made == train else f"{made:,} of the {train:,}"
-        notes.append(
-            f"{which} pairs are answers to one prompt that were rated one by one; nobody compared them."
-        )
+        notes.append(f"{which} pairs are answers to one prompt that were rated one by one; nobody compared them.")
     if rows["without_pair"]:
         notes.append(
             f"{rows['without_pair']:,} rows have no partner of the other label and were left out for every method."
@@ -86,9 +82,7 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
             "the same round."
         )
     if settings["loss.precompute_ref_logps"]:
-        notes.append(
-            "The reference's scores were computed before the first step, outside all times."
-        )
+        notes.append("The reference's scores were computed before the first step, outside all times.")
     peaks = sorted({run["peak"] for run in content["runs"] if "peak" in run})
     libraries = ", Python and its libraries included" if "resident" in str(peaks) else ""
     notes += [
@@ -119,7 +113,5 @@ def _nothing_learned(lines: Sequence[Line]) -> list[str]:
             continue
         margin = line.values["margin"].median if "margin" in line.values else math.inf
         if abs(margin) < NOTHING:
-            said.append(
-                f"{line.title} learned next to nothing: the reward margin ended at {number(margin)}."
-            )
+            said.append(f"{line.title} learned next to nothing: the reward margin ended at {number(margin)}.")
     return said

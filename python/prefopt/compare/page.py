@@ -19,9 +19,7 @@ OWN_STYLE = """
 """
 
 
-def page(
-    content: dict, lines: Sequence[Line], notes: Sequence[str], pictures: Sequence[Picture]
-) -> str:
+def page(content: dict, lines: Sequence[Line], notes: Sequence[str], pictures: Sequence[Picture]) -> str:
     """The whole page.
 
     Args:

@@ -38,9 +38,7 @@ def draw(lines: Sequence[Line], folder: Path) -> list[Picture]:
     return drawn
 
 
-def _draw(
-    lines: Sequence[Line], measures: Sequence[Measure], folder: Path, name: str, title: str
-) -> Picture:
+def _draw(lines: Sequence[Line], measures: Sequence[Measure], folder: Path, name: str, title: str) -> Picture:
     count = sum(line.method != BASE for line in lines)
     with figure(1.8 + 2.6 * len(measures), 0.9 + 0.36 * count, len(measures)) as (made, axes):
         for place, (panel, measure) in enumerate(zip(np.atleast_1d(axes), measures, strict=True)):
@@ -61,9 +59,7 @@ def _panel(panel: Axes, lines: Sequence[Line], measure: Measure, *, named: bool)
     for row, line in enumerate(methods):
         if measure.key not in line.values:  # said in words, in the middle of the panel
             why = line.absent.get(measure.key, "")
-            panel.annotate(
-                why, (0.5, row), xycoords=("axes fraction", "data"), ha="center", va="center"
-            )
+            panel.annotate(why, (0.5, row), xycoords=("axes fraction", "data"), ha="center", va="center")
             continue
         median, low, high = line.values[measure.key]
         if measure.from_zero:

@@ -69,10 +69,7 @@ def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
     for name, measures in TABLES.items():
         rows = _cells(lines, name, measures)
         widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-        told = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        told = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts.append("\n".join([told[0], "-" * max(map(len, told)), *told[1:]]))
     return "\n\n".join([*parts, "\n".join(notes)])
 

@@ -38,15 +38,11 @@ class CompareRequest:
             if method not in KNOWN:
                 near = difflib.get_close_matches(method, KNOWN, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise RecipeError(
-                    f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}"
-                )
+                raise RecipeError(f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}")
             if self.methods.count(method) > 1:
                 raise RecipeError(f"--methods has {method} twice; --runs repeats every method")
         if len(self.methods) < 2:
-            raise RecipeError(
-                f"--methods is {', '.join(self.methods) or 'empty'}; expected two or more to compare"
-            )
+            raise RecipeError(f"--methods is {', '.join(self.methods) or 'empty'}; expected two or more to compare")
         if self.runs < 1:
             raise RecipeError(f"--runs is {self.runs}; expected a number from 1")
         if self.out.exists() and not self.out.is_dir():

@@ -54,9 +54,7 @@ COST = (
     Measure("tokens_per_step", "tokens in a step", _significant),
     Measure("step_ms", "time per step, ms", _significant, timed=True, better="less"),
     Measure("tokens_per_second", "tokens per second", _significant, timed=True, better="more"),
-    Measure(
-        "sequences_per_second", "sequences per second", _significant, timed=True, better="more"
-    ),
+    Measure("sequences_per_second", "sequences per second", _significant, timed=True, better="more"),
     Measure("efficiency", "efficiency", _plain(2), timed=True, better="more"),
     Measure("train_s", "training time, s", _significant, timed=True, better="less"),
     Measure("peak_mib", "peak memory, MiB", _plain(0), better="less"),
@@ -64,9 +62,7 @@ COST = (
 LEARNING = (
     Measure("margin", "margin", _plain(3), better="more"),
     Measure("accuracy", "accuracy", _plain(3), better="more"),
-    Measure(
-        "likelihood", "log-likelihood, nats per token", _plain(3), better="more", from_zero=False
-    ),
+    Measure("likelihood", "log-likelihood, nats per token", _plain(3), better="more", from_zero=False),
     Measure("first_loss", "first loss", _plain(4)),
     Measure("last_loss", "last loss", _plain(4)),
 )
@@ -128,9 +124,7 @@ def efficiencies(runs: Sequence[dict], yardstick: str) -> dict[tuple[str, int], 
         >>> efficiencies(runs, "kto")
         {('kto', 1): 1.0, ('dpo', 1): 2.0}
     """
-    rates = {
-        (run["method"], run["seed"]): _rate(run, "tokens") for run in runs if run.get("step_ms")
-    }
+    rates = {(run["method"], run["seed"]): _rate(run, "tokens") for run in runs if run.get("step_ms")}
     return {
         (method, seed): rate / rates[yardstick, seed]
         for (method, seed), rate in rates.items()
@@ -235,11 +229,7 @@ def _rate(run: dict, what: str) -> float:
 
 def _score(run: dict, task: str, metric: str, model: str) -> dict | None:
     wanted = (task, metric, model)
-    found = (
-        score
-        for score in run["scores"]
-        if (score["task"], score["metric"], score["model"]) == wanted
-    )
+    found = (score for score in run["scores"] if (score["task"], score["metric"], score["model"]) == wanted)
     return next(found, None)
 
 

@@ -86,9 +86,7 @@ def build(plan: Plan, out: str | Path) -> Built:
     return Built(out, counts, text)
 
 
-def _rows(
-    numbers: list[int], split: str, answers: Answers, spool: Spool, plan: Plan
-) -> Iterator[dict[str, Any]]:
+def _rows(numbers: list[int], split: str, answers: Answers, spool: Spool, plan: Plan) -> Iterator[dict[str, Any]]:
     for number in tqdm(numbers, desc=f"writing {split}", unit="row", delay=1):
         prompt, completion = spool.read(number)
         yield {

@@ -119,9 +119,7 @@ def check(
 
 def _vocabulary(path: str) -> int:
     """Rows of a model's embedding, from its configuration."""
-    config = from_pretrained(
-        AutoConfig, path, f"cannot read the configuration of a model from {path}"
-    )
+    config = from_pretrained(AutoConfig, path, f"cannot read the configuration of a model from {path}")
     size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int):
         raise DataError(f"the configuration of {path} has no vocab_size")
@@ -171,10 +169,7 @@ def _findings(
         parts += [
             _block(
                 "repeated rows",
-                [
-                    f"{places[one]}: repeats line {loaded.rows[first]['line']}"
-                    for one, first in same.repeated.items()
-                ],
+                [f"{places[one]}: repeats line {loaded.rows[first]['line']}" for one, first in same.repeated.items()],
             ),
             _block(
                 "contradictory rows",
@@ -188,9 +183,7 @@ def _findings(
             f"repeated rows        {len(same.repeated)}",
             f"contradictory rows   {len(same.contradictory)}",
         ]
-    return "\n\n".join(
-        [*(part for part in parts if part), "\n".join(counts), *([problem] if problem else [])]
-    )
+    return "\n\n".join([*(part for part in parts if part), "\n".join(counts), *([problem] if problem else [])])
 
 
 def _block(title: str, lines: Sequence[str]) -> str:
@@ -211,8 +204,7 @@ def _rows(loaded: LoadedRows) -> str:
     share = counts["desirable"] / counts["rows"]
     lines = [
         loaded.name,
-        f"  rows read      {counts['read']}"
-        + (f", {counts['pairs']} of them pairs" if counts["pairs"] else ""),
+        f"  rows read      {counts['read']}" + (f", {counts['pairs']} of them pairs" if counts["pairs"] else ""),
         f"  usable rows    {counts['rows']} ({'chat messages' if loaded.conversational else 'text'})",
         f"  desirable      {counts['desirable']} ({share:.1%})",
         f"  undesirable    {counts['undesirable']} ({1 - share:.1%})",
@@ -228,9 +220,7 @@ def _rows(loaded: LoadedRows) -> str:
     return "\n".join(lines)
 
 
-def _leaks(
-    leaked: Mapping[int, str], found: int, asked: int, ngram: int, loaded: LoadedRows
-) -> str:
+def _leaks(leaked: Mapping[int, str], found: int, asked: int, ngram: int, loaded: LoadedRows) -> str:
     lines = [
         f"evaluation questions {found} of {asked} found, in {len(leaked)} rows ({ngram} words in a row, or all of a shorter "
         "one)"
@@ -266,7 +256,5 @@ def _tokens(tokenized: Tokenized) -> str:
             "is not scored on its end of turn"
         )
     if counts["prompt_cut"]:
-        lines.append(
-            f"  in {counts['prompt_cut']} rows the template renders the prompt differently without its answer"
-        )
+        lines.append(f"  in {counts['prompt_cut']} rows the template renders the prompt differently without its answer")
     return "\n".join(lines)

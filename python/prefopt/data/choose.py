@@ -138,9 +138,7 @@ def _cap_rows_of_groups(answers: Answers, source: int, most: int, seed: int) -> 
     for number in answers.alive(source):
         groups[answers.group[number]][answers.line[number]].append(number)
     for rows in groups.values():
-        order = sorted(
-            rows, key=lambda line: (digest(seed, answers.key[rows[line][0]].hex()), line)
-        )
+        order = sorted(rows, key=lambda line: (digest(seed, answers.key[rows[line][0]].hex()), line))
         for line in order[most:]:
             answers.drop(rows[line], PER_GROUP)
 
@@ -182,9 +180,7 @@ def _cap_groups(answers: Answers, source: int, own: Source, plan: Plan) -> None:
 
 def _round_robin(answers: Answers, plan: Plan) -> None:
     """A group of each source in turn, until all have run out, or the first one has, or max_rows are full."""
-    queues = [
-        _by_group(answers, answers.alive(source), plan.seed) for source in range(len(plan.sources))
-    ]
+    queues = [_by_group(answers, answers.alive(source), plan.seed) for source in range(len(plan.sources))]
     turns = (min if plan.until == "first" else max)(len(queue) for queue in queues)
     taken, full = 0, False
     for turn in range(max(len(queue) for queue in queues)):
@@ -214,9 +210,7 @@ def _splits(answers: Answers, plan: Plan) -> dict[str, list[int]]:
         reasons = sorted({reason for reason in answers.reason if reason is not None})
         raise DataError(f"no rows are left to train on; they were: {', '.join(reasons)}")
     names = {number: answers.group_name(number) for number in kept}
-    where = (
-        _exactly(answers, kept, plan) if plan.exact_split else _by_hash(set(names.values()), plan)
-    )
+    where = _exactly(answers, kept, plan) if plan.exact_split else _by_hash(set(names.values()), plan)
     wanted = {TRAIN: 1.0, VALIDATION: plan.validation, TEST: plan.test}
     splits: dict[str, list[int]] = {name: [] for name, share in wanted.items() if share}
     for number in kept:
@@ -269,8 +263,7 @@ def _exactly(answers: Answers, kept: Sequence[int], plan: Plan) -> dict[str, str
     for names in strata.values():
         ordered = sorted(names, key=lambda name: digest(plan.seed, "split", name))
         places += [
-            ((rank + 0.5) / len(ordered), digest(plan.seed, "place", name), name)
-            for rank, name in enumerate(ordered)
+            ((rank + 0.5) / len(ordered), digest(plan.seed, "place", name), name) for rank, name in enumerate(ordered)
         ]
     order = [name for _, _, name in sorted(places)]
     share = plan.validation + plan.test
@@ -278,6 +271,5 @@ def _exactly(answers: Answers, kept: Sequence[int], plan: Plan) -> dict[str, str
     tested = math.ceil(held_out * plan.test / share - 1e-9) if share else 0
     cuts = len(order) - held_out, len(order) - tested
     return {
-        name: TRAIN if place < cuts[0] else VALIDATION if place < cuts[1] else TEST
-        for place, name in enumerate(order)
+        name: TRAIN if place < cuts[0] else VALIDATION if place < cuts[1] else TEST for place, name in enumerate(order)
     }

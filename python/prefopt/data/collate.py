@@ -133,9 +133,7 @@ class PreferenceCollator:
         batch["features"] = RawFeatures(features)
         return batch
 
-    def build_mismatched(
-        self, features: Sequence[Mapping], partners: Sequence[int]
-    ) -> dict[str, Tensor]:
+    def build_mismatched(self, features: Sequence[Mapping], partners: Sequence[int]) -> dict[str, Tensor]:
         """Prompt ``i`` followed by the completion of row ``partners[i]``, for every row that has a partner.
 
         The completion is cut to what ``max_length`` leaves behind the prompt; the prompt is never cut.

@@ -50,9 +50,7 @@ def _inspect_command(actions: Any) -> None:
     )
     inspect.add_argument("--split", help="of a folder (default: all) or a hub dataset")
     inspect.add_argument("--revision", help="of a hub dataset")
-    inspect.add_argument(
-        "--rows", type=at_least(0), default=2, help="to show of each split (default: 2)"
-    )
+    inspect.add_argument("--rows", type=at_least(0), default=2, help="to show of each split (default: 2)")
 
 
 def _check_command(actions: Any) -> None:
@@ -85,18 +83,14 @@ def _check_command(actions: Any) -> None:
         print(printable(checked.text))
         return 0 if checked.clean else FOUND_BAD_ROWS
 
-    check = new_command(
-        actions, "check", run, "count rows, list every bad one, show what is scored"
-    )
+    check = new_command(actions, "check", run, "count rows, list every bad one, show what is scored")
     check.add_argument(
         "source",
         type=text_argument,
         metavar="FILE",
         help="a .jsonl or .parquet file, a built folder, or a hub id",
     )
-    check.add_argument(
-        "--split", default="train", help="of a folder or hub dataset (default: train)"
-    )
+    check.add_argument("--split", default="train", help="of a folder or hub dataset (default: train)")
     check.add_argument("--revision", help="of a hub dataset")
     check.add_argument(
         "--tokenizer",
@@ -152,9 +146,7 @@ def _check_command(actions: Any) -> None:
 def _build_command(actions: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         arguments = {
-            name: value
-            for name, value in vars(given).items()
-            if name not in ("command", "sources", "out", "traceback")
+            name: value for name, value in vars(given).items() if name not in ("command", "sources", "out", "traceback")
         }
         no_more(rest, ["--out", *(f"--{name.replace('_', '-')}" for name in arguments)])
         from prefopt.data.build import build
@@ -174,9 +166,7 @@ def _build_command(actions: Any) -> None:
         "(ultrafeedback_binarized, hh-rlhf, shp, oasst1, kto-mix-14k, mmlu-pro, or rows: rated rows "
         "and pairs) and, alone, the published set. Options given here win over the plan's.",
     )
-    build.add_argument(
-        "sources", type=text_argument, nargs="+", metavar="SOURCE", help="a plan, or sources"
-    )
+    build.add_argument("sources", type=text_argument, nargs="+", metavar="SOURCE", help="a plan, or sources")
     build.add_argument("--out", type=path_argument, required=True, help="the new folder (required)")
     for flag, kind, text in (
         ("--seed", int, "of everything random (default: 0)"),

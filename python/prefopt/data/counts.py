@@ -42,10 +42,7 @@ def count(
             reading,
             [number for number in numbers if answers.source[number] == index],
             answers,
-            {
-                name: [number for number in split if answers.source[number] == index]
-                for name, split in splits.items()
-            },
+            {name: [number for number in split if answers.source[number] == index] for name, split in splits.items()},
         )
         for index, reading in enumerate(readings)
     ]
@@ -57,9 +54,7 @@ def count(
         sum((one.without_use for one in readings), Counter()),
     )
     return {
-        "sources": {
-            source.name: counts for source, counts in zip(plan.sources, by_source, strict=True)
-        },
+        "sources": {source.name: counts for source, counts in zip(plan.sources, by_source, strict=True)},
         "total": _counted(total, numbers, answers, splits),
     }
 
@@ -82,9 +77,7 @@ def _counted(
         "dropped": {name: reasons[name] for name in REASONS if reasons[name]},
         "kept": len(kept),
         **_labels(kept, answers),
-        "splits": {
-            name: {"rows": len(split), **_labels(split, answers)} for name, split in splits.items()
-        },
+        "splits": {name: {"rows": len(split), **_labels(split, answers)} for name, split in splits.items()},
     }
 
 
@@ -128,10 +121,7 @@ def table(counts: Mapping[str, Any]) -> str:
         for name in ("desirable", "undesirable", "groups"):
             line(f"    {name}", "splits", split, name)
     first = max(len(title) for title, _ in lines)
-    widths = [
-        max(len(name), *(len(values[index]) for _, values in lines))
-        for index, name in enumerate(columns)
-    ]
+    widths = [max(len(name), *(len(values[index]) for _, values in lines)) for index, name in enumerate(columns)]
     text = [
         "  ".join((f"{title:<{first}}", *(f"{value:>{width}}" for value, width in zip(values, widths, strict=True))))
         for title, values in [("", list(columns)), *lines]

@@ -12,9 +12,7 @@ from prefopt.data.rows import Text
 SHOWN_CHARACTERS = 300
 
 
-def describe(
-    source: str | Path, *, split: str | None = None, revision: str | None = None, rows: int = 2
-) -> str:
+def describe(source: str | Path, *, split: str | None = None, revision: str | None = None, rows: int = 2) -> str:
     """Counts by split, source and label, lengths in characters, and a few rows.
 
     Args:
@@ -46,9 +44,7 @@ def describe(
 def _head(folder: Path, manifest: dict) -> str:
     lines = [f"{folder}  fingerprint {manifest['fingerprint'][:16]}"]
     for source in manifest["sources"]:
-        where = " ".join(
-            str(source[name]) for name in ("path", "split", "revision") if source[name]
-        )
+        where = " ".join(str(source[name]) for name in ("path", "split", "revision") if source[name])
         lines.append(f"  {source['name']}: {source['rows']:,} rows of {where}")
     return "\n".join(lines)
 
@@ -72,14 +68,8 @@ def _table(title: str, loaded: LoadedRows) -> str:
         f"  {'source':<{width}}  desirable  undesirable   groups",
     ]
     for name in (*sources, *(["all"] if len(sources) > 1 else [])):
-        counted = [
-            side.total() if name == "all" else side[name] for side in (labels[True], labels[False])
-        ]
-        distinct = (
-            len(set().union(*groups.values()))
-            if name == "all" and name not in groups
-            else len(groups[name])
-        )
+        counted = [side.total() if name == "all" else side[name] for side in (labels[True], labels[False])]
+        distinct = len(set().union(*groups.values())) if name == "all" and name not in groups else len(groups[name])
         lines.append(f"  {name:<{width}}  {counted[0]:>9,}  {counted[1]:>11,}  {distinct:>7,}")
     if loaded.bad:
         lines.append(f"  {len(loaded.bad)} bad rows, the first: {loaded.bad[0]}")

@@ -39,9 +39,7 @@ class Intake:
         """
         source = _pinned(self.plan.sources[number])
         kind, reading = KINDS[source.kind], Reading()
-        name, raws = open_rows(
-            source.path, source.split, source.revision, data_dir=source.data_dir, needs=kind.needs
-        )
+        name, raws = open_rows(source.path, source.split, source.revision, data_dir=source.data_dir, needs=kind.needs)
         problems: list[BadRow] = []
         content = hashlib.sha256()
 

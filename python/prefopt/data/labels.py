@@ -40,30 +40,20 @@ def label_table(label_map: Mapping | None) -> LabelTable:
     if label_map is None:
         return {}
     if not isinstance(label_map, Mapping) or not label_map:
-        raise DataError(
-            f"label_map is {show(label_map)}; expected a mapping such as {{1: true, 0: false}}"
-        )
+        raise DataError(f"label_map is {show(label_map)}; expected a mapping such as {{1: true, 0: false}}")
     for label, value in label_map.items():
         if isinstance(label, bool):
             raise DataError(
                 f"label_map has the key {str(label).lower()}; true and false need no conversion. If the rows have the words "
                 'yes and no (or on and off), quote them, {"yes": true, "no": false}: YAML reads them as true and false'
             )
-        if (
-            not isinstance(label, (str, int, float))
-            or label != label
-            or label in (math.inf, -math.inf)
-        ):
+        if not isinstance(label, (str, int, float)) or label != label or label in (math.inf, -math.inf):
             raise DataError(f"label_map has the key {show(label)}; expected text or a number")
         if not isinstance(value, bool):
-            raise DataError(
-                f"label_map converts {show(label)} to {show(value)}; expected true or false"
-            )
+            raise DataError(f"label_map converts {show(label)} to {show(value)}; expected true or false")
     if len(set(label_map.values())) == 1:
         only = str(next(iter(label_map.values()))).lower()
-        raise DataError(
-            f"label_map converts every label to {only}; expected labels for true and for false"
-        )
+        raise DataError(f"label_map converts every label to {only}; expected labels for true and for false")
     return {key_of(label): value for label, value in label_map.items()}
 
 

@@ -92,9 +92,7 @@ def _check_file(name: str, folder: Path, path: Path, where: str) -> None:
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
     home = folder.resolve()
     homes = {home}
-    if (
-        home.parent.name == "snapshots"
-    ):  # in huggingface_hub's cache a file is a link to ../../blobs
+    if home.parent.name == "snapshots":  # in huggingface_hub's cache a file is a link to ../../blobs
         homes.add(home.parent.parent / "blobs")
     if not plain or (home / name).resolve().parent not in homes:
         raise DataError(

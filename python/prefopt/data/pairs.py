@@ -98,9 +98,7 @@ def tokenize_pairs(
     return replace(tokenized, dataset=dataset, counts=counts, fingerprint=key)
 
 
-def _by_prompt(
-    loaded: LoadedRows, tokenized: Tokenized, single: Sequence[int]
-) -> list[tuple[int, int]]:
+def _by_prompt(loaded: LoadedRows, tokenized: Tokenized, single: Sequence[int]) -> list[tuple[int, int]]:
     """(desirable, undesirable) of the rows at these places that have the same prompt, in the order of the desirable ones."""
     rows = loaded.rows.select(np.asarray(tokenized.dataset["row"][:])[list(single)])
     prompts: dict[str, dict[str, dict[bool, int]]] = defaultdict(lambda: defaultdict(dict))
@@ -177,8 +175,7 @@ def _counts(pairs: Dataset, max_length: int | None) -> dict[str, int]:
 def _lengths(rows: Dataset, side: str, max_length: int | None) -> dict[str, int]:
     """The counts of tokens that ``tokenize_rows`` makes, of some rows."""
     prompt, completion = (
-        np.array([len(ids) for ids in rows[f"{side}{name}"]])
-        for name in ("prompt_ids", "completion_ids")
+        np.array([len(ids) for ids in rows[f"{side}{name}"]]) for name in ("prompt_ids", "completion_ids")
     )
     limit = np.iinfo(np.int64).max if max_length is None else max_length
     lost = np.maximum(prompt + completion - limit, 0)

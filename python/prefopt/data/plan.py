@@ -119,9 +119,7 @@ OPTION_CHECKS = {
     "min_ratio": (lambda value: _number(value) and value >= 1, "a number, at least 1"),
     "keep": _one_of(KEEP),
     "languages": (
-        lambda value: (
-            isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
-        ),
+        lambda value: isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value),
         "a list of language codes",
     ),
     "target": _one_of(TARGETS),

@@ -123,15 +123,11 @@ def load_rows(
         logger.warning("%s: unused fields: %s%s", name, shown, more)
     if not table.count:
         reason = f"; all {len(bad)} are bad, the first: {bad[0]}" if bad else ""
-        raise DataError(
-            f"{name} has no rows to train on{reason}" + (f"\n{hint}" if hint else ""), bad
-        )
+        raise DataError(f"{name} has no rows to train on{reason}" + (f"\n{hint}" if hint else ""), bad)
     return _loaded(table.finish(), bad, counts, dict(ignored), table.fingerprint(), name)
 
 
-def split_by_group(
-    loaded: LoadedRows, fraction: float, seed: int = 0
-) -> tuple[LoadedRows, LoadedRows]:
+def split_by_group(loaded: LoadedRows, fraction: float, seed: int = 0) -> tuple[LoadedRows, LoadedRows]:
     """Set aside about ``fraction`` of the groups for evaluation.
 
     A row goes by the hash of its group alone, so both answers to a prompt land on the same side, and rows stay where
@@ -212,9 +208,7 @@ class _Table:
             self.features = _features(chat)
         elif chat == isinstance(self.features["prompt"], Value):
             kinds = ("chat messages", "text") if chat else ("text", "chat messages")
-            raise RowError(
-                f"is {kinds[0]}, while the rows before it are {kinds[1]}; expected one kind"
-            )
+            raise RowError(f"is {kinds[0]}, while the rows before it are {kinds[1]}; expected one kind")
         for row in rated:
             record = row._asdict() | {"source": source or self.name, "line": line, "group": group}
             self._pending.append(record)

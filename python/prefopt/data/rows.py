@@ -22,9 +22,7 @@ RATED_FIELDS = ("prompt", "completion", "label")
 PAIRED_FIELDS = ("prompt", "chosen", "rejected")
 OPTIONAL_FIELDS = ("group", "source")
 # Signs that change how Arabic looks but not what it says: tatweel, and the marks of writing direction.
-INVISIBLE = dict.fromkeys(
-    [0x0640, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-)
+INVISIBLE = dict.fromkeys([0x0640, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
 # They change what the model is shown, so a row that has one cannot be trained on without it.
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
 
@@ -113,9 +111,7 @@ def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list
             raise RowError(f"field {name!r} is not supported and changes what the model sees")
     paired = "chosen" in row or "rejected" in row
     if paired and ("completion" in row or "label" in row):
-        raise RowError(
-            "has fields of a rated row (completion, label) and of a pair (chosen, rejected)"
-        )
+        raise RowError("has fields of a rated row (completion, label) and of a pair (chosen, rejected)")
     if paired:
         _require(row, ("chosen", "rejected"), PAIRED_FIELDS)
         return _unpaired(row)
@@ -180,9 +176,7 @@ def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
         asked = prompt
         prompt, chosen, rejected = _common_prefix(chosen, rejected)
         if not len(chosen) == len(rejected) == 1:
-            raise RowError(
-                "chosen and rejected part before their last message; expected one other answer at the end"
-            )
+            raise RowError("chosen and rejected part before their last message; expected one other answer at the end")
         # Some sets repeat the question as text beside whole conversations: it then has to be the question asked there.
         questions = [message["content"] for message in prompt if message["role"] == "user"]
         if isinstance(asked, str) and asked not in questions:
@@ -220,9 +214,7 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
         if not isinstance(value, (str, list)):
             raise RowError(f"{field} is {show(value)}; expected text or a list of messages")
     if isinstance(prompt, str) != isinstance(completion, str):
-        kinds = [
-            "text" if isinstance(value, str) else "chat messages" for value in (prompt, completion)
-        ]
+        kinds = ["text" if isinstance(value, str) else "chat messages" for value in (prompt, completion)]
         raise RowError(f"prompt is {kinds[0]} but {name} is {kinds[1]}; expected both of one kind")
     if isinstance(prompt, str):
         for field, value in (("prompt", prompt), (name, completion)):
@@ -264,14 +256,10 @@ def _messages(value: list, field: str) -> list[dict[str, str]]:
                 raise RowError(f"{where} has {key} {show(message.get(key))}; expected text")
         extra = sorted(set(message) - {"role", "content"})
         if extra:
-            raise RowError(
-                f"{where} has {show(extra[0])}, which is not supported; expected role and content"
-            )
+            raise RowError(f"{where} has {show(extra[0])}, which is not supported; expected role and content")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise RowError(
-                f"{where} has the unknown role {show(role)}; expected {', '.join(ROLES)}"
-            )
+            raise RowError(f"{where} has the unknown role {show(role)}; expected {', '.join(ROLES)}")
         if not content.strip() and role != "system":
             raise RowError(f"{where} is empty")
         checked.append({"role": role, "content": content})

@@ -23,9 +23,7 @@ from prefopt.data.tokenize import Encode, Tokenized, common_prefix
 WIDTH = 100
 
 
-def scored_tokens(
-    tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, index: int = 0, beside: str = ""
-) -> str:
+def scored_tokens(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, index: int = 0, beside: str = "") -> str:
     """One row as the model sees it: the prompt, which is not scored, and the tokens that are.
 
     Tokens are split by ``│`` and a line break is written ``\\n``; a character that is spread over several tokens is shown
@@ -42,9 +40,7 @@ def scored_tokens(
         _block(f"scored, {len(scored)} tokens", "│".join(pieces(scored, tokenizer))),
     ]
     if cut:
-        lines.append(
-            _block(f"cut off by max_length, {len(cut)} tokens", "│".join(pieces(cut, tokenizer)))
-        )
+        lines.append(_block(f"cut off by max_length, {len(cut)} tokens", "│".join(pieces(cut, tokenizer))))
     return "\n".join(line for line in lines if line)
 
 
@@ -113,14 +109,8 @@ def template_notes(
             "not learned"
         )
     if unended:
-        notes.append(
-            f"in {unended} of {rows} rows no end-of-turn token is scored: they do not teach the model to stop"
-        )
-    notes += [
-        _trailing_note(ids, many, rows, ends, tokenizer)
-        for ids, many in trailing.most_common(3)
-        if ids
-    ]
+        notes.append(f"in {unended} of {rows} rows no end-of-turn token is scored: they do not teach the model to stop")
+    notes += [_trailing_note(ids, many, rows, ends, tokenizer) for ids, many in trailing.most_common(3) if ids]
     eos = tokenizer.eos_token_id
     for end, many in ends.most_common(1):
         if end != eos:
@@ -168,9 +158,7 @@ def _trailing_note(
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 
 
@@ -178,7 +166,6 @@ def _block(title: str, text: str) -> str:
     lines = [
         line
         for part in text.replace("\r", "").split("\n")
-        for line in textwrap.wrap(part, WIDTH, drop_whitespace=False, break_on_hyphens=False)
-        or [""]
+        for line in textwrap.wrap(part, WIDTH, drop_whitespace=False, break_on_hyphens=False) or [""]
     ]
     return "\n".join([f"  {title}:", *(f"    {line}" for line in lines)])

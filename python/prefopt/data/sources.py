@@ -34,9 +34,7 @@ BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a ti
 
 UNREADABLE = (ValueError, OverflowError, pyarrow.ArrowException)  # e.g. a date after the year 9999
 
-Raws = Iterator[
-    tuple[int, Mapping[str, Any] | RowError | None]
-]  # (line, row | why it is none | blank)
+Raws = Iterator[tuple[int, Mapping[str, Any] | RowError | None]]  # (line, row | why it is none | blank)
 
 
 def open_rows(
@@ -149,17 +147,13 @@ def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
     try:
         raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        return RowError(
-            f"is not UTF-8 (byte {error.start + 1} of the line, 0x{data[error.start]:02x})"
-        )
+        return RowError(f"is not UTF-8 (byte {error.start + 1} of the line, 0x{data[error.start]:02x})")
     except RowError as error:
         return error
     except json.JSONDecodeError as error:
         return RowError(f"is not JSON: {error.msg} at column {error.colno}")
     except (RecursionError, ValueError) as error:
-        return RowError(
-            f"cannot be read as JSON: {error}"
-        )  # nested a thousand deep, a number of 5,000 digits
+        return RowError(f"cannot be read as JSON: {error}")  # nested a thousand deep, a number of 5,000 digits
     return _object(raw)
 
 
@@ -239,9 +233,7 @@ def _columnar(dataset: Dataset, name: str, needs: Sequence[str] | None) -> Raws:
                     line += 1
                     bar.update()
                     yield line, raw
-            except (
-                UNREADABLE
-            ) as error:  # the iterator ends with it: a new one goes on behind the row
+            except UNREADABLE as error:  # the iterator ends with it: a new one goes on behind the row
                 line += 1
                 yield line, RowError(f"cannot be read: {error}")
 
@@ -256,8 +248,7 @@ def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | Non
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
-            f"{name} has no column {', '.join(missing)}; found {_few(columns) or 'none'}. "
-            f"Expected {expected}"
+            f"{name} has no column {', '.join(missing)}; found {_few(columns) or 'none'}. Expected {expected}"
         )
 
 

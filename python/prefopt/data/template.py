@@ -48,9 +48,7 @@ def render(
     except jinja2.TemplateError as error:
         raise TemplateError(f"the chat template refuses it: {str(error):.200}") from None
     except Exception as error:  # a template can raise whatever Python can
-        raise TemplateError(
-            f"the chat template fails: {type(error).__name__}: {str(error):.200}"
-        ) from None
+        raise TemplateError(f"the chat template fails: {type(error).__name__}: {str(error):.200}") from None
     room = MOST_CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
     if len(text) > room:
         raise TemplateError(

@@ -70,17 +70,11 @@ def tokenize_rows(
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"on_bad_row is {on_bad_row!r}; expected {' or '.join(ON_BAD_ROW)}")
     if max_length is not None and max_length < 2:
-        raise ValueError(
-            f"max_length is {max_length}; expected at least 2 (a prompt and an answer)"
-        )
+        raise ValueError(f"max_length is {max_length}; expected at least 2 (a prompt and an answer)")
     if loaded.conversational and not tokenizer.chat_template:
-        raise DataError(
-            f"{loaded.name} holds chat messages, but the tokenizer has no chat template"
-        )
+        raise DataError(f"{loaded.name} holds chat messages, but the tokenizer has no chat template")
     if not loaded.conversational and tokenizer.eos_token is None:
-        raise DataError(
-            f"{loaded.name} holds text, but the tokenizer has no EOS token to end it with"
-        )
+        raise DataError(f"{loaded.name} holds text, but the tokenizer has no EOS token to end it with")
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     key = _key(loaded.fingerprint, _tokenizer_key(tokenizer), encode.template_kwargs)
     columns = ["prompt", "completion", "line"]
@@ -186,9 +180,7 @@ class Encode:
             wholes.append(whole)
             problems.append(problem)
         out: dict[str, list] = {name: [] for name in _FEATURES}
-        for prompt, whole, problem in zip(
-            self.ids(prompts), self.ids(wholes), problems, strict=True
-        ):
+        for prompt, whole, problem in zip(self.ids(prompts), self.ids(wholes), problems, strict=True):
             length = common_prefix(prompt, whole)
             if not problem and length == 0:
                 problem = "the prompt's first token changes once the completion follows it"

@@ -34,6 +34,4 @@ def _check_utf8(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowError(
-            f"{where:.60} holds half of a surrogate pair at character {error.start}"
-        ) from None
+        raise RowError(f"{where:.60} holds half of a surrogate pair at character {error.start}") from None

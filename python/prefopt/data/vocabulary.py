@@ -8,9 +8,7 @@ from prefopt.data.tokenize import Tokenized
 BATCH_ROWS = 10_000
 
 
-def rows_beyond(
-    tokenized: Tokenized, size: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> list[BadRow]:
+def rows_beyond(tokenized: Tokenized, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[BadRow]:
     """The rows with a token id that is no row of the embedding, and their first such token.
 
     Args:
@@ -36,9 +34,7 @@ def rows_beyond(
     return [found[line] for line in sorted(found)]
 
 
-def padding_beyond(
-    token: int | None, size: int, tokenizer: PreTrainedTokenizerBase | None = None
-) -> str | None:
+def padding_beyond(token: int | None, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
     """A sentence about a padding token that has no embedding; None if it has one, or if there is none."""
     if token is None or 0 <= token < size:
         return None

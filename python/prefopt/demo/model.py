@@ -53,9 +53,7 @@ def _sentences() -> list[str]:
             sentences += [question.format(do=topic.do) for question in text.QUESTIONS[lang]]
             sentences += topic.tips
         for phrases in (text.OPENERS, text.CLOSERS, text.RUDE, text.EVASIVE):
-            sentences += [
-                f"{phrase} {other}" for phrase in phrases[lang] for other in phrases[lang]
-            ]
+            sentences += [f"{phrase} {other}" for phrase in phrases[lang] for other in phrases[lang]]
     return sentences
 
 
@@ -98,9 +96,7 @@ def supervised_fine_tune(
     encoded = list(zip(data["prompt_ids"], data["completion_ids"], strict=True))
     steps = epochs * math.ceil(len(encoded) / batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.1
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     rng = random.Random(f"fine-tune {seed}")
     losses = []
     model.train()
@@ -108,9 +104,7 @@ def supervised_fine_tune(
         for _ in range(epochs):
             rng.shuffle(encoded)
             for start in range(0, len(encoded), batch_size):
-                ids, mask, targets = _pad(
-                    encoded[start : start + batch_size], tokenizer.pad_token_id
-                )
+                ids, mask, targets = _pad(encoded[start : start + batch_size], tokenizer.pad_token_id)
                 hidden = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
                 scored = targets >= 0  # only answers go through the head
                 logp = linear_logprob(hidden[scored], model.lm_head.weight, targets[scored]).logp

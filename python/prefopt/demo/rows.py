@@ -25,9 +25,7 @@ def split_questions(seed: int) -> tuple[list[Question], list[Question]]:
     seen, held_out = [], []
     for lang in LANGUAGES:
         for index, topic in enumerate(TOPICS[lang]):
-            questions = [
-                Question(lang, index, text.format(do=topic.do)) for text in QUESTIONS[lang]
-            ]
+            questions = [Question(lang, index, text.format(do=topic.do)) for text in QUESTIONS[lang]]
             rng.shuffle(questions)
             held_out += questions[:HELD_OUT_PER_TOPIC]
             seen += questions[HELD_OUT_PER_TOPIC:]

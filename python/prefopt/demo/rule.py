@@ -40,9 +40,7 @@ def topic_of(question: str) -> Topic:
     for topic in TOPICS[language(question)]:
         if topic.do in question:
             return topic
-    raise ValueError(
-        f"question must be one of the demo's, about a topic of its text; got {question!r}"
-    )
+    raise ValueError(f"question must be one of the demo's, about a topic of its text; got {question!r}")
 
 
 def judge(question: str, answer: str) -> Verdict:

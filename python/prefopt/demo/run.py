@@ -130,9 +130,7 @@ def _check(out: Path, seed: int, method: str) -> None:
     if not 0 <= seed < 2**32:
         raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
     if out.is_dir() and not is_unused(out) and not _is_demo(out):
-        raise RecipeError(
-            f"--out {out} has files in it that are not a demo's; choose another folder"
-        )
+        raise RecipeError(f"--out {out} has files in it that are not a demo's; choose another folder")
 
 
 def _clear(out: Path) -> None:
@@ -161,15 +159,11 @@ def _run(out: Path, seed: int, method: str) -> Path:
     seen, held_out = split_questions(seed)
     questions = [question.text for question in held_out]
     rows = {
-        "sft.jsonl": thumbs_rows(
-            seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS
-        ),
+        "sft.jsonl": thumbs_rows(seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS),
     }
     for name, questions_of, side in (("train", seen, "train"), ("held_out", held_out, "held out")):
         rows[f"{name}.jsonl"] = (
-            pair_rows(questions_of, side, seed)
-            if kind == PAIRS
-            else thumbs_rows(questions_of, 1, 0.5, side, seed)
+            pair_rows(questions_of, side, seed) if kind == PAIRS else thumbs_rows(questions_of, 1, 0.5, side, seed)
         )
     for name, content in rows.items():
         _write_jsonl(out / "data" / name, content)

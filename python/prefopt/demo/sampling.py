@@ -53,9 +53,7 @@ def sample_answers(
                 pad_token_id=tokenizer.pad_token_id,
             )
             new = ids[:, inputs.input_ids.shape[1] :]
-            answers += [
-                answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)
-            ]
+            answers += [answer.strip() for answer in tokenizer.batch_decode(new, skip_special_tokens=True)]
             bar.update(len(batch))
     model.train(was_training)
     return answers

@@ -118,9 +118,7 @@ def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:
     details["generated_without_a_name"] = silent
     warnings = []
     if silent[RUN] > 0.05:
-        warnings.append(
-            f"{100 * silent[RUN]:.1f} % of the run's generated answers give none of the names."
-        )
+        warnings.append(f"{100 * silent[RUN]:.1f} % of the run's generated answers give none of the names.")
     absent = [name for name, count in zip(NAMES, counts, strict=True) if not count]
     if absent:
         warnings.append(f"There are no questions of {', '.join(absent)}.")
@@ -156,9 +154,7 @@ def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest)
     )
     pad = pad_token_id(subject.tokenizer, subject.model)
     options = _options(encode, questions)
-    prompts = encode.ids(
-        [encode.texts(prompt, _said(questions, ""))[0] for prompt in questions.prompts]
-    )
+    prompts = encode.ids([encode.texts(prompt, _said(questions, ""))[0] for prompt in questions.prompts])
     longest = max(len(row["completion_ids"]) for row in options)
     with subject.playing(who) as model:
         logps = answer_logps(
@@ -216,9 +212,7 @@ def _questions(loaded: LoadedRows, source: str) -> Questions:
     for line, completion in zip(loaded.rows["line"], loaded.rows["completion"], strict=True):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         if text.strip() not in NAMES:
-            raise DataError(
-                f"{source}:{line}: completion is {text.strip()!r:.60}; expected one of {', '.join(NAMES)}"
-            )
+            raise DataError(f"{source}:{line}: completion is {text.strip()!r:.60}; expected one of {', '.join(NAMES)}")
         right.append(NAMES.index(text.strip()))
         lead = text[: len(text) - len(text.lstrip())]
     prompts = list(loaded.rows["prompt"])
@@ -250,8 +244,5 @@ def _converted(source: str, request: EvalRequest) -> list[dict]:
         if isinstance(outcome, RowError):
             raise DataError(f"{source}:{line}: {outcome}")
         if not isinstance(outcome, Dropped):
-            good += [
-                {"prompt": one.prompt, "completion": one.completion, "label": True}
-                for one in outcome
-            ]
+            good += [{"prompt": one.prompt, "completion": one.completion, "label": True} for one in outcome]
     return good

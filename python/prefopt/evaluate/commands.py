@@ -12,11 +12,7 @@ def add_eval_command(commands: Any) -> None:
     """Add the command."""
 
     def evaluate(given: argparse.Namespace, rest: list[str]) -> int:
-        arguments = {
-            name: value
-            for name, value in vars(given).items()
-            if name not in ("command", "traceback")
-        }
+        arguments = {name: value for name, value in vars(given).items() if name not in ("command", "traceback")}
         no_more(rest, [f"--{name.replace('_', '-')}" for name in arguments if name != "run"])
         said = {name: value for name, value in arguments.items() if value is not None}
         print(f"\n{evaluate_run(EvalRequest(**said))}")
@@ -28,15 +24,10 @@ def add_eval_command(commands: Any) -> None:
         evaluate,
         "judge a run beside the model it started from",
         epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all, and the run's "
-        "report.html and model card again. "
-        + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
+        "report.html and model card again. " + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
     )
-    parser.add_argument(
-        "run", type=path_argument, metavar="RUN", help="run folder, or a saved model or adapter"
-    )
-    parser.add_argument(
-        "--suite", required=True, choices=list(SUITES), help="what to measure (required)"
-    )
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder, or a saved model or adapter")
+    parser.add_argument("--suite", required=True, choices=list(SUITES), help="what to measure (required)")
     for flag, kind, text in (
         (
             "--data",

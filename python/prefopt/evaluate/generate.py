@@ -62,9 +62,7 @@ def generate(
             for row, prompt in enumerate(batch):
                 ids[row, width - len(prompt) :] = torch.tensor(prompt)
                 mask[row, width - len(prompt) :] = 1
-            made = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
-            )
+            made = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
             answers += [_ended(new, ends) for new in made[:, width:].tolist()]
             bar.update(len(batch))
     placed: list[list[int]] = [[] for _ in prompts]

@@ -23,9 +23,9 @@ from prefopt.data.sources import open_rows
 from prefopt.evaluate.request import EvalError
 from prefopt.failure import how_to_install
 
-MMLU_MINI: dict[str, list[int]] = json.loads(
-    (Path(__file__).parent / "mmlu_mini.json").read_text(encoding="utf-8")
-)["questions"]
+MMLU_MINI: dict[str, list[int]] = json.loads((Path(__file__).parent / "mmlu_mini.json").read_text(encoding="utf-8"))[
+    "questions"
+]
 SUFFIXES = (".jsonl", ".parquet")
 MC2_COLUMNS = ("question", "mc2_targets")
 FEWSHOT_SEED = 1234  # lm-evaluation-harness's own, so that prompts are those of published numbers
@@ -142,8 +142,7 @@ def ask(
             log_samples=True,
         )
     questions = {
-        task: [_question(sample, asked.benchmark) for sample in samples]
-        for task, samples in found["samples"].items()
+        task: [_question(sample, asked.benchmark) for sample in samples] for task, samples in found["samples"].items()
     }
     return Answers(questions, log.cut)
 
@@ -232,9 +231,7 @@ def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
                 )
             for path in there:
                 _check(path, benchmark.columns)
-            found.setdefault(name, {})[subject] = {
-                split: str(path) for split, path in files.items()
-            }
+            found.setdefault(name, {})[subject] = {split: str(path) for split, path in files.items()}
     if not found:
         raise EvalError(
             f"--tasks-dir {folder} has no questions; expected files such as hellaswag_train.jsonl, "
@@ -244,9 +241,7 @@ def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
 
 
 def _file(folder: Path, stem: str) -> Path | None:
-    return next(
-        (folder / f"{stem}{end}" for end in SUFFIXES if (folder / f"{stem}{end}").is_file()), None
-    )
+    return next((folder / f"{stem}{end}" for end in SUFFIXES if (folder / f"{stem}{end}").is_file()), None)
 
 
 def _check(path: Path, columns: tuple[str, ...]) -> None:

@@ -104,9 +104,7 @@ def _named(run: Source, request: EvalRequest) -> tuple[str, str | None, str | No
         return data["eval_path"], split, data.get("eval_revision"), None
     if data.get("eval_fraction"):
         return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
-    raise EvalError(
-        f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data"
-    )
+    raise EvalError(f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data")
 
 
 def _seed(recipe: dict) -> int:

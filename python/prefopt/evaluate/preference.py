@@ -81,9 +81,7 @@ class _Judge:
         self.max_new_tokens = request.max_new_tokens or MAX_NEW_TOKENS
         self.warnings = subject.other_format(held_out.tokens.conversational)
         if len(set(self.labels.tolist())) == 1:
-            self.warnings.append(
-                "The rows have one label alone, so there is neither a margin nor an accuracy of all."
-            )
+            self.warnings.append("The rows have one label alone, so there is neither a margin nor an accuracy of all.")
         seen = len(set(self.groups) & trained_on(subject.recipe))
         if seen:
             self.warnings.append(
@@ -117,9 +115,7 @@ class _Judge:
         rewards = beta * ratios
         scores = []
         if len(set(self.labels.tolist())) == 2:
-            scores.append(
-                self._boot(difference_of_means(rewards, self.labels), "margin", "reward", 0.0)
-            )
+            scores.append(self._boot(difference_of_means(rewards, self.labels), "margin", "reward", 0.0))
         scores += self._pair_accuracy(rewards)
         if len(set(self.labels.tolist())) == 2:
             auc = self._boot(auc_of(rewards, self.labels), "accuracy, all", "share", 0.5)
@@ -193,10 +189,7 @@ class _Judge:
 
     def _likelihoods(self, logps: dict[str, np.ndarray], limit: int | None) -> list[Score]:
         """Of base, run and change, per answer and per token, for each label."""
-        ends = [
-            min(len(row["completion_ids"]), (limit or np.inf) - len(row["prompt_ids"]))
-            for row in self.rows
-        ]
+        ends = [min(len(row["completion_ids"]), (limit or np.inf) - len(row["prompt_ids"])) for row in self.rows]
         tokens = np.array(ends, dtype=float)
         scores = []
         for name, side in (("desirable", self.labels), ("undesirable", ~self.labels)):
@@ -204,9 +197,7 @@ class _Judge:
                 continue
             groups = [group for group, kept in zip(self.groups, side, strict=True) if kept]
             for metric, sizes in (("per answer", None), ("per token", tokens[side])):
-                told = (
-                    name == "desirable" and metric == "per token"
-                )  # the change that should be seen
+                told = name == "desirable" and metric == "per token"  # the change that should be seen
                 for who, values in (*logps.items(), (CHANGE, logps[RUN] - logps[BASE])):
                     score = bootstrap(
                         mean_of(values[side], sizes),
@@ -239,15 +230,11 @@ class _Judge:
                     desc=f"answers, {who}",
                 )
         texts = {
-            who: [
-                text.strip()
-                for text in self.subject.tokenizer.batch_decode(made, skip_special_tokens=True)
-            ]
+            who: [text.strip() for text in self.subject.tokenizer.batch_decode(made, skip_special_tokens=True)]
             for who, made in answers.items()
         }
         passed = {
-            who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)]
-            for who, made in texts.items()
+            who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)] for who, made in texts.items()
         }
         labels = {"task": ANSWERS, "temperature": self.temperature}
         named = labels | {"metric": "pass the rule"}

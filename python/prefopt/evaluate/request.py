@@ -65,17 +65,13 @@ class EvalRequest:
         for name, suites in OPTIONS.items():
             if getattr(self, name) is not None and self.suite not in suites:
                 flag = "--" + name.replace("_", "-")
-                raise EvalError(
-                    f"{flag} belongs to the suite {' and '.join(suites)}, not to {self.suite}"
-                )
+                raise EvalError(f"{flag} belongs to the suite {' and '.join(suites)}, not to {self.suite}")
         for name in ("limit", "max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise EvalError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
         if self.quantization not in (None, *QUANTIZATIONS):
-            raise EvalError(
-                f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}"
-            )
+            raise EvalError(f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}")
         if not 0 <= self.seed < 2**32:
             raise EvalError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):

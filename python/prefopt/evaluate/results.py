@@ -50,8 +50,7 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
         elif score.chance == 0 and score.at_chance:
             what = "the change from base to run" if score.model == CHANGE else number(score.value)
             said.append(
-                f"{score.task}, {score.metric}: {what} is indistinguishable from 0 "
-                f"(95 % interval {interval(score)})."
+                f"{score.task}, {score.metric}: {what} is indistinguishable from 0 (95 % interval {interval(score)})."
             )
     return said
 
@@ -139,10 +138,7 @@ def text_table(scores: Sequence[Score]) -> str:
             )
         )
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -42,9 +42,7 @@ def make_rule(text: str) -> Rule:
         return lambda question, answer: pattern.search(answer) is not None
     near = difflib.get_close_matches(text, NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise EvalError(
-        f"--rule is {text!r}; expected {', '.join(NAMED)}, contains:TEXT or regex:PATTERN{hint}"
-    )
+    raise EvalError(f"--rule is {text!r}; expected {', '.join(NAMED)}, contains:TEXT or regex:PATTERN{hint}")
 
 
 def _demo(question: str, answer: str) -> bool:

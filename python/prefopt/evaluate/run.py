@@ -109,11 +109,9 @@ def _category_table(results: Results) -> str:
     table = results.details["categories"]
     heads = list(table[0])
     rows = [heads] + [
-        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
-        for row in table
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in table
     ]
     widths = [max(len(row[place]) for row in rows) for place in range(len(heads))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )

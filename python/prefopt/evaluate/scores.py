@@ -36,9 +36,7 @@ def share_change(before: Sequence[float], after: Sequence[float], **labels) -> S
     """Difference of two shares on the same items, with Newcombe's paired interval; the chance line is no change."""
     change, low, high = paired_difference([x > 0 for x in before], [x > 0 for x in after])
     stderr, n = _error(np.subtract(after, before)), len(after)
-    return Score(
-        model=CHANGE, value=change, stderr=stderr, low=low, high=high, n=n, chance=0.0, **labels
-    )
+    return Score(model=CHANGE, value=change, stderr=stderr, low=low, high=high, n=n, chance=0.0, **labels)
 
 
 def wins(before: Sequence[float], after: Sequence[float], **labels) -> Score:

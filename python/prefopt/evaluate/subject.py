@@ -69,9 +69,7 @@ class Subject:
 
     def stop_ids(self) -> list[int]:
         """Every token that ends an answer."""
-        return stop_ids(
-            self.model, self.tokenizer, self.option("data", "chat_template_kwargs") or {}
-        )
+        return stop_ids(self.model, self.tokenizer, self.option("data", "chat_template_kwargs") or {})
 
     def option(self, section: str, name: str, default: Any = None) -> Any:
         """An option of the run's recipe, or else of the trainer's configuration in run.json.
@@ -89,9 +87,7 @@ class Subject:
             return []
         names = ("chat messages", "plain text")
         there, here = names if chat else names[::-1]
-        return [
-            f"The run was trained on {here}, and these rows are {there}: the prompts look different to it."
-        ]
+        return [f"The run was trained on {here}, and these rows are {there}: the prompts look different to it."]
 
     def about(self) -> dict:
         """For eval.json; no local path but the base's, which is the user's own name for it."""
@@ -170,9 +166,7 @@ def _warnings(subject: Subject) -> list[str]:
     found = []
     status = subject.record.get("status")
     if status in ("running", "prepared", "stopped"):
-        found.append(
-            f"run.json says that training is {status}, so this may be an unfinished model."
-        )
+        found.append(f"run.json says that training is {status}, so this may be an unfinished model.")
     if subject.models == [RUN]:
         found.append("No starting model is known, so the run stands alone; --base names one.")
     trained = subject.option("model", "quantization") or WHOLE

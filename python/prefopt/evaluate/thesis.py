@@ -91,9 +91,7 @@ def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest)
                     )
                 finished.add(unit, done)
             else:
-                logger.warning(
-                    "%s, %s: as finished before the interruption", one.benchmark.title, who
-                )
+                logger.warning("%s, %s: as finished before the interruption", one.benchmark.title, who)
             answers[name][who] = done
     results = judged(answers, request.limit, request.seed)
     results.details["lm_eval"] = version()
@@ -112,10 +110,7 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
     details: dict[str, Any] = {"benchmarks": {}}
     for name, by_model in answers.items():
         benchmark = BENCHMARKS[name]
-        rows = {
-            who: [row for task in found.questions.values() for row in task]
-            for who, found in by_model.items()
-        }
+        rows = {who: [row for task in found.questions.values() for row in task] for who, found in by_model.items()}
         title = benchmark.title
         tasks = len(by_model[RUN].questions)
         if name == "mmlu" and tasks < len(MMLU_MINI):

@@ -25,12 +25,8 @@ def export_folder(out: Path, force: bool) -> Iterator[Path]:
             yield folder
         return
     if not (out / RECORD).is_file():
-        raise RecipeError(
-            f"--out {out} has files that are not part of an export; choose another folder"
-        )
+        raise RecipeError(f"--out {out} has files that are not part of an export; choose another folder")
     if not force:
-        raise RecipeError(
-            f"--out {out} has an export in it; choose another folder, or replace it by --force"
-        )
+        raise RecipeError(f"--out {out} has an export in it; choose another folder, or replace it by --force")
     with whole_folder(out, replace=True) as folder:
         yield folder

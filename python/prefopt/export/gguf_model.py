@@ -96,9 +96,7 @@ def tensors(model: PreTrainedModel, quant: str) -> Iterator[Stored]:
     for name, weight in model.named_parameters():  # names a tied head once, by the embedding
         place = places.get_name(name, try_suffixes=(".weight", ".bias"))
         if place is None:
-            raise RecipeError(
-                f"--format gguf has no place for {name} of a {config.model_type}; use --format merged"
-            )
+            raise RecipeError(f"--format gguf has no place for {name} of a {config.model_type}; use --format merged")
         values = weight.detach()
         if config.model_type == "llama" and ".self_attn." in name:
             if ".q_proj." in name:
@@ -155,9 +153,7 @@ def encoded(tensor: Stored) -> np.ndarray:
     largest = float(np.abs(values).max(initial=0))
     scale = largest / 127 if tensor.kind == "Q8_0" else largest  # what is kept in F16
     if scale > float(np.finfo(np.float16).max):
-        raise RecipeError(
-            f"{tensor.name} has a weight of {largest:.3g}, too large for {tensor.kind}; use --quant f32"
-        )
+        raise RecipeError(f"{tensor.name} has a weight of {largest:.3g}, too large for {tensor.kind}; use --quant f32")
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.kind])
 
 

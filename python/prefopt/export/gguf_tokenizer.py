@@ -39,9 +39,7 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def read_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: int | None = None
-) -> Vocabulary:
+def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: int | None = None) -> Vocabulary:
     """The tokenizer in the file's terms.
 
     Args:
@@ -129,9 +127,7 @@ def _named(steps: list[dict | None]) -> tuple[str, bool] | None:
 
 
 def _normalizer_notes(normalizer: dict | None) -> list[str]:
-    steps = (
-        normalizer["normalizers"] if normalizer and "normalizers" in normalizer else [normalizer]
-    )
+    steps = normalizer["normalizers"] if normalizer and "normalizers" in normalizer else [normalizer]
     kinds = {step["type"] for step in steps if step}
     if kinds - {"NFC"}:
         raise RecipeError(

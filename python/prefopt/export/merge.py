@@ -59,9 +59,7 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     return model
 
 
-def save_merged(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> None:
+def save_merged(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """Write merged weights (safetensors), configuration, generation config, tokenizer and chat template.
 
     Raises:
@@ -70,9 +68,7 @@ def save_merged(
     read_back(folder, _write(source, tokenizer, folder, dtype), source.trust_remote_code)
 
 
-def _write(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> Snapshot:
+def _write(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> Snapshot:
     """``save_merged`` without loading; returns after the model is freed, so that one model is in memory at a time."""
     model = merged_model(source, tokenizer)
     kind = _stored_dtype(source, dtype)
@@ -84,9 +80,7 @@ def _write(
     return snapshot(model)
 
 
-def save_four_bit(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str
-) -> None:
+def save_four_bit(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """The merged weights in bitsandbytes' NF4 with doubly quantised scales; head and embedding are not quantised."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -70,9 +70,7 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
         RecipeError: they differ.
     """
     if found.shape != expected.shape:
-        raise RecipeError(
-            f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}"
-        )
+        raise RecipeError(f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
     differences = torch.where(found == expected, 0.0, (found - expected).abs()).amax(1)  # (L,)
     # A router may send a token to another of two experts that are equal up to rounding; not so many tokens.
     config = model.config.get_text_config()
@@ -127,9 +125,7 @@ def read_back_adapter(
         RecipeError: it cannot be loaded, or is another adapter.
     """
     found, expected = load_peft_weights(folder, "cpu"), load_peft_weights(trained, "cpu")
-    if found.keys() != expected.keys() or not all(
-        torch.equal(found[name], expected[name]) for name in expected
-    ):
+    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
         raise RecipeError("the adapter, loaded again, has other tensors; nothing was exported")
     for path, revision in bases:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -137,9 +133,7 @@ def read_back_adapter(
             expected = probe_logits(model)
             del model
             model = _adapted(folder, path, **options)
-            check_logits(
-                model, probe_logits(model), expected, f"the adapter, loaded again on {path},"
-            )
+            check_logits(model, probe_logits(model), expected, f"the adapter, loaded again on {path},")
             return True
     return False
 
@@ -155,9 +149,7 @@ def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
     return apply_adapter(model, folder, base)
 
 
-def check_four_bits(
-    folder: Path, merged: Path, compute: torch.dtype, trust_remote_code: bool = False
-) -> None:
+def check_four_bits(folder: Path, merged: Path, compute: torch.dtype, trust_remote_code: bool = False) -> None:
     """Load a model in 4 bits and compare it with the one it was made of.
 
     Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights the model that is
@@ -187,9 +179,7 @@ def check_four_bits(
             original = originals[key].data
             if quantised and part == "weight":
                 parameter.quant_state.dtype = torch.float32  # of the values it stands for
-                values = bitsandbytes.functional.dequantize_4bit(
-                    parameter.data, parameter.quant_state
-                )
+                values = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
                 right = within_nf4(values.float().cpu(), original)
             else:
                 values = parameter.data
@@ -207,8 +197,5 @@ def check_four_bits(
 def within_nf4(values: Tensor, original: Tensor) -> bool:
     """Whether values that went through 4 bits are off by no more than NF4's rounding; blocks are 64 values in a row."""
     rest = -original.numel() % 64
-    blocks, errors = (
-        pad(tensor.abs().flatten(), (0, rest)).view(-1, 64)
-        for tensor in (original, values - original)
-    )
+    blocks, errors = (pad(tensor.abs().flatten(), (0, rest)).view(-1, 64) for tensor in (original, values - original))
     return bool((errors <= NF4_ERROR * blocks.amax(1, keepdim=True)).all())

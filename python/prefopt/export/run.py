@@ -84,9 +84,7 @@ def export_run(
     folder = source.folder / "export" / format if out is None else Path(out).expanduser()
     with export_folder(folder, force) as partial:
         notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
-        if (
-            source.quantization != WHOLE
-        ):  # an adapter's recipe is not read, and its base stays as it is
+        if source.quantization != WHOLE:  # an adapter's recipe is not read, and its base stays as it is
             notes.append(
                 f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole weights, on "
                 "which it computes something else: evaluate the result before you rely on it"
@@ -103,9 +101,7 @@ def _published(run: str | Path, base: str | None) -> Source:
     folder = Path(run).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         source = find_run(run)  # says what is wrong with the folder, if anything
-        raise RecipeError(
-            f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf"
-        )
+        raise RecipeError(f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf")
     adapter = read_object(folder / ADAPTER_CONFIG)
     if base is not None:
         adapter |= {"base_model_name_or_path": base, "revision": None}
@@ -161,14 +157,10 @@ def _write_four_bit(
     source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
 ) -> list[str]:
     save_four_bit(source, tokenizer, folder, dtype)
-    return [
-        "the weights were rounded to 4 bits after the merge: evaluate them before you rely on them"
-    ]
+    return ["the weights were rounded to 4 bits after the merge: evaluate them before you rely on them"]
 
 
-def _write_gguf(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
-) -> list[str]:
+def _write_gguf(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str) -> list[str]:
     from prefopt.export.gguf_readback import read_back_gguf
     from prefopt.export.gguf_write import check_gguf, write_gguf
 
@@ -193,9 +185,7 @@ _WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], 
 }
 
 
-def _record(
-    folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]
-) -> None:
+def _record(folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]) -> None:
     base = _public_name(source.base)
     made = {"format": format, "run": source.folder.resolve().name, "base": base}
     if format == "gguf":

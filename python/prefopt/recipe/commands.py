@@ -40,9 +40,7 @@ def add_train_command(commands: Any) -> None:
         epilog="Any option of the recipe can be set here, over what the file says: --loss.beta 0.2. "
         "`--lora null` trains all weights instead of an adapter.",
     )
-    train.set_defaults(
-        goes_on="the same command with --resume continues from the last checkpoint, if there is one"
-    )
+    train.set_defaults(goes_on="the same command with --resume continues from the last checkpoint, if there is one")
     train.add_argument(
         "recipe",
         type=text_argument,
@@ -50,9 +48,7 @@ def add_train_command(commands: Any) -> None:
         metavar="RECIPE",
         help="a .yaml file, or the name of a recipe that comes with prefopt",
     )
-    train.add_argument(
-        "--list", action="store_true", help="the recipes that come with prefopt, and nothing else"
-    )
+    train.add_argument("--list", action="store_true", help="the recipes that come with prefopt, and nothing else")
     train.add_argument(
         "--tiny",
         action="store_true",

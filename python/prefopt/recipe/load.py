@@ -45,9 +45,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return make_recipe(content, overrides, name=name)
 
 
-def make_recipe(
-    content: Any, overrides: Mapping[str, Any] | None = None, name: str = "recipe"
-) -> Recipe:
+def make_recipe(content: Any, overrides: Mapping[str, Any] | None = None, name: str = "recipe") -> Recipe:
     """A ``Recipe`` from nested mappings; see ``load_recipe``.
 
     Example:
@@ -61,9 +59,7 @@ def make_recipe(
         command line: loss.betta is unknown; did you mean loss.beta?
     """
     if not isinstance(content, Mapping):
-        raise RecipeError(
-            f"{name}: is {show(content)}; expected the sections {', '.join(SECTIONS)}"
-        )
+        raise RecipeError(f"{name}: is {show(content)}; expected the sections {', '.join(SECTIONS)}")
     problems: list[str] = []
     values = translate(_flatten(content, name, problems), problems)
     values = _overridden(values, overrides or {}, problems)
@@ -81,11 +77,7 @@ def make_recipe(
 def _section(section: str, values: Mapping[str, Entry], name: str, problems: list[str]) -> Any:
     """The dataclass of one section; None for a lora that is not asked for, or if there are problems."""
     known, hints = options_of(section), get_type_hints(SECTIONS[section])
-    given = {
-        key.partition(".")[2]: entry
-        for key, entry in values.items()
-        if key.startswith(f"{section}.")
-    }
+    given = {key.partition(".")[2]: entry for key, entry in values.items() if key.startswith(f"{section}.")}
     good = {}
     for option, (value, where) in given.items():
         if option not in known:
@@ -101,25 +93,17 @@ def _section(section: str, values: Mapping[str, Entry], name: str, problems: lis
     if section == "lora" and not given and "lora" not in values:
         return None
     missing = [key for key, one in known.items() if required(one) and key not in given]
-    problems += [
-        f"{name}: {section}.{key} is missing: {known[key].metadata['help']}" for key in missing
-    ]
+    problems += [f"{name}: {section}.{key} is missing: {known[key].metadata['help']}" for key in missing]
     return None if problems else SECTIONS[section](**good)
 
 
-def _overridden(
-    values: dict[str, Entry], overrides: Mapping[str, Any], problems: list[str]
-) -> dict[str, Entry]:
+def _overridden(values: dict[str, Entry], overrides: Mapping[str, Any], problems: list[str]) -> dict[str, Entry]:
     given = {key: (value, "command line") for key, value in overrides.items()}
     for key, (value, where) in translate(given, problems).items():
         if key == "lora" and value is None:
-            values = {
-                known: entry for known, entry in values.items() if known.partition(".")[0] != "lora"
-            }
+            values = {known: entry for known, entry in values.items() if known.partition(".")[0] != "lora"}
         elif key in SECTIONS and (key, value) != ("lora", {}):
-            problems.append(
-                f"{where}: {key} is {show(value)}; expected null or {{}}, and only for lora"
-            )
+            problems.append(f"{where}: {key} is {show(value)}; expected null or {{}}, and only for lora")
         else:
             values[key] = (value, where)
     return values
@@ -188,9 +172,7 @@ def in_bounds(value: Any, bounds: Mapping[str, float | None]) -> Any:
         if bound is not None
     ]
     inside = value is None or (
-        (least is None or value >= least)
-        and (above is None or value > above)
-        and (below is None or value < below)
+        (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
     )
     if not inside:
         raise ValueError(f"a number {' and '.join(words)}")

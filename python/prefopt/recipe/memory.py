@@ -122,9 +122,7 @@ def _largest_ever() -> int:
         return psutil.Process().memory_info().peak_wset
     import resource  # Unix alone has it
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _shown(found: dict, when: str) -> str:

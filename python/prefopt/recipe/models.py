@@ -144,9 +144,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
         other = next((name for name in matched if not _can_adapt(layers[name])), None)
         if other is not None:
             kind = type(layers[other]).__name__
-            raise RecipeError(
-                f"{key} is {show(target)}, which matches {other}, a {kind}; {expected}"
-            )
+            raise RecipeError(f"{key} is {show(target)}, which matches {other}, a {kind}; {expected}")
 
 
 def _can_adapt(module: nn.Module) -> bool:
@@ -163,9 +161,7 @@ def located(path: str, key: str) -> str:
     except OSError as error:
         raise RecipeError(f"{key} is {show(path)}: {error.strerror}") from None
     if missing:
-        raise RecipeError(
-            f"{key} is {path}, which is not a folder; expected a model's folder or a hub id"
-        )
+        raise RecipeError(f"{key} is {path}, which is not a folder; expected a model's folder or a hub id")
     return path
 
 
@@ -186,9 +182,7 @@ def chat_template(recipe: Recipe) -> str | None:
     try:
         return Path(named).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(
-            f"{key} is {show(named)}; expected {', '.join(TEMPLATES)} or a .jinja file"
-        ) from None
+        raise RecipeError(f"{key} is {show(named)}; expected {', '.join(TEMPLATES)} or a .jinja file") from None
     except OSError as error:
         raise RecipeError(f"{key} is {show(named)}: {error.strerror}") from None
     except UnicodeDecodeError as error:

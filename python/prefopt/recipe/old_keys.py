@@ -64,13 +64,9 @@ OLD = {
     "evaluation_strategy": Old("training.eval_strategy", _RENAMED),
     "per_gpu_train_batch_size": Old("training.per_device_train_batch_size", _RENAMED),
     "per_gpu_eval_batch_size": Old("training.per_device_eval_batch_size", _RENAMED),
-    "activation_checkpointing": Old(
-        "training.gradient_checkpointing", "the older and better-known name is used here"
-    ),
+    "activation_checkpointing": Old("training.gradient_checkpointing", "the older and better-known name is used here"),
     "no_cuda": Old("training.use_cpu", _RENAMED),
-    "warmup_ratio": Old(
-        "training.warmup_steps", "transformers 5 takes a share of all steps there, below 1", _share
-    ),
+    "warmup_ratio": Old("training.warmup_steps", "transformers 5 takes a share of all steps there, below 1", _share),
     "torch_dtype": Old("model.dtype", _RENAMED, _dtype),
     # TRL and its scripts
     "model_name_or_path": Old("model.path", _TRL),
@@ -83,27 +79,17 @@ OLD = {
     "lora_alpha": Old("lora.alpha", _TRL),
     "lora_dropout": Old("lora.dropout", _TRL),
     "lora_target_modules": Old("lora.target_modules", _TRL),
-    "loss_type": Old(
-        "loss.method", "a loss and the rows it learns from are one choice here", _method
-    ),
+    "loss_type": Old("loss.method", "a loss and the rows it learns from are one choice here", _method),
     "precompute_ref_log_probs": Old("loss.precompute_ref_logps", _TRL),
     # refused
     "max_prompt_length": Old(
         None,
         "a prompt is never cut here: one that leaves no room within data.max_length makes a bad row, which is reported",
     ),
-    "max_completion_length": Old(
-        None, "only data.max_length, of prompt and answer together, limits an answer"
-    ),
-    "truncation_mode": Old(
-        None, "an answer loses its end beyond data.max_length, a prompt nothing"
-    ),
-    "use_liger_kernel": Old(
-        None, "log-probabilities are always fused here; training.backend chooses by what"
-    ),
-    "group_by_length": Old(
-        None, "the order of the rows decides what they are compared with; see training.sampler"
-    ),
+    "max_completion_length": Old(None, "only data.max_length, of prompt and answer together, limits an answer"),
+    "truncation_mode": Old(None, "an answer loses its end beyond data.max_length, a prompt nothing"),
+    "use_liger_kernel": Old(None, "log-probabilities are always fused here; training.backend chooses by what"),
+    "group_by_length": Old(None, "the order of the rows decides what they are compared with; see training.sampler"),
     "use_peft": Old(None, "a section lora, even an empty one (lora: {}), asks for an adapter"),
     "load_in_8bit": Old(None, "only 4 bits are tested here: model.quantization nf4"),
     "push_to_hub": Old(None, "nothing is uploaded here; `prefopt export` makes the folder for it"),

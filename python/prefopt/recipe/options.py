@@ -57,9 +57,7 @@ def recipe_of(given: argparse.Namespace, overrides: Mapping[str, Any]) -> Recipe
     return recipe
 
 
-def overrides_of(
-    given: argparse.Namespace, rest: Sequence[str], known: Sequence[str]
-) -> dict[str, Any]:
+def overrides_of(given: argparse.Namespace, rest: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
     """Dotted keys with values, for ``load_recipe``.
 
     A dotted name that is no option is among them: the recipe's check reports it with the rest.
@@ -93,18 +91,14 @@ def overrides_of(
 def _value(key: str, text: str) -> Any:
     """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
     if not text.strip():
-        raise RecipeError(
-            f"command line: {key} is empty; expected a value, or null for the default"
-        )
+        raise RecipeError(f"command line: {key} is empty; expected a value, or null for the default")
     old = OLD.get(key)
     section, _, name = (old.new if old and old.new else key).partition(".")
     try:
         value = parse_yaml(text)
     except UserError as error:
         shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise RecipeError(
-            f"command line: {key} is {shown!r}; expected a YAML value: {error}"
-        ) from None
+        raise RecipeError(f"command line: {key} is {shown!r}; expected a YAML value: {error}") from None
     hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
     named = str in _kinds(hints.get(name))
     return text if named and value is not None and not isinstance(value, list) else value

@@ -142,9 +142,7 @@ def _check_writable(folder: Path, key: str) -> None:
 def _of_tracker(name: str) -> str | None:
     if name not in INTEGRATION_TO_CALLBACK:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-        hint = (
-            nearest(name, INTEGRATION_TO_CALLBACK) or f"; expected none, all or some of {expected}"
-        )
+        hint = nearest(name, INTEGRATION_TO_CALLBACK) or f"; expected none, all or some of {expected}"
         return f"training.report_to has {show(name)}, which transformers does not have{hint}"
     # transformers does not list these two as available, whether they are installed or not
     if name in ("azure_ml", "flyte") or name in get_available_reporting_integrations():
@@ -158,9 +156,7 @@ def _of_targets(lora: Lora) -> list[str]:
     try:
         re.compile(lora.target_modules)
     except re.error as error:
-        return [
-            f"lora.target_modules is {show(lora.target_modules)}, which is no regular expression: {error}"
-        ]
+        return [f"lora.target_modules is {show(lora.target_modules)}, which is no regular expression: {error}"]
     return []
 
 
@@ -182,8 +178,7 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
             key = "training.extra.lr_scheduler_kwargs"
             return [f"{key} is {show(kwargs)}, which {name} refuses: {reason}"]
         return [
-            f"training.lr_scheduler_type is {name}: {reason}; set what it needs in "
-            "training.extra.lr_scheduler_kwargs"
+            f"training.lr_scheduler_type is {name}: {reason}; set what it needs in training.extra.lr_scheduler_kwargs"
         ]
     return []
 
@@ -198,9 +193,7 @@ def _try_loader(config: PreferenceConfig) -> list[str]:
             multiprocessing_context=config.dataloader_multiprocessing_context,
         )
     except Exception as error:  # ValueError, TypeError and what multiprocessing raises
-        return [
-            f"training.extra has options of the data loader that it refuses: {first_line(error)}"
-        ]
+        return [f"training.extra has options of the data loader that it refuses: {first_line(error)}"]
     return []
 
 

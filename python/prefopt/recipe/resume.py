@@ -29,9 +29,7 @@ MAY_CHANGE = {
     "hub_private_repo hub_always_push",
 }
 # A run leaves these before its first log, checkpoint or saved model: nothing that a new start could spoil.
-LEFT_BY_A_START = {
-    *(RECORD, RECIPE_NAME, "bad_rows.jsonl", MEMORY, PARTIAL, LOCK_NAME, TRACEBACK_NAME)
-}
+LEFT_BY_A_START = {*(RECORD, RECIPE_NAME, "bad_rows.jsonl", MEMORY, PARTIAL, LOCK_NAME, TRACEBACK_NAME)}
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,7 @@ class Previous:
             before, now = (one.get("data", {}).get(key, {}) for one in (self.record, record))
             if "fingerprint" in before and before["fingerprint"] != now.get("fingerprint"):
                 counts = f"{before.get('rows')} rows then, {now.get('rows')} now"
-                problems.append(
-                    f"the rows of {option}, or the tokenizer that encodes them, have changed ({counts})"
-                )
+                problems.append(f"the rows of {option}, or the tokenizer that encodes them, have changed ({counts})")
         before, now = (one.get("world_size") for one in (self.record, record))
         if before not in (None, now):
             problems.append(f"it was trained by {before} processes, now there are {now}")
@@ -107,18 +103,13 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
     changes = differences(absolute_paths(redacted(sections_of(load_recipe(stored)))), content)
     refused = {key: pair for key, pair in changes.items() if not _may_change(key, pair[0])}
     if refused:
-        lines = (
-            f"  {key}: {json.dumps(a)} in the run, {json.dumps(b)} now"
-            for key, (a, b) in refused.items()
-        )
+        lines = (f"  {key}: {json.dumps(a)} in the run, {json.dumps(b)} now" for key, (a, b) in refused.items())
         raise RecipeError(
             f"{recipe.name}: --resume continues the run in {folder}, but the recipe differs from its {RECIPE_NAME}:\n"
             + "\n".join(lines)
             + "\nSet these options back, or start a new run in another folder"
         )
-    previous = Previous(
-        folder, read_record(folder), get_last_checkpoint(str(folder)) is not None, changes
-    )
+    previous = Previous(folder, read_record(folder), get_last_checkpoint(str(folder)) is not None, changes)
     finished = previous.finished_at(recipe.training) is not None
     if previous.record.get("complete") and not finished and not previous.has_checkpoint:
         raise RecipeError(

@@ -22,9 +22,7 @@ from prefopt.train.methods import METHODS, PAIRS, RATED
 logger = logging.getLogger(__name__)
 
 
-def load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Tokenized, Tokenized | None]:
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenized, Tokenized | None]:
     """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
     data = recipe.data
     refuse_missing_rows(recipe)
@@ -36,9 +34,7 @@ def load_data(
     train = load_rows(data.path, split=data.split, revision=data.revision, **options)
     held_out = None
     if data.eval_path is not None:
-        held_out = load_rows(
-            data.eval_path, split=data.eval_split, revision=data.eval_revision, **options
-        )
+        held_out = load_rows(data.eval_path, split=data.eval_split, revision=data.eval_revision, **options)
     elif data.eval_fraction:
         train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
     encoded = _encode(recipe, train, tokenizer)
@@ -57,9 +53,7 @@ def refuse_missing_rows(recipe: Recipe) -> None:
     paths = {"data.path": None if data.plan else data.path, "data.eval_path": data.eval_path}
     for key, path in paths.items():
         if path is not None and is_missing(path):
-            raise DataError(
-                f"{recipe.name}: {key} is {path}, which does not exist; name the rows by --{key}"
-            )
+            raise DataError(f"{recipe.name}: {key} is {path}, which does not exist; name the rows by --{key}")
 
 
 def has_eval(recipe: Recipe) -> bool:

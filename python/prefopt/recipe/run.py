@@ -114,13 +114,9 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
     training = dataclasses.asdict(recipe.training)
     extra = training.pop("extra")
     own = options_of("training").keys() | options_of("loss").keys() | {"max_length", "on_bad_row"}
-    problems = [
-        f"training.extra.{key} has a place of its own: {_home(key)}" for key in extra if key in own
-    ]
+    problems = [f"training.extra.{key} has a place of its own: {_home(key)}" for key in extra if key in own]
     if recipe.training.eval_strategy != "no" and not has_eval(recipe):
-        problems.append(
-            "training.eval_strategy needs rows: set data.eval_path or data.eval_fraction"
-        )
+        problems.append("training.eval_strategy needs rows: set data.eval_path or data.eval_fraction")
     if recipe.data.eval_path is not None and recipe.data.eval_fraction:
         problems.append("data.eval_path and data.eval_fraction are both set; expected one of them")
     try:
@@ -128,13 +124,9 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
     except DataError as error:
         problems.append(f"data.{error}")
     if recipe.model.ref_path is not None and not METHODS[recipe.loss.method].needs_reference:
-        problems.append(
-            f"model.ref_path is set, but {recipe.loss.method} has no reference model; drop it"
-        )
+        problems.append(f"model.ref_path is set, but {recipe.loss.method} has no reference model; drop it")
     elif recipe.lora is not None and recipe.model.ref_path is not None:
-        problems.append(
-            "model.ref_path with lora: the reference is the model without the adapter; drop one of them"
-        )
+        problems.append("model.ref_path with lora: the reference is the model without the adapter; drop one of them")
     if all(isinstance(key, str) and key.isidentifier() for key in extra):
         extra = checked_extra(extra, problems)
     else:
@@ -147,9 +139,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         refuse_without_bitsandbytes(f"{recipe.name}: training.optim is {recipe.training.optim}")
     options = training | dataclasses.asdict(recipe.loss) | extra
     options |= {"max_length": recipe.data.max_length, "on_bad_row": recipe.data.on_bad_row}
-    options["activation_checkpointing"] = options.pop(
-        "gradient_checkpointing"
-    )  # its older, better-known name
+    options["activation_checkpointing"] = options.pop("gradient_checkpointing")  # its older, better-known name
     try:
         config = PreferenceConfig(**options)
     except UserError as error:
@@ -243,9 +233,7 @@ def _spelled_out(recipe: Recipe, config: PreferenceConfig) -> dict:
     return absolute_paths(redacted(content))
 
 
-def _previous(
-    recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool
-) -> Previous | None:
+def _previous(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -> Previous | None:
     """The run to continue; a folder in use is refused unless it is to be resumed."""
     if not resume:
         # The other processes of a distributed run may find what the first has already written.

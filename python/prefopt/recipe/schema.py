@@ -43,9 +43,7 @@ class Model:
     ref_path: str | None = option(
         "folder or hub id of the reference model; null: the model as it is before training", None
     )
-    trust_remote_code: bool = option(
-        "run the Python code that comes with the model; read it first", False
-    )
+    trust_remote_code: bool = option("run the Python code that comes with the model; read it first", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +66,7 @@ class Data:
     eval_fraction: float = option(
         "share of the prompts set aside for evaluation instead of eval_path", 0.0, least=0, below=1
     )
-    on_bad_row: Literal["stop", "skip"] = option(
-        "stop before training, or skip and list the rows", "stop"
-    )
+    on_bad_row: Literal["stop", "skip"] = option("stop before training, or skip and list the rows", "stop")
     label_map: dict | None = option(
         "what labels other than true and false mean, in training and evaluation rows: {1: true, 0: false} or "
         '{"yes": true, "no": false}',
@@ -81,16 +77,12 @@ class Data:
         "chat template renders them",
         False,
     )
-    max_length: int | None = option(
-        "tokens of prompt and answer together; null for no limit", 1024, least=2
-    )
+    max_length: int | None = option("tokens of prompt and answer together; null for no limit", 1024, least=2)
     chat_template: str | None = option(
         "instead of the tokenizer's own: dialogue (Human and Assistant, for base models without one) or a .jinja file",
         None,
     )
-    chat_template_kwargs: dict = option(
-        "passed to the chat template, e.g. {enable_thinking: false}", {}
-    )
+    chat_template_kwargs: dict = option("passed to the chat template, e.g. {enable_thinking: false}", {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +92,7 @@ class Lora:
     r: int = option("rank", 16, least=1)
     alpha: float = option("the update is scaled by alpha / r", 32.0, above=0)
     dropout: float = option("on the adapter's input; the method wants 0", 0.0, least=0, below=1)
-    target_modules: str | list[str] = option(
-        "names of the linear layers, or all-linear", "all-linear"
-    )
+    target_modules: str | list[str] = option("names of the linear layers, or all-linear", "all-linear")
 
 
 Switch = Literal["off", "tversky-kahneman", "prelec"]
@@ -112,50 +102,34 @@ Switch = Literal["off", "tversky-kahneman", "prelec"]
 class Loss:
     """The preference loss; an option that its method has no use for is refused."""
 
-    method: Literal[
-        "kto", "apo_zero", "enhanced_kto", "bco", "dpo", "ipo", "cpo", "simpo", "orpo", "sft"
-    ] = option(
+    method: Literal["kto", "apo_zero", "enhanced_kto", "bco", "dpo", "ipo", "cpo", "simpo", "orpo", "sft"] = option(
         "kto, apo_zero, enhanced_kto and bco learn from thumbs; dpo, ipo, cpo, simpo and orpo from pairs; sft from "
         "desirable answers alone",
         "kto",
     )
     beta: float | None = option("inverse temperature, 1/nats", None, above=0, shown="0.1")
-    desirable_weight: float | None = option(
-        "factor on the loss of desirable rows", None, least=0, shown="1"
-    )
-    undesirable_weight: float | None = option(
-        "factor on the loss of undesirable rows", None, least=0, shown="1"
-    )
+    desirable_weight: float | None = option("factor on the loss of desirable rows", None, least=0, shown="1")
+    undesirable_weight: float | None = option("factor on the loss of undesirable rows", None, least=0, shown="1")
     kl_estimator: Literal["window", "microbatch", "ema"] | None = option(
         "kto's reference point from the whole optimizer step, from each micro-batch as in TRL, or averaged over steps",
         None,
         shown="window",
     )
     kl_decay: float | None = option("of kl_estimator ema", None, least=0, below=1, shown="0.9")
-    loss_aversion: float | None = option(
-        "enhanced_kto: slope on the wrong side", None, above=0, shown="2.25"
-    )
+    loss_aversion: float | None = option("enhanced_kto: slope on the wrong side", None, above=0, shown="2.25")
     alpha: float | None = option(
         "enhanced_kto: curvature, 1 for none; cpo: weight of the likelihood",
         None,
         least=0,
         shown="0.88; cpo 1",
     )
-    kappa: float | None = option(
-        "enhanced_kto: where the curvature sets in", None, above=0, shown="0.1"
-    )
-    win_weighting: Switch | None = option(
-        "enhanced_kto: of the probability to win", None, shown="off"
-    )
+    kappa: float | None = option("enhanced_kto: where the curvature sets in", None, above=0, shown="0.1")
+    win_weighting: Switch | None = option("enhanced_kto: of the probability to win", None, shown="off")
     decision_weighting: Switch | None = option(
         "enhanced_kto: of the rows by their likelihood", None, shown="tversky-kahneman"
     )
-    decision_clip: tuple[float, float] | None = option(
-        "least and largest decision weight", None, shown="[0.5, 2]"
-    )
-    odds_weight: float | None = option(
-        "of the odds ratio, in enhanced_kto and orpo", None, least=0, shown="0.1"
-    )
+    decision_clip: tuple[float, float] | None = option("least and largest decision weight", None, shown="[0.5, 2]")
+    odds_weight: float | None = option("of the odds ratio, in enhanced_kto and orpo", None, least=0, shown="0.1")
     main_bound: float | None = option(
         "enhanced_kto: largest pull on a row, 0 for none",
         None,
@@ -192,12 +166,8 @@ class Loss:
         "dpo: probability that a pair is the wrong way round", None, least=0, below=0.5, shown="0"
     )
     robust: bool | None = option("dpo: the unbiased form of label_smoothing", None, shown="false")
-    gamma: float | None = option(
-        "simpo: margin to reach, reward units (its beta is 2)", None, least=0, shown="1"
-    )
-    precompute_ref_logps: bool = option(
-        "score all rows with the reference first, and keep the scores", False
-    )
+    gamma: float | None = option("simpo: margin to reach, reward units (its beta is 2)", None, least=0, shown="1")
+    precompute_ref_logps: bool = option("score all rows with the reference first, and keep the scores", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,18 +194,14 @@ class Training:
     )
     seed: int = option("of everything random", 42, least=0, below=2**32)
     logging_steps: int = option("optimizer steps between two logs", 10, least=1)
-    eval_strategy: Literal["no", "steps", "epoch"] = option(
-        "when to evaluate besides the end", "no"
-    )
+    eval_strategy: Literal["no", "steps", "epoch"] = option("when to evaluate besides the end", "no")
     eval_steps: int | None = option("optimizer steps between evaluations", None, least=1)
     save_strategy: Literal["no", "steps", "epoch"] = option("when to write checkpoints", "epoch")
     save_steps: int = option("optimizer steps between checkpoints", 500, least=1)
     save_total_limit: int | None = option("checkpoints to keep; null for all", 2, least=1)
     use_cpu: bool = option("stay on the CPU even where there is a GPU", False)
     report_to: str | list[str] = option("trackers beside the run folder, e.g. tensorboard", "none")
-    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = option(
-        "of the fused log-probabilities", "auto"
-    )
+    backend: Literal["auto", "reference", "cpu", "triton", "cuda"] = option("of the fused log-probabilities", "auto")
     extra: dict = option("further options of transformers.TrainingArguments", {})
 
 

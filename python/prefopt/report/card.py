@@ -13,9 +13,7 @@ from prefopt.report.words import Story
 CARD_SAMPLES = 4
 
 
-def card(
-    run: Run, story: Story, plots: Sequence[Picture], evaluated: Sequence[Picture] = ()
-) -> str:
+def card(run: Run, story: Story, plots: Sequence[Picture], evaluated: Sequence[Picture] = ()) -> str:
     """The whole card.
 
     Args:
@@ -27,9 +25,7 @@ def card(
     parts = [f"---\n{metadata(run).to_yaml()}\n---", f"# {plain(title(run))}"]
     parts.append(f"**{plain(story.verdict)}**")
     parts.append("\n".join(f"- {plain(sentence)}" for sentence in story.sentences))
-    parts += [
-        plain(run.summary[key]) for key in ("how", "note") if isinstance(run.summary.get(key), str)
-    ]
+    parts += [plain(run.summary[key]) for key in ("how", "note") if isinstance(run.summary.get(key), str)]
     parts += _evaluations(run, evaluated)
     if run.samples:
         parts.append("## Sample answers")
@@ -76,15 +72,11 @@ def _settings(run: Run) -> list[str]:
         parts.append(table(["data", *sets], counts))
     sources = facts.built_from(run)
     if sources:
-        rows = [
-            ["" if one is None else facts.shown(one) for one in row.values()] for row in sources
-        ]
+        rows = [["" if one is None else facts.shown(one) for one in row.values()] for row in sources]
         parts.append(table(list(sources[0]), rows))
     settings = facts.main_settings(run) | facts.model_settings(run)
     if settings:
-        parts.append(
-            table(["setting", "value"], [[k, facts.shown(v)] for k, v in settings.items()])
-        )
+        parts.append(table(["setting", "value"], [[k, facts.shown(v)] for k, v in settings.items()]))
     memory = facts.memory(run)
     if memory:
         parts.append(table(["memory", ""], list(memory.items())))

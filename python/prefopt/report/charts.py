@@ -45,9 +45,7 @@ def _bars(suite: Suite, folder: Path) -> list[Picture]:
             for score in _shares(line):
                 own = score.model == RUN
                 # an end that is not known, where there is one question, stays without a line
-                known = [
-                    one if math.isfinite(one) else score.value for one in (score.low, score.high)
-                ]
+                known = [one if math.isfinite(one) else score.value for one in (score.low, score.high)]
                 reach = [[score.value - known[0]], [known[1] - score.value]]
                 axes.bar(
                     place + (WIDTH / 2 if own else -WIDTH / 2) * both,
@@ -84,8 +82,7 @@ def _is_matrix(counts: Any, width: int) -> bool:
     """Whether it is (width - 1, width) of counts: a file may have been written by hand."""
     lines = counts if isinstance(counts, list) and len(counts) == width - 1 else [None]
     return all(
-        isinstance(line, list) and len(line) == width and all(type(one) is int for one in line)
-        for line in lines
+        isinstance(line, list) and len(line) == width and all(type(one) is int for one in line) for line in lines
     )
 
 

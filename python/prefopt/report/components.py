@@ -182,9 +182,7 @@ def _bounds(config: dict) -> Component:
 
 def _set(**options: Any) -> str:
     """The settings that there are: alpha 0.88, kappa 0.1."""
-    return ", ".join(
-        f"{name} {shown(value)}" for name, value in options.items() if value is not None
-    )
+    return ", ".join(f"{name} {shown(value)}" for name, value in options.items() if value is not None)
 
 
 def _when(start: Any) -> str:

@@ -40,9 +40,7 @@ def _untouched(card: bytes) -> bool:
     if mark:
         return mark[1].decode() == _digest(card[: mark.start()])
     form = ModelCard.from_template(ModelCardData()).text
-    return ModelCard(card.decode("utf-8", "replace"), ignore_metadata_errors=True).text.startswith(
-        form
-    )
+    return ModelCard(card.decode("utf-8", "replace"), ignore_metadata_errors=True).text.startswith(form)
 
 
 def _digest(text: bytes) -> str:

@@ -40,10 +40,7 @@ def by_category(suite: Suite) -> tuple[list[str], list[list[Any]]]:
     if not rows:
         return [], []
     head = [", ".join(NAMES.get(part, part) for part in key.split(", ")) for key in rows[0]]
-    return head, [
-        [number(value) if isinstance(value, float) else value for value in row.values()]
-        for row in rows
-    ]
+    return head, [[number(value) if isinstance(value, float) else value for value in row.values()] for row in rows]
 
 
 def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -83,8 +83,5 @@ def cell(value: Any, head: str = "") -> str:
 
 def gallery(pictures: Sequence[Picture], css: str = "plots") -> str:
     """Pictures with what they show."""
-    figures = (
-        f"<figure>{one.svg}<figcaption>{escape(one.explanation)}</figcaption></figure>"
-        for one in pictures
-    )
+    figures = (f"<figure>{one.svg}<figcaption>{escape(one.explanation)}</figcaption></figure>" for one in pictures)
     return f'<div class="{css}">{"".join(figures)}</div>'

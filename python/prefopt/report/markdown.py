@@ -57,9 +57,7 @@ def csv_text(head: Sequence[str], rows: Iterable[Mapping[str, Any] | Sequence[An
 def _cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    value = value.replace("\r\n", "\n").replace(
-        "\r", "\n"
-    )  # a bare \r is not quoted, and ends a row for a reader
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # a bare \r is not quoted, and ends a row for a reader
     if not value.startswith(FORMULA):
         return value
     try:

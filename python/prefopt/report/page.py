@@ -30,9 +30,7 @@ def page(
         section("Before and after", _judgement(run)),
         section("Evaluation", evaluations(run, evaluated or {})),
         section("Sample answers", _samples(run)),
-        section(
-            "Plots", gallery(plots) if plots else "<p>Nothing was logged that could be drawn.</p>"
-        ),
+        section("Plots", gallery(plots) if plots else "<p>Nothing was logged that could be drawn.</p>"),
         section("Components", _components(run)),
         section("Warnings", _warnings(run)),
         section("Data", data(run)),
@@ -109,21 +107,14 @@ def _sample(sample: Mapping[str, Any]) -> str:
         _answer(label, sample[label], sample.get(f"{label}_ok"), sample.get(f"{label}_reason"))
         for label in ("before", "after")
     )
-    return (
-        f'<div class="sample">{text(sample["prompt"], "div", "question")}'
-        f'<div class="answers">{answers}</div></div>'
-    )
+    return f'<div class="sample">{text(sample["prompt"], "div", "question")}<div class="answers">{answers}</div></div>'
 
 
 def _answer(label: str, answer: str, ok: Any, reason: Any) -> str:
     mark, tone = "", ""
     if isinstance(ok, bool):
         tone = " good" if ok else " bad"
-        why = (
-            f": {escape(REASONS.get(reason, reason))}"
-            if not ok and isinstance(reason, str) and reason
-            else ""
-        )
+        why = f": {escape(REASONS.get(reason, reason))}" if not ok and isinstance(reason, str) and reason else ""
         mark = f' <span class="mark">{"desirable" if ok else "undesirable"}{why}</span>'
     body = text(answer, "div") if answer else '<div class="soft">(nothing)</div>'
     return f'<div class="answer{tone}"><span class="label">{label}{mark}</span>{body}</div>'

@@ -23,17 +23,13 @@ def _suite(suite: Suite, pictures: Sequence[Picture]) -> str:
     if suite.warnings:
         parts.append(f'<div class="note">{bullets(suite.warnings)}</div>')
     if pictures:
-        parts.append(
-            gallery(pictures[:1], "wide") + (gallery(pictures[1:]) if pictures[1:] else "")
-        )
+        parts.append(gallery(pictures[:1], "wide") + (gallery(pictures[1:]) if pictures[1:] else ""))
     head, body = evaluation.by_category(suite)
     if body:
         parts.append(fold("Share of right answers by category", grid(head, body)))
     samples = evaluation.said(suite)
     if samples:
-        parts.append(
-            fold(f"Answers to the first {len(samples[:SHOWN_SAMPLES])}", _samples(samples))
-        )
+        parts.append(fold(f"Answers to the first {len(samples[:SHOWN_SAMPLES])}", _samples(samples)))
     parts.append(fold("How it was measured", bullets(suite.how)))
     return "\n".join(parts)
 
@@ -55,7 +51,5 @@ def _samples(samples: Sequence[tuple[str, list[tuple[str, str]]]]) -> str:
             f'<div class="answer"><span class="label">{who}</span>{text(answer or "(nothing)", "div")}</div>'
             for who, answer in answers
         )
-        parts.append(
-            f'<div class="sample">{text(question, "div", "question")}<div class="answers">{body}</div></div>'
-        )
+        parts.append(f'<div class="sample">{text(question, "div", "question")}<div class="answers">{body}</div></div>')
     return "".join(parts)

@@ -74,9 +74,7 @@ def read_run(run_dir: str | Path) -> Run:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run folder {path}")
     if not any((path / name).is_file() for name in ("run.json", "metrics.jsonl")):
-        raise FileNotFoundError(
-            f"{path} is not a run folder: it has neither run.json nor metrics.jsonl"
-        )
+        raise FileNotFoundError(f"{path} is not a run folder: it has neither run.json nor metrics.jsonl")
     run = Run(path)
     run.record = redacted(_object(run, "run.json", expected=True))
     run.logs = _lines(run, "metrics.jsonl", expected=True)
@@ -93,9 +91,7 @@ def read_run(run_dir: str | Path) -> Run:
     run.suites = _suites(run)
     run.memory = _object(run, "memory.json")
     _read_built(run)
-    broken = sum(
-        not math.isfinite(value) for log in run.logs for value in log.values() if is_number(value)
-    )
+    broken = sum(not math.isfinite(value) for log in run.logs for value in log.values() if is_number(value))
     if broken:
         run.notes.append(
             f"{broken} logged value{'s are' if broken > 1 else ' is'} not finite (NaN or infinite); "
@@ -109,9 +105,7 @@ def _text(run: Run, name: str, expected: bool = False) -> str | None:
         return (run.path / name).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         if expected:
-            run.notes.append(
-                f"There is no {name} in the run folder, so what it would show is missing."
-            )
+            run.notes.append(f"There is no {name} in the run folder, so what it would show is missing.")
     except OSError as error:
         run.notes.append(f"{name} cannot be read ({error.strerror}).")
     return None
@@ -208,8 +202,7 @@ def _samples(run: Run) -> list[dict]:
     good = [
         sample
         for sample in content
-        if isinstance(sample, dict)
-        and all(isinstance(sample.get(key), str) for key in ("prompt", "before", "after"))
+        if isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in ("prompt", "before", "after"))
     ]
     if len(good) < len(content):
         run.notes.append(

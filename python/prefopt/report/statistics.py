@@ -24,9 +24,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = share + Z**2 / (2 * n)
     spread = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
-    low = (
-        max(0.0, (centre - spread) / scale) if successes > 0 else 0.0
-    )  # exact, where rounding is not
+    low = max(0.0, (centre - spread) / scale) if successes > 0 else 0.0  # exact, where rounding is not
     high = min(1.0, (centre + spread) / scale) if successes < n else 1.0
     return low, high
 
@@ -50,9 +48,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     """
     n = len(before)
     if n == 0 or n != len(after):
-        raise ValueError(
-            f"before and after must have the same length from 1, got {n} and {len(after)}"
-        )
+        raise ValueError(f"before and after must have the same length from 1, got {n} and {len(after)}")
     ups_before, ups_after = sum(before), sum(after)
     both = sum(a and b for a, b in zip(before, after, strict=True))
     neither = n - ups_before - ups_after + both

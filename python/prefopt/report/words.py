@@ -150,9 +150,7 @@ def _by_loss(run: Run) -> tuple[Literal["good", "bad", "unclear"], str]:
     quarter = len(losses) // 4
     if quarter < 2 or run.finite("rewards/margins"):
         return "unclear", "Too little was logged to say whether the model learned."
-    (first, deviation), (last, last_deviation) = map(
-        _mean_and_deviation, (losses[:quarter], losses[-quarter:])
-    )
+    (first, deviation), (last, last_deviation) = map(_mean_and_deviation, (losses[:quarter], losses[-quarter:]))
     if first - last > max(deviation, last_deviation):
         return (
             "good",
@@ -271,11 +269,7 @@ def _loss(run: Run) -> list[str]:
     span = "log" if quarter == 1 else f"{quarter} logs"
     sentence = f"The loss went from {number(first)} (first {span}) to {number(last)} (last {span})"
     kl = run.last("kl")
-    return [
-        f"{sentence}; KTO's reference point ended at {number(kl)} nats."
-        if kl is not None
-        else f"{sentence}."
-    ]
+    return [f"{sentence}; KTO's reference point ended at {number(kl)} nats." if kl is not None else f"{sentence}."]
 
 
 def _capital(text: str) -> str:

@@ -5,9 +5,7 @@ from pathlib import Path
 __all__ = ["run_study"]
 
 
-def run_study(
-    out: str | Path, *, full: bool = False, processes: int = 1, seeds: int | None = None
-) -> Path:
+def run_study(out: str | Path, *, full: bool = False, processes: int = 1, seeds: int | None = None) -> Path:
     """Run ``bco-stability`` in the folder ``out`` and return its report; see ``prefopt.study.study.run_study``."""
     from prefopt.study.study import run_study as run  # imports torch, which help need not wait for
 

@@ -33,12 +33,8 @@ def _bco_command(studies: Any) -> None:
         epilog="A second start with the same --out runs only what is missing.",
     )
     size = bco.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="a part of the grid, in about a minute (default)"
-    )
-    size.add_argument(
-        "--full", action="store_true", help="the whole grid: about 45 minutes of one core"
-    )
+    size.add_argument("--quick", action="store_true", help="a part of the grid, in about a minute (default)")
+    size.add_argument("--full", action="store_true", help="the whole grid: about 45 minutes of one core")
     bco.add_argument(
         "--out",
         type=path_argument,

@@ -68,9 +68,7 @@ def shares(config: Config, window: Window) -> dict[str, Tensor]:
     for name in SHARES:
         on.add(name)
         components = tuple(one for one in COMPONENTS if one in on and one in config.components)
-        stripped = Config(
-            config.form, components, config.precision, config.learning_rate, config.changes
-        )
+        stripped = Config(config.form, components, config.precision, config.learning_rate, config.changes)
         now = coefficients(stripped, window).nan_to_num(0.0, 0.0, 0.0)
         parts.append((now - before).abs().sum(1))
         before = now
@@ -106,9 +104,7 @@ def _our_terms(config: Config, window: Window, leaf: Tensor) -> list[Tensor]:
     dtype = DTYPES[config.precision]
 
     def loss(logps, ref_logps, labels, lengths, z0, shift):
-        return enhanced_kto_loss(
-            logps, ref_logps, labels, lengths, reference_point=z0, shift=shift, **settings
-        )
+        return enhanced_kto_loss(logps, ref_logps, labels, lengths, reference_point=z0, shift=shift, **settings)
 
     # One call per seed, side by side: the decision weights have mean 1 over a seed's own window.
     rows = (window.ref_logps.to(dtype), window.labels, window.lengths, window.z0, window.shift)

@@ -74,8 +74,7 @@ def remedy_cells(rows: Rows) -> dict[tuple[str, str], dict[tuple[str, ...], Cell
         some = [
             row
             for row in rows
-            if (row["form"], row["precision"], row["components"])
-            == ("naive", precision, components)
+            if (row["form"], row["precision"], row["components"]) == ("naive", precision, components)
         ]
         keys = {(row["learning_rate"], row["seed"]) for row in some if row["changes"]}
         some = [row for row in some if (row["learning_rate"], row["seed"]) in keys]
@@ -145,9 +144,7 @@ def _cause(rows: Rows) -> list[str]:
             "lowers it": "The shift is not the cause, it lowers the share",
             "no clear effect": "The shift by itself has no clear effect",
         }[shift.word]
-        sentences.append(
-            f"{role}: {shift.with_it.words()} with it, {shift.without.words()} without."
-        )
+        sentences.append(f"{role}: {shift.with_it.words()} with it, {shift.without.words()} without.")
     sentences += [_near_forty(rows), *_mistakes(rows)]
     return [sentence for sentence in sentences if sentence]
 
@@ -203,9 +200,7 @@ def _cure(rows: Rows) -> list[str]:
         zero = [one for one, cell in cells.items() if not cell.unstable.unstable]
         rest = [one for one in cells if one not in zero]
         name = components.replace("+", " + ")
-        sentence = (
-            f"Naive form with {name} in {precision}: {base.unstable.words()} unstable as it is."
-        )
+        sentence = f"Naive form with {name} in {precision}: {base.unstable.words()} unstable as it is."
         if base.unstable.unstable:
             sentence += _listed("Reaches zero", zero, cells) + _listed("Does not", rest, cells)
         sentences.append(sentence)
@@ -230,10 +225,7 @@ def _has(component: str) -> Callable[[dict], bool]:
 def _listed(verb: str, remedies: list[tuple[str, ...]], cells: dict) -> str:
     if not remedies:
         return ""
-    words = [
-        f"{one[0] if len(one) == 1 else 'all together'} {cells[one].unstable.words()}"
-        for one in remedies
-    ]
+    words = [f"{one[0] if len(one) == 1 else 'all together'} {cells[one].unstable.words()}" for one in remedies]
     return f" {verb}: {'; '.join(words)}."
 
 

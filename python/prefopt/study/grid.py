@@ -8,9 +8,7 @@ COMPONENTS = ("value", "weighting", "odds", "shift")
 FORMS = ("naive", "ours")
 PRECISIONS = ("fp32", "bf16")
 RATES = (0.005, 0.01, 0.02)
-HIGHEST_RATE = (
-    0.02  # for this policy what 2e-4 is for a language model with LoRA: KTO itself begins to fail
-)
+HIGHEST_RATE = 0.02  # for this policy what 2e-4 is for a language model with LoRA: KTO itself begins to fail
 
 # Changes of the naive form, each one remedy; and all of them.
 REMEDIES = (
@@ -126,9 +124,7 @@ def full_plan(seeds: int | None = None) -> Plan:
     add(grid, 8)
     mistaken = ("value", "weighting", "shift")
     add([Config("naive", mistaken, "fp32", r, (one,)) for one in MISTAKES for r in RATES], 8)
-    traced = frozenset(
-        Config(form, COMPONENTS, "bf16", rate) for form in FORMS for rate in (0.01, 0.02)
-    )
+    traced = frozenset(Config(form, COMPONENTS, "bf16", rate) for form in FORMS for rate in (0.01, 0.02))
     return Plan(200, 1500, cells, traced)
 
 
@@ -137,9 +133,7 @@ def remedies_of(components: tuple[str, ...]) -> list[tuple[str, ...]]:
     needs = {"safe weighting": "weighting", "safe odds": "odds", "bounded value": "value"}
     apt = [one for one in REMEDIES if needs.get(one, "shift") in components]
     apt = [one for one in apt if one != "component clip"] + ["component clip"]
-    return [(one,) for one in sorted(apt, key=REMEDIES.index)] + [
-        tuple(sorted(apt, key=REMEDIES.index))
-    ]
+    return [(one,) for one in sorted(apt, key=REMEDIES.index)] + [tuple(sorted(apt, key=REMEDIES.index))]
 
 
 def _remedied(base: tuple[str, tuple[str, ...]], rates: tuple[float, ...]) -> list[Config]:

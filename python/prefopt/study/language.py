@@ -59,9 +59,7 @@ def _transitions() -> tuple[Tensor, Tensor]:
     return tables[0].softmax(-1), tables[1].softmax(-1)
 
 
-def _answers(
-    table: Tensor, kinds: Tensor, last: Tensor, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def _answers(table: Tensor, kinds: Tensor, last: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     n = len(kinds)
     drawn = torch.exp(math.log(MEDIAN) + SPREAD * torch.randn(n, generator=rng))
     words = drawn.round().clamp(SHORTEST, ANSWER - 1).long()  # without the end token

@@ -46,9 +46,7 @@ def _shares_plot(cells: dict[Config, Share], folder: Path) -> Picture:
         key=lambda one: (len(one), [COMPONENTS.index(name) for name in one]),
         reverse=True,
     )
-    panels = sorted(
-        {(c.form, c.precision) for c in plain}, key=lambda p: (p[0] == "ours", p[1] == "bf16")
-    )
+    panels = sorted({(c.form, c.precision) for c in plain}, key=lambda p: (p[0] == "ours", p[1] == "bf16"))
     rates = sorted({config.learning_rate for config in plain})
     colours = dict(zip(rates, [GOOD, OWN, SECOND, BAD][-len(rates) :], strict=False))
 
@@ -65,11 +63,7 @@ def _shares_plot(cells: dict[Config, Share], folder: Path) -> Picture:
             panel.set_yticks(range(len(sets)), [label(one) for one in sets])
             _share_axis(panel)
         # A panel lacks the learning rates that its form was not run at: the legend has those of all panels.
-        marks = {
-            text: mark
-            for panel in axes
-            for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)
-        }
+        marks = {text: mark for panel in axes for mark, text in zip(*panel.get_legend_handles_labels(), strict=True)}
         axes[-1].legend(
             [marks[text] for text in sorted(marks, key=float)],
             sorted(marks, key=float),
@@ -103,17 +97,11 @@ def _remedied(cells: dict[Config, Share]) -> list[tuple[str, tuple[str, ...]]]:
     )
 
 
-def _remedies_plot(
-    base: tuple[str, tuple[str, ...]], cells: dict[Config, Share], folder: Path
-) -> Picture:
+def _remedies_plot(base: tuple[str, tuple[str, ...]], cells: dict[Config, Share], folder: Path) -> Picture:
     precision, components = base
     changes = [(), *remedies_of(components)][::-1]
     rates = sorted(
-        {
-            config.learning_rate
-            for config in cells
-            if config.changes and (config.precision, config.components) == base
-        }
+        {config.learning_rate for config in cells if config.changes and (config.precision, config.components) == base}
     )
 
     def draw(axes: list[Axes]) -> None:

@@ -116,9 +116,7 @@ def new_adapters(seeds: list[int]) -> Tensor:
         rng = torch.Generator().manual_seed(seed)
         start = 0
         for _, inputs, outputs in names():
-            row[start : start + inputs * RANK] = (
-                torch.randn(inputs * RANK, generator=rng) / inputs**0.5
-            )
+            row[start : start + inputs * RANK] = torch.randn(inputs * RANK, generator=rng) / inputs**0.5
             start += RANK * (inputs + outputs)
     return adapters
 
@@ -136,9 +134,7 @@ def merged(base: Weights, adapters: Tensor) -> Weights:
     return merged
 
 
-def sequence_logps(
-    base: Weights, adapters: Tensor | None, prompts: Tensor, answers: Tensor, lengths: Tensor
-) -> Tensor:
+def sequence_logps(base: Weights, adapters: Tensor | None, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
     """Log-probability of each answer under its seed's policy.
 
     Args:
@@ -166,14 +162,10 @@ def sequence_logps(
     return torch.cat(logps, 1).take_along_dim(order.argsort(dim=1), 1)
 
 
-def score(
-    base: Weights, adapters: Tensor | None, prompts: Tensor, answers: Tensor, lengths: Tensor
-) -> Tensor:
+def score(base: Weights, adapters: Tensor | None, prompts: Tensor, answers: Tensor, lengths: Tensor) -> Tensor:
     """:func:`sequence_logps` of many rows, without gradients and a few rows at a time."""
     with torch.no_grad():
-        parts = zip(
-            *(x.split(SCORED_AT_ONCE, dim=1) for x in (prompts, answers, lengths)), strict=True
-        )
+        parts = zip(*(x.split(SCORED_AT_ONCE, dim=1) for x in (prompts, answers, lengths)), strict=True)
         return torch.cat([sequence_logps(base, adapters, *part) for part in parts], dim=1)
 
 

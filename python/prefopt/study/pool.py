@@ -163,8 +163,7 @@ def _outcomes(
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
     with ProcessPoolExecutor(processes, context, _start_worker, (weights,)) as pool:
         waiting = {
-            pool.submit(_work, config, seeds, plan.steps, config in plan.traced): config
-            for config, seeds in tasks
+            pool.submit(_work, config, seeds, plan.steps, config in plan.traced): config for config, seeds in tasks
         }
         try:
             for future in as_completed(waiting):

@@ -13,12 +13,8 @@ def defaults(rows: Rows) -> tuple[Rows, Rows]:
     """Runs of our defaults with the shift on, and of KTO, at the same learning rates and seeds."""
     ours = plain(rows, "ours", components="+".join(COMPONENTS), precision="fp32")
     kto = plain(rows, "ours", components="", precision="fp32")
-    both = set.intersection(
-        *({(row["learning_rate"], row["seed"]) for row in side} for side in (ours, kto))
-    )
-    return tuple(
-        [row for row in side if (row["learning_rate"], row["seed"]) in both] for side in (ours, kto)
-    )
+    both = set.intersection(*({(row["learning_rate"], row["seed"]) for row in side} for side in (ours, kto)))
+    return tuple([row for row in side if (row["learning_rate"], row["seed"]) in both] for side in (ours, kto))
 
 
 def against(difference: tuple[float, float, float] | None, what: str) -> str:
@@ -58,11 +54,7 @@ class Variant:
 def variants(rows: Rows) -> list[Variant]:
     """The defaults first, then each variant, the highest margin first."""
     every = "+".join(COMPONENTS)
-    some = [
-        row
-        for row in rows
-        if (row["form"], row["precision"], row["components"]) == ("ours", "fp32", every)
-    ]
+    some = [row for row in rows if (row["form"], row["precision"], row["components"]) == ("ours", "fp32", every)]
     kto = plain(rows, "ours", components="", precision="fp32")
     groups: dict[str, Rows] = {}
     for row in some:

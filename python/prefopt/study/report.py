@@ -66,10 +66,7 @@ def markdown(rows: list[dict]) -> str:
 def page(rows: list[dict], drawings: list[Picture]) -> str:
     """The whole page."""
     findings = find(rows)
-    parts = [
-        (one.title, _paragraphs(one.sentences) + "".join(map(_table, one.tables)))
-        for one in sections(rows)
-    ]
+    parts = [(one.title, _paragraphs(one.sentences) + "".join(map(_table, one.tables))) for one in sections(rows)]
     parts += [
         ("Plots", _plots(drawings)),
         ("Definitions", _list(DEFINITIONS) + f'<p class="note">{escape(SCALE)}</p>'),
@@ -128,13 +125,7 @@ def _origin(rows: list[dict]) -> list[str]:
 
 
 def _table(table: Table) -> str:
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>"
-        for line in table.body
-    )
+    lines = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>" for line in table.body)
     top = "".join(f"<th>{escape(text)}</th>" for text in table.head)
     caption = f"<p>{escape(table.caption)}</p>" if table.caption else ""
-    return (
-        f'{caption}<div class="scroll"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
-    )
+    return f'{caption}<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -79,9 +79,7 @@ def judge(norms: list[float], margins: list[float], failed_at: int | None) -> Ve
     return Verdict("stable", None, largest)
 
 
-def run_cell(
-    reference: Reference, config: Config, seeds: list[int], steps: int, traced: bool = False
-) -> Outcome:
+def run_cell(reference: Reference, config: Config, seeds: list[int], steps: int, traced: bool = False) -> Outcome:
     """Train one policy per seed and judge each.
 
     AdamW (no weight decay) with linear warm-up and decay, gradient clipped to norm 1: the defaults of the usual
@@ -138,8 +136,7 @@ class _Run:
         self.norms: list[Tensor] = []
         self.margins: list[Tensor] = []
         self.trace: dict[str, list[float]] = {
-            name: []
-            for name in ("step", "chosen", "rejected", "shift", "z0", *map(share_name, SHARES))
+            name: [] for name in ("step", "chosen", "rejected", "shift", "z0", *map(share_name, SHARES))
         }
 
     def step(self, step: int, traced: bool) -> None:
@@ -157,9 +154,7 @@ class _Run:
             z0 = self._z0(prompts, answers, lengths, self.mismatched[:, now])
         logps = sequence_logps(self.reference.base, self.adapters, prompts, answers, lengths)
         seen = rewards(config, logps, ref_logps)
-        window = Window(
-            logps.detach(), ref_logps, labels, lengths, z0, self.shift.next(seen, labels), gate
-        )
+        window = Window(logps.detach(), ref_logps, labels, lengths, z0, self.shift.next(seen, labels), gate)
         pull = coefficients(config, window)
         finite = pull.isfinite().all(1)
         used = torch.where((finite & self.alive)[:, None], pull, 0.0) / BATCH
@@ -230,9 +225,7 @@ def _estimator(config: Config, seeds: int) -> "Running | EMA":
 
 
 @lru_cache(maxsize=8)
-def _rows_of(
-    reference: Reference, seeds: tuple[int, ...], steps: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_of(reference: Reference, seeds: tuple[int, ...], steps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Each seed's order of rows, labels with noise, and reference log-probabilities of the exchanged answers."""
     n, used = len(reference.rows.good), steps * BATCH
     orders, labels = [], []

@@ -44,9 +44,7 @@ def _effects(rows: list[dict]) -> list[Table]:
     for precision in ("fp32", "bf16"):
         for effect in effects([row for row in rows if row["precision"] == precision]):
             mean, low, high = (100 * value for value in effect.difference)
-            digits = (
-                0 if high - low >= 2 else 1
-            )  # so that a narrow interval does not round to width 0
+            digits = 0 if high - low >= 2 else 1  # so that a narrow interval does not round to width 0
             body.append(
                 [
                     f"{effect.component}, {precision}",

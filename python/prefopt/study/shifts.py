@@ -15,9 +15,7 @@ def schedule_of(config: Config, steps: int) -> ShiftSchedule | None:
     """When the shift takes the place of KTO's reference point; None where it is off."""
     if "shift" not in config.components:
         return None
-    staged = (
-        "no staging" not in config.changes if config.form == "ours" else "staging" in config.changes
-    )
+    staged = "no staging" not in config.changes if config.form == "ours" else "staging" in config.changes
     if not staged:
         return ShiftSchedule(start_step=0)
     return ShiftSchedule(start_step=round(GATE_AT * steps), ramp_steps=round(RAMP * steps))

@@ -10,9 +10,7 @@ from prefopt.study.pool import RESULTS, read_lines, run_plan
 from prefopt.study.report import write_report
 
 
-def run_study(
-    out: str | Path, *, full: bool = False, processes: int = 1, seeds: int | None = None
-) -> Path:
+def run_study(out: str | Path, *, full: bool = False, processes: int = 1, seeds: int | None = None) -> Path:
     """Run what is missing of the study, and write its table, plots and report.
 
     Args:

@@ -69,9 +69,7 @@ def plain(rows: Rows, form: str, **columns: object) -> Rows:
     return [
         row
         for row in rows
-        if row["form"] == form
-        and not row["changes"]
-        and all(row[name] == value for name, value in columns.items())
+        if row["form"] == form and not row["changes"] and all(row[name] == value for name, value in columns.items())
     ]
 
 
@@ -83,9 +81,7 @@ def by_config(rows: Iterable[dict]) -> dict[Config, list[dict]]:
     return cells
 
 
-def paired(
-    ours: Iterable[dict], others: Iterable[dict], key: str
-) -> tuple[float, float, float] | None:
+def paired(ours: Iterable[dict], others: Iterable[dict], key: str) -> tuple[float, float, float] | None:
     """Mean difference ours - others over the seeds and learning rates that both have, with its 95 % interval.
 
     Returns:

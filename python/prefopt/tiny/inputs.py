@@ -58,9 +58,7 @@ def _local(plan: Plan, folder: Path) -> dict[str, Any]:
 
 def _source(source: Source, folder: Path) -> dict[str, Any]:
     caps = {
-        name: value
-        for name in ("groups", "per_group", "per_category")
-        if (value := getattr(source, name)) is not None
+        name: value for name in ("groups", "per_group", "per_category") if (value := getattr(source, name)) is not None
     }
     path = folder / "sources" / f"{source.name}.jsonl"
     named = {"kind": source.kind, "path": str(path), "name": source.name}

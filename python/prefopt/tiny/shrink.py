@@ -39,14 +39,10 @@ def tiny_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     given = dict(overrides or {})
     whole = load_recipe(path, given)
     changes = {
-        key: value
-        for key, value in shrunk(whole, given).items()
-        if key not in given and value != _value(whole, key)
+        key: value for key, value in shrunk(whole, given).items() if key not in given and value != _value(whole, key)
     }
     notes = [f"{whole.name} --tiny: a trial of the whole way, not the published run. Changed:"]
-    notes += [
-        f"  {key} {_shown(_value(whole, key))} -> {_shown(value)}" for key, value in changes.items()
-    ]
+    notes += [f"  {key} {_shown(_value(whole, key))} -> {_shown(value)}" for key, value in changes.items()]
     recipe = dataclasses.replace(_changed(whole, changes), notes=tuple(notes))
     if changes.keys() & {"model.path", "data.path", "data.plan"}:
         _write_inputs(whole, _inputs(recipe.training.output_dir))

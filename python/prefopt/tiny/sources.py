@@ -42,10 +42,7 @@ def _pairs() -> list[Pair]:
 
 
 def _turns(*texts: str) -> list[dict]:
-    return [
-        {"content": text, "role": "assistant" if place % 2 else "user"}
-        for place, text in enumerate(texts)
-    ]
+    return [{"content": text, "role": "assistant" if place % 2 else "user"} for place, text in enumerate(texts)]
 
 
 def _ultrafeedback(pairs: Sequence[Pair]) -> list[dict]:
@@ -163,10 +160,7 @@ def _mmlu_pro(_: Sequence[Pair]) -> list[dict]:
             "src": f"tiny-{category}",
         }
         for number, (category, question) in enumerate(
-            (category, ask.format(term))
-            for category, terms in fields.items()
-            for term in terms
-            for ask in ASK
+            (category, ask.format(term)) for category, terms in fields.items() for term in terms for ask in ASK
         )
     ]
     return [*rows, rows[0]]
@@ -174,8 +168,7 @@ def _mmlu_pro(_: Sequence[Pair]) -> list[dict]:
 
 def _generic(pairs: Sequence[Pair]) -> list[dict]:
     rows = [
-        {"prompt": _turns(question), "chosen": _answer(good), "rejected": _answer(bad)}
-        for question, good, bad in pairs
+        {"prompt": _turns(question), "chosen": _answer(good), "rejected": _answer(bad)} for question, good, bad in pairs
     ]
     return rows
 

@@ -44,12 +44,8 @@ class BaselineEstimators:
         self.shift = SHIFTS[args.shift](**decay)
         when: dict[str, int] = {}
         if args.shift_start == "plateau":
-            every = (
-                args.logging_steps if args.logging_steps >= 1 else args.logging_steps * max_steps
-            )
-            logs, warm = (
-                steps / max(every, 1.0) for steps in (max_steps, args.get_warmup_steps(max_steps))
-            )
+            every = args.logging_steps if args.logging_steps >= 1 else args.logging_steps * max_steps
+            logs, warm = (steps / max(every, 1.0) for steps in (max_steps, args.get_warmup_steps(max_steps)))
             when["patience"] = max(FEWEST_LOGS, math.ceil(PLATEAU * logs)) + math.ceil(warm)
         else:
             when["start_step"] = round(args.shift_start * max_steps)
@@ -99,9 +95,7 @@ class BaselineEstimators:
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from ``state_dict``."""
         if self.shift is not None:
-            self.shift.load_state_dict(
-                {name: torch.tensor(value) for name, value in state["shift"].items()}
-            )
+            self.shift.load_state_dict({name: torch.tensor(value) for name, value in state["shift"].items()})
             self.schedule.load_state_dict(state["schedule"])
 
 

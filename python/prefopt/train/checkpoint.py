@@ -161,9 +161,7 @@ class ResumableTrainer(Trainer):
             if saves:
                 shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
             before = sort_checkpoints(str(run_dir))
-            last = (
-                f"the last one is {Path(before[-1]).name}" if before else "there is none before it"
-            )
+            last = f"the last one is {Path(before[-1]).name}" if before else "there is none before it"
             raise RunError(
                 f"{run_dir / name} could not be saved ({' '.join(str(error).split())}); {last}. Check the free space, "
                 "then resume the run"
@@ -255,9 +253,7 @@ def _find(checkpoint: str | bool, output_dir: str) -> Path:
         path = Path(checkpoint)
         problem = problem_of(path)
         if problem is not None:
-            raise CheckpointError(
-                f"{path} cannot be resumed from: {problem}; choose another checkpoint"
-            )
+            raise CheckpointError(f"{path} cannot be resumed from: {problem}; choose another checkpoint")
     if not (path / MANIFEST).is_file():
         logger.warning(
             "%s has no %s: prefopt did not save it, or an earlier version did, so its files are not verified",
@@ -269,9 +265,7 @@ def _find(checkpoint: str | bool, output_dir: str) -> Path:
 
 def _publish(partial: Path, final: Path) -> None:
     """Write the manifest, wait for the disk, and rename."""
-    names = sorted(
-        path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()
-    )
+    names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
     for name in names:
         _sync(partial / name)
     files = {

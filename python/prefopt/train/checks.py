@@ -74,9 +74,7 @@ MORE_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies")
 
 def unknown(given: Iterable[str], names: list[str]) -> list[str]:
     """One sentence for each name that is no option, with the nearest one that is."""
-    return [
-        f"{name} is not an option{_nearest(name, names)}" for name in given if name not in names
-    ]
+    return [f"{name} is not an option{_nearest(name, names)}" for name in given if name not in names]
 
 
 def problems(options: Mapping[str, Any]) -> list[str]:
@@ -129,10 +127,7 @@ def _numbers(options: Mapping[str, Any]) -> list[str]:
             found.append(f"{name} is {value!r}; expected an integer >= {lowest}{none}")
     clip = options["decision_clip"]
     if clip is not None and not (
-        isinstance(clip, (tuple, list))
-        and len(clip) == 2
-        and all(map(_number, clip))
-        and 0 < clip[0] <= clip[1]
+        isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(_number, clip)) and 0 < clip[0] <= clip[1]
     ):
         found.append(f"decision_clip is {clip!r}; expected (low, high) with 0 < low <= high")
     if options["robust"] is not None and not isinstance(options["robust"], bool):
@@ -155,22 +150,16 @@ def _of_the_method(options: Mapping[str, Any]) -> list[str]:
     found, name = [], options["method"]
     method, used = METHODS[name], in_force(options)
     if name == "enhanced_kto" and not 0 < used["alpha"] <= 1:
-        found.append(
-            f"alpha is {used['alpha']!r}; expected a number above 0 and at most 1 for method {name!r}"
-        )
+        found.append(f"alpha is {used['alpha']!r}; expected a number above 0 and at most 1 for method {name!r}")
     if used.get("robust") and not used["label_smoothing"]:
         found.append(
             "robust is True and label_smoothing 0; expected the probability that a pair's label is wrong, above 0"
         )
     if options["precompute_ref_logps"] and not method.needs_reference:
-        found.append(
-            f"precompute_ref_logps is True; method {name!r} has no reference model to score rows with"
-        )
+        found.append(f"precompute_ref_logps is True; method {name!r} has no reference model to score rows with")
     if options["sampler"] == "label_balanced" and method.data != RATED:
         what = "pairs" if method.data == PAIRS else "answers of one label"
-        found.append(
-            f"sampler is 'label_balanced'; method {name!r} learns from {what}: expected random or sequential"
-        )
+        found.append(f"sampler is 'label_balanced'; method {name!r} learns from {what}: expected random or sequential")
     return found
 
 
@@ -195,11 +184,7 @@ def _estimates(options: Mapping[str, Any]) -> list[str]:
             "per_device_train_batch_size 1 with gradient_accumulation_steps 1: an optimizer step of one row never has "
             "both labels, which shift 'window' is the mean of; accumulate, or use shift 'ema'"
         )
-    if (
-        options["precompute_ref_logps"]
-        and estimator == "microbatch"
-        and options["sampler"] != "sequential"
-    ):
+    if options["precompute_ref_logps"] and estimator == "microbatch" and options["sampler"] != "sequential":
         found.append(
             f"precompute_ref_logps with kl_estimator 'microbatch' and sampler {options['sampler'] or 'label_balanced'!r}: "
             "which rows meet in a micro-batch is then not known in advance; use kl_estimator 'window' or sampler "
@@ -216,9 +201,7 @@ def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
             + (repr(options["sampler"]) if options["sampler"] else "left out")
         )
     found += [
-        f"{name} is {options[name]!r}; {why}"
-        for name, why in REFUSED.items()
-        if options[name] not in (None, False, 0)
+        f"{name} is {options[name]!r}; {why}" for name, why in REFUSED.items() if options[name] not in (None, False, 0)
     ]
     if not options["remove_unused_columns"]:
         found.append("remove_unused_columns is False; the columns are chosen by the trainer")
@@ -229,11 +212,7 @@ def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
         )
     accelerate = options["accelerator_config"]
     for name, value in (("dispatch_batches", True), ("even_batches", False)):
-        got = (
-            accelerate.get(name)
-            if isinstance(accelerate, dict)
-            else getattr(accelerate, name, None)
-        )
+        got = accelerate.get(name) if isinstance(accelerate, dict) else getattr(accelerate, name, None)
         if got is value:
             found.append(
                 f"accelerator_config has {name} {value}; expected {not value}: each process reads as many batches of its "

@@ -175,10 +175,7 @@ class PreferenceConfig(TrainingArguments):
 
 
 def _with_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:
-    defaults = {
-        option.name: option.default if option.default is not MISSING else None
-        for option in fields(cls)
-    }
+    defaults = {option.name: option.default if option.default is not MISSING else None for option in fields(cls)}
     return defaults | given
 
 

@@ -19,12 +19,8 @@ class LogLine:
     """
 
     _first_step = 0  # of this call of train
-    _tokens: int | None = (
-        None  # up to the last log; not known before the first log of a resumed run
-    )
-    _total = _since_log = _mark = (
-        0.0  # seconds of training, since the last log, and when the last step ended
-    )
+    _tokens: int | None = None  # up to the last log; not known before the first log of a resumed run
+    _total = _since_log = _mark = 0.0  # seconds of training, since the last log, and when the last step ended
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -67,9 +63,7 @@ class LogLine:
             return f"trained {steps:,} step{'' if steps == 1 else 's'} in {duration(seconds)}"
         if "loss" in logs:
             return self._training(args, state, logs)
-        prefix = next(
-            (name[: -len("_runtime")] for name in logs if name.endswith("_runtime")), None
-        )
+        prefix = next((name[: -len("_runtime")] for name in logs if name.endswith("_runtime")), None)
         if prefix is None:
             return None
         parts = [_step(state), prefix.replace("_", " ", 1)]

@@ -8,9 +8,7 @@ from prefopt.train.methods import RATED
 from prefopt.train.recorded import RecordedTrainer
 
 
-def describe(
-    trainer: RecordedTrainer, reference_kind: str, train: Prepared, evals: dict[str, Prepared]
-) -> None:
+def describe(trainer: RecordedTrainer, reference_kind: str, train: Prepared, evals: dict[str, Prepared]) -> None:
     """Look at data and model, and note what run.json will say of them.
 
     Args:
@@ -21,9 +19,7 @@ def describe(
     args, model, head = trainer.args, trainer.model, trainer.head
     if args.spec.data == RATED:
         _observe_labels(trainer.diagnostics, args, train.tokenized.counts)
-    if not train.tokenized.conversational and getattr(
-        trainer.processing_class, "chat_template", None
-    ):
+    if not train.tokenized.conversational and getattr(trainer.processing_class, "chat_template", None):
         trainer.diagnostics.add(
             "text_beside_template",
             0,

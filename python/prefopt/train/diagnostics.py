@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass
 
 SATURATED_REWARD = 10.0  # sigmoid'(10) is 5e-5: such a row has next to no gradient left
 KL_LOGS = 20  # logs in a row, and optimizer steps, for which the reference point may be 0
-FLAT_MARGIN = (
-    1e-3  # reward units; sampling noise of the margin is far above it once anything is learnt
-)
+FLAT_MARGIN = 1e-3  # reward units; sampling noise of the margin is far above it once anything is learnt
 WEIGHT_RANGE = (1.0, 4 / 3)  # arXiv:2402.01306, eq. 8
 NO_PARTNER_SHARE = 0.5
 
@@ -141,11 +139,7 @@ class Diagnostics:
                 "not trained directly (train an adapter, or keep fp32 weights under bf16 autocast)",
             )
         margin = logged.get("rewards/margins")
-        if (
-            margin is not None
-            and step >= max(50, self.max_steps // 2)
-            and abs(margin) < FLAT_MARGIN
-        ):
+        if margin is not None and step >= max(50, self.max_steps // 2) and abs(margin) < FLAT_MARGIN:
             self.add(
                 "flat_margin",
                 step,

@@ -82,16 +82,10 @@ def prepare_rows(
         tokenized, bad = data, data.bad
     else:
         if tokenizer is None:
-            raise ValueError(
-                f"processing_class is None and {name} is not tokenised; expected the model's tokenizer"
-            )
-        loaded = (
-            data if isinstance(data, LoadedRows) else load_rows(data, on_bad_row=args.on_bad_row)
-        )
+            raise ValueError(f"processing_class is None and {name} is not tokenised; expected the model's tokenizer")
+        loaded = data if isinstance(data, LoadedRows) else load_rows(data, on_bad_row=args.on_bad_row)
         tokenize = tokenize_pairs if kind == PAIRS else tokenize_rows
-        tokenized = tokenize(
-            loaded, tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
-        )
+        tokenized = tokenize(loaded, tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row)
         bad = [*loaded.bad, *tokenized.bad]
     if kind == ANSWERS:
         tokenized = desirable_only(tokenized, name)

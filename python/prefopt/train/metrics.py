@@ -103,9 +103,7 @@ class MetricSums:
             sizes = torch.where(counted, rows.pulls.abs() * rows.shares, 0).sum(1)
             scalars |= {f"grad/{pull}": size for pull, size in zip(PULLS, sizes, strict=True)}
         zero = self.vector.new_zeros(())
-        head = torch.stack(
-            [scalars[name].to(dtype) if name in scalars else zero for name in SCALARS]
-        )
+        head = torch.stack([scalars[name].to(dtype) if name in scalars else zero for name in SCALARS])
         self.vector += torch.cat([head, per_class.flatten()])
 
     def add_step(self, world_size: int = 1) -> None:

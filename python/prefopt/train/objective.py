@@ -125,15 +125,12 @@ class Objective:
         """(len(PULLS), B) parts of d loss / d logps, detached; None where there is but one."""
         if self.args.method == "enhanced_kto":
             settings = self._settings(baselines)
-            parts = enhanced_kto_components(
-                rows.logps.detach(), rows.ref_logps, rows.labels, rows.lengths, **settings
-            )
+            parts = enhanced_kto_components(rows.logps.detach(), rows.ref_logps, rows.labels, rows.lengths, **settings)
             return torch.stack([parts.kto, parts.shift, parts.value, parts.weighting, parts.odds])
         if baselines.shift is None:
             return None
         base, whole = (
-            self._bco_pull(rows, shift)
-            for shift in (torch.zeros_like(baselines.shift), self._moved(baselines))
+            self._bco_pull(rows, shift) for shift in (torch.zeros_like(baselines.shift), self._moved(baselines))
         )
         rest = [torch.zeros_like(base)] * (len(PULLS) - 2)
         return torch.stack([base, whole - base, *rest])

@@ -90,9 +90,7 @@ def with_reference(
         passes = [(name, part) for name in sequences for part in sequences[name].parts(batch_size)]
         mine = passes[accelerator.process_index :: accelerator.num_processes]
         scored = []
-        bar = tqdm(
-            mine, desc="Reference log-probabilities", disable=not accelerator.is_main_process
-        )
+        bar = tqdm(mine, desc="Reference log-probabilities", disable=not accelerator.is_main_process)
         for name, positions in bar:
             batch = collator([sequences[name].feature(position) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
@@ -135,9 +133,7 @@ class _Sequences:
 
     def parts(self, size: int) -> list[list[int]]:
         """Positions to score together, sequences of similar length, so that little is padded."""
-        before, after = (
-            [len(ids) for ids in rows[name]] for rows, name in (self.prompts, self.completions)
-        )
+        before, after = ([len(ids) for ids in rows[name]] for rows, name in (self.prompts, self.completions))
         lengths = [b + after[partner] for b, partner in zip(before, self.partners, strict=True)]
         wanted = [position for position, partner in enumerate(self.partners) if partner >= 0]
         ordered = sorted(wanted, key=lengths.__getitem__, reverse=True)
@@ -160,9 +156,7 @@ def _sequences(tokenized: Tokenized, partners: Sequence[int] | None) -> dict[str
     rows = tokenized.dataset
     if are_pairs(tokenized):
         return {
-            f"ref_{side}_logps": _Sequences(
-                (rows, f"{side}_prompt_ids"), (rows, f"{side}_completion_ids")
-            )
+            f"ref_{side}_logps": _Sequences((rows, f"{side}_prompt_ids"), (rows, f"{side}_completion_ids"))
             for side in SIDES
         }
     prompts, completions = (rows, "prompt_ids"), (rows, "completion_ids")

@@ -33,32 +33,24 @@ from prefopt_kernels.integrations.transformers import lm_head_of
 COMPILED_VARIANTS = 16
 
 
-def check_arguments(
-    model: object, args: object, train_dataset: object, ref_model: object, peft_config: object
-) -> None:
+def check_arguments(model: object, args: object, train_dataset: object, ref_model: object, peft_config: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` for arguments that do not fit; changes nothing."""
     if not isinstance(args, PreferenceConfig):
         raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a PreTrainedModel, loaded, or a PeftModel of one"
-        )
+        raise TypeError(f"model is a {type(model).__name__}; expected a PreTrainedModel, loaded, or a PeftModel of one")
     if train_dataset is None:
         raise TypeError("train_dataset is None; expected rows to train on")
     args.check()
     if ref_model is not None and not args.spec.needs_reference:
-        raise ValueError(
-            f"ref_model is given; method {args.method!r} has no reference model, leave it out"
-        )
+        raise ValueError(f"ref_model is given; method {args.method!r} has no reference model, leave it out")
     _check_adapter(model, peft_config)
     lm_head_of(model)
     if ref_model is None or isinstance(ref_model, str):
         return
     if not isinstance(ref_model, nn.Module):
-        raise TypeError(
-            f"ref_model is a {type(ref_model).__name__}; expected a loaded model, or a folder or hub id"
-        )
+        raise TypeError(f"ref_model is a {type(ref_model).__name__}; expected a loaded model, or a folder or hub id")
     lm_head_of(ref_model)
     check_separate(model, ref_model, adapted_later=peft_config is not None)
 
@@ -69,9 +61,7 @@ def _check_adapter(model: nn.Module, peft_config: object) -> None:
     from peft import PeftConfig, PeftModel
 
     if not isinstance(peft_config, PeftConfig):
-        raise TypeError(
-            f"peft_config is a {type(peft_config).__name__}; expected a peft.PeftConfig such as LoraConfig"
-        )
+        raise TypeError(f"peft_config is a {type(peft_config).__name__}; expected a peft.PeftConfig such as LoraConfig")
     if isinstance(model, PeftModel):
         raise ValueError(
             "model is a PeftModel and peft_config is given; expected one of the two: merge the adapter first, or "
@@ -179,10 +169,7 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
     for name in ("config", "generation_config"):
         fields += [vars(getattr(model, name)) for model in models if getattr(model, name, None)]
     inner = [  # but not buffers, which a move to another device replaces
-        value
-        for each in fields
-        for name, value in each.items()
-        if isinstance(value, dict) and name != "_buffers"
+        value for each in fields for name, value in each.items() if isinstance(value, dict) and name != "_buffers"
     ]
     kept = [(each, dict(each)) for each in [*fields, *inner]]
     trained = [(p, p.requires_grad) for model in models for p in model.parameters()]
@@ -197,17 +184,13 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
         raise
 
 
-def ready(
-    model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object
-) -> nn.Module:
+def ready(model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object) -> nn.Module:
     """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
     keep_gradients_of_four_bits(model)
     if peft_config is not None:
         model = with_adapter(model, peft_config, args.seed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            f"no parameter of {type(model).__name__} requires a gradient; nothing to train"
-        )
+        raise ValueError(f"no parameter of {type(model).__name__} requires a gradient; nothing to train")
     if args.disable_dropout:
         for module in [model] if ref_model is None else [model, ref_model]:
             disable_dropout(module)

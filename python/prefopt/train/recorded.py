@@ -88,9 +88,7 @@ class RecordedTrainer(ResumableTrainer):
     def _diagnose(self, sums: dict[str, float], logs: dict[str, float]) -> None:
         step, known = self.state.global_step, len(self.diagnostics.findings)
         relative = self.args.spec.needs_reference
-        self.diagnostics.observe(
-            step, {k: v for k, v in logs.items() if relative or not k.startswith("rewards/")}
-        )
+        self.diagnostics.observe(step, {k: v for k, v in logs.items() if relative or not k.startswith("rewards/")})
         self.diagnostics.observe_partners(step, sums["counted"], sums["rows_without_partner"])
         if len(self.diagnostics.findings) > known:
             self.run_folder.update(diagnostics=self.diagnostics.state_dict()["findings"])
@@ -118,13 +116,9 @@ class RecordedTrainer(ResumableTrainer):
     ):  # fmt: skip
         """Trainer's, with the metrics of training, each weighted by its rows or tokens."""
         self._sums["eval"].reset()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = self._sums["eval"].read()
-        metrics = quotients(
-            sums, sums["counted"], self.objective.nll_weight, parts=self.objective.parts
-        )
+        metrics = quotients(sums, sums["counted"], self.objective.nll_weight, parts=self.objective.parts)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
 
@@ -192,17 +186,13 @@ class RecordedTrainer(ResumableTrainer):
             self.state.compute_steps(self.args, max_steps)  # or the checkpoint's cadence would stay
         self.diagnostics.max_steps = max_steps
         self.run_folder.start_metrics(self.state.global_step)
-        self.run_folder.update(
-            steps={"planned": max_steps, "per_epoch": num_update_steps_per_epoch, "done": None}
-        )
+        self.run_folder.update(steps={"planned": max_steps, "per_epoch": num_update_steps_per_epoch, "done": None})
         return found
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Trainer's; the first step of a changed budget, too, has its rate from the new schedule."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        changed = checkpoint is not None and (
-            _trainer_state(checkpoint).max_steps != self.state.max_steps
-        )
+        changed = checkpoint is not None and (_trainer_state(checkpoint).max_steps != self.state.max_steps)
         if changed and isinstance(self.lr_scheduler, LambdaLR):
             self.lr_scheduler.last_epoch -= 1
             self.lr_scheduler.step()

@@ -54,9 +54,7 @@ class PackingCollator:
         return batch | packing._asdict()
 
 
-def score(
-    model: nn.Module, head: LMHead, batch: dict, *, backend: str, outputs: Iterable[str] = ()
-) -> Scores:
+def score(model: nn.Module, head: LMHead, batch: dict, *, backend: str, outputs: Iterable[str] = ()) -> Scores:
     """Run ``model`` over a batch of ``PackingCollator`` and sum over each completion; differentiable."""
     packing = Packing(*(batch[name] for name in Packing._fields))
     tokens = _scored_in_forward(model, head, batch, packing, tuple(outputs), backend)
@@ -98,9 +96,7 @@ def _scored_in_forward(
         head.module.register_forward_hook(piece_of_scores, prepend=True),
     ]
     try:
-        returned = model(
-            input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False
-        )
+        returned = model(input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -115,9 +115,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
         )
     reason = _why_not(trainer)
     if reason is not None:
-        raise ValueError(
-            f"{reason}; expected one process, DDP, FSDP2, or DeepSpeed's ZeRO, as in docs/distributed.md"
-        )
+        raise ValueError(f"{reason}; expected one process, DDP, FSDP2, or DeepSpeed's ZeRO, as in docs/distributed.md")
 
 
 def _why_not(trainer: Trainer) -> str | None:
@@ -146,9 +144,7 @@ def _why_not(trainer: Trainer) -> str | None:
         )
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if sharded and not loaded:
-        return (
-            "the model's weights are DTensors already; pass it whole, and let accelerate shard it"
-        )
+        return "the model's weights are DTensors already; pass it whole, and let accelerate shard it"
     return None
 
 
@@ -177,9 +173,7 @@ def _without_training(config: dict) -> dict:
 
 def _settled(config: dict) -> dict:
     return {
-        name: _settled(value) if isinstance(value, dict) else value
-        for name, value in config.items()
-        if value != "auto"
+        name: _settled(value) if isinstance(value, dict) else value for name, value in config.items() if value != "auto"
     }
 
 

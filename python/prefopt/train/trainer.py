@@ -121,9 +121,7 @@ class PreferenceTrainer(RecordedTrainer):
         pad_token_id = prepare.pad_token_id(processing_class, model)
         models = [model] if ref_model is None else [model, ref_model]
         check_token_ids(models, processing_class, [train, *evals.values()], pad_token_id)
-        self._row_collator = PackingCollator(
-            PreferenceCollator(pad_token_id, max_length=args.max_length)
-        )
+        self._row_collator = PackingCollator(PreferenceCollator(pad_token_id, max_length=args.max_length))
         collator = self._row_collator
         if args.spec.data == PAIRS:
             collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
@@ -146,10 +144,7 @@ class PreferenceTrainer(RecordedTrainer):
         self._set_up_reference(ref_model, fresh_adapter)
         self._compile()
         self.train_dataset = self._scored(train, args.per_device_train_batch_size)
-        scored = {
-            name: self._scored(rows, args.per_device_eval_batch_size)
-            for name, rows in evals.items()
-        }
+        scored = {name: self._scored(rows, args.per_device_eval_batch_size) for name, rows in evals.items()}
         self.eval_dataset = scored.get("", scored or None)
         if args.precompute_ref_logps:  # their scores are columns now; frees memory
             kept = AdapterOff(self.model) if isinstance(self.reference, AdapterOff) else None
@@ -396,9 +391,7 @@ class PreferenceTrainer(RecordedTrainer):
         self._sums[mode].add_rows(metrics, self.accelerator.num_processes if mode == "train" else 1)
         if mode == "train":
             numbers = [int(row["row"]) for row in inputs["features"]]
-            self._watch.add_rows(
-                self.state.global_step + 1, numbers, _telling(losses, detached)[: len(numbers)]
-            )
+            self._watch.add_rows(self.state.global_step + 1, numbers, _telling(losses, detached)[: len(numbers)])
         return metrics.rewards
 
     # ---- evaluation ----

@@ -136,9 +136,7 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
                 known = self._knowledge[position]
             return self._loss(model, inputs | known["inputs"], return_outputs, **known["points"])
 
-    def _loss(
-        self, model, inputs: dict, return_outputs: bool, z0: Tensor | None, shift: Tensor | None
-    ):
+    def _loss(self, model, inputs: dict, return_outputs: bool, z0: Tensor | None, shift: Tensor | None):
         """TRL's metrics, and our loss of the same forward pass."""
         passes = []
 
@@ -259,9 +257,7 @@ def _check(method: str, args: KTOConfig | None, kl_estimator: str, options: dict
     _check_name("loss_type", method, TOLD)
     _check_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
     if options and method != "enhanced_kto":
-        raise ValueError(
-            f"loss_options is given for loss_type {method!r}; expected it for 'enhanced_kto' only"
-        )
+        raise ValueError(f"loss_options is given for loss_type {method!r}; expected it for 'enhanced_kto' only")
     parameters = inspect.signature(enhanced_kto_loss).parameters.values()
     names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OURS]
     for name in options:

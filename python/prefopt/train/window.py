@@ -15,10 +15,7 @@ def share_out(batches: list[dict], accelerator: Accelerator, *, by_tokens: bool)
     answer: of a mean over tokens.
     """
     last = len(batches) - 1
-    total = sum(
-        drop_repeats(batch, accelerator, last=position == last)
-        for position, batch in enumerate(batches)
-    )
+    total = sum(drop_repeats(batch, accelerator, last=position == last) for position, batch in enumerate(batches))
     counted = [batch["shares"] > 0 for batch in batches]
     for position, batch in enumerate(batches):
         batch["position"] = position

@@ -51,11 +51,7 @@ def vocabulary_rows(folder: Path) -> int | None:
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (it cannot be iterated)
             layer, _, name = key.rpartition(".")
-            if (
-                name == "weight"
-                and "lora_" not in layer
-                and set(EMBEDDING_LAYER_NAMES) & set(layer.split("."))
-            ):
+            if name == "weight" and "lora_" not in layer and set(EMBEDDING_LAYER_NAMES) & set(layer.split(".")):
                 return file.get_slice(key).get_shape()[0]
     return None
 

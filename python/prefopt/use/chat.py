@@ -109,9 +109,7 @@ class Conversation:
             return self.tokenizer(text, return_tensors="pt")["input_ids"]
         messages = [*self.system, *turns]
         try:
-            rendered = render(
-                self.tokenizer, messages, self.template_kwargs, add_generation_prompt=True
-            )
+            rendered = render(self.tokenizer, messages, self.template_kwargs, add_generation_prompt=True)
         except TemplateError as error:
             raise RecipeError(str(error)) from None
         return self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]

@@ -158,13 +158,9 @@ class LabelScorer:
         """Prompt and label as ids, label by label; what the template writes behind the end of turn is not scored."""
         chat = not isinstance(question.prompt, str)
         encode = Encode(self.tokenizer, chat, self.template_kwargs)
-        answers = [
-            [{"role": "assistant", "content": label}] if chat else label for label in self.labels
-        ]
+        answers = [[{"role": "assistant", "content": label}] if chat else label for label in self.labels]
         found = encode({"prompt": [question.prompt] * len(answers), "completion": answers})
-        for prompt, answer, problem in zip(
-            found["prompt_ids"], found["completion_ids"], found["problem"], strict=True
-        ):
+        for prompt, answer, problem in zip(found["prompt_ids"], found["completion_ids"], found["problem"], strict=True):
             if problem:
                 raise DataError(f"line {question.line}: {problem}")
             end = next((i for i, token in enumerate(answer) if token in self.stops), len(answer))
@@ -176,9 +172,7 @@ class LabelScorer:
     def _logps(self, batch: list[tuple[list[int], list[int]]]) -> Tensor:
         """(B,) fp32 nats, on the CPU."""
         length = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids = torch.zeros(
-            len(batch), length, dtype=torch.long
-        )  # behind a sequence: never looked at
+        ids = torch.zeros(len(batch), length, dtype=torch.long)  # behind a sequence: never looked at
         mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, (prompt, answer) in enumerate(batch):
             end = len(prompt) + len(answer)

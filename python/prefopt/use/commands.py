@@ -40,9 +40,7 @@ def _export_command(commands: Any) -> None:
         print(folder)
         return 0
 
-    export = new_command(
-        commands, "export", run, "write a run's model as an adapter, merged, in 4 bits, or as GGUF"
-    )
+    export = new_command(commands, "export", run, "write a run's model as an adapter, merged, in 4 bits, or as GGUF")
     _run_argument(export)
     export.add_argument(
         "--format",
@@ -50,9 +48,7 @@ def _export_command(commands: Any) -> None:
         required=True,
         help="what to write (required)",
     )
-    export.add_argument(
-        "--quant", choices=("q8_0", "f16", "f32"), default="q8_0", help="of gguf (default: q8_0)"
-    )
+    export.add_argument("--quant", choices=("q8_0", "f16", "f32"), default="q8_0", help="of gguf (default: q8_0)")
     export.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -93,9 +89,7 @@ def _chat_command(commands: Any) -> None:
     )
     _run_argument(chat)
     chat.add_argument("--system", type=utf8_argument, help="system prompt")
-    chat.add_argument(
-        "--max-new-tokens", type=int, default=512, help="of an answer, at most (default: 512)"
-    )
+    chat.add_argument("--max-new-tokens", type=int, default=512, help="of an answer, at most (default: 512)")
     chat.add_argument(
         "--temperature",
         type=float,
@@ -136,9 +130,7 @@ def _classify_command(commands: Any) -> None:
             print(f"right: {found.right} of {found.known} ({share:.1%})", file=sys.stderr)
         return 0
 
-    classify = new_command(
-        commands, "classify", run, "the likeliest of a few answers to each prompt of a file, as CSV"
-    )
+    classify = new_command(commands, "classify", run, "the likeliest of a few answers to each prompt of a file, as CSV")
     _run_argument(classify)
     classify.add_argument(
         "file",
@@ -159,15 +151,9 @@ def _classify_command(commands: Any) -> None:
         metavar="TEXT",
         help="put around each text, where {text} stands for it",
     )
-    classify.add_argument(
-        "--plain", action="store_true", help="texts as they are, without the chat template"
-    )
-    classify.add_argument(
-        "--split", type=text_argument, help="of a folder or hub dataset (default: train)"
-    )
-    classify.add_argument(
-        "--batch-size", type=int, default=16, help="sequences at once (default: 16)"
-    )
+    classify.add_argument("--plain", action="store_true", help="texts as they are, without the chat template")
+    classify.add_argument("--split", type=text_argument, help="of a folder or hub dataset (default: train)")
+    classify.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
     _quantization_argument(classify)
     _device_argument(classify)
 
@@ -197,9 +183,7 @@ def _bench_command(commands: Any) -> None:
         print(f"{table(result)}\n{path}")
         return 0
 
-    bench = new_command(
-        commands, "bench-inference", run, "time a run's answers, prefill and decode apart"
-    )
+    bench = new_command(commands, "bench-inference", run, "time a run's answers, prefill and decode apart")
     _run_argument(bench)
     for flag, default, text in (
         ("--runs", 100, "that count"),
@@ -209,9 +193,7 @@ def _bench_command(commands: Any) -> None:
         ("--batch-size", 1, "sequences at once"),
     ):
         bench.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
-    bench.add_argument(
-        "--merge", action="store_true", help="merge the adapter into the weights first"
-    )
+    bench.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
     bench.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -241,6 +223,4 @@ def _quantization_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _device_argument(parser: argparse.ArgumentParser, choices: Sequence[str] = DEVICES) -> None:
-    parser.add_argument(
-        "--device", choices=choices, default="auto", help="where it runs (default: auto)"
-    )
+    parser.add_argument("--device", choices=choices, default="auto", help="where it runs (default: auto)")

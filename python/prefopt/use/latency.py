@@ -156,9 +156,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def summary(
-    timings: Sequence[Timing], prompt_tokens: int, new_tokens: int, batch_size: int
-) -> dict:
+def summary(timings: Sequence[Timing], prompt_tokens: int, new_tokens: int, batch_size: int) -> dict:
     """Percentiles of each part in ms, and throughput in tokens per second at the median.
 
     Example:

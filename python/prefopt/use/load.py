@@ -206,9 +206,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
                 f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has {rows}: "
                 f"resize the base as in training (model.resize_token_embeddings({trained})), save it, and name it by --base"
             ) from None
-        raise RecipeError(
-            f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}"
-        ) from None
+        raise RecipeError(f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}") from None
 
 
 def load_weights(path: str, revision: str | None, dtype: str, **options: Any) -> PreTrainedModel:
@@ -259,9 +257,7 @@ def stop_ids(
     return sorted({token for token in found if token is not None})
 
 
-def end_of_turn(
-    tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None = None
-) -> int | None:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None = None) -> int | None:
     """The special token that the chat template writes behind an answer; None without a template."""
     if not tokenizer.chat_template:
         return None
@@ -272,9 +268,7 @@ def end_of_turn(
     except TemplateError as error:
         raise RecipeError(str(error)) from None
     behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    special = {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in behind if token in special), None)
 
 
@@ -298,9 +292,7 @@ def read_object(path: Path) -> dict:
 
 def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | None) -> dict:
     """Arguments of ``from_pretrained`` for the base in 4 bits, multiplied as in training."""
-    key = (
-        f"--quantization is {kind}" if asked else f"{source.folder} was trained on a base in {kind}"
-    )
+    key = f"--quantization is {kind}" if asked else f"{source.folder} was trained on a base in {kind}"
     if source.base is None:
         raise RecipeError(
             f"{key}, but {source.folder} holds all the weights; expected a run with an adapter, or --quantization {WHOLE}"
@@ -324,16 +316,12 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
 def _located(named: str | None, folder: Path) -> str:
     """A base model's folder or hub id."""
     if not named:
-        raise RecipeError(
-            f"the adapter in {folder} does not name its base model; name it by --base"
-        )
+        raise RecipeError(f"the adapter in {folder} does not name its base model; name it by --base")
     path = Path(named).expanduser()
     if path.is_dir():
         return str(path)
     if is_path(named):
-        raise RecipeError(
-            f"the base model {named} of {folder} is not there; name its folder or hub id with --base"
-        )
+        raise RecipeError(f"the base model {named} of {folder} is not there; name its folder or hub id with --base")
     return named
 
 
@@ -363,9 +351,7 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _record(folder: Path) -> dict:
     """run.json of the folder, or of the run that the folder is a checkpoint of; {} if there is none."""
-    path = next(
-        (one for place in _run_folders(folder) if (one := place / "run.json").is_file()), None
-    )
+    path = next((one for place in _run_folders(folder) if (one := place / "run.json").is_file()), None)
     try:
         return {} if path is None else read_object(path)
     except RecipeError:  # a broken file costs what it records, and not the model beside it

@@ -85,9 +85,7 @@ def _is_prompt(prompt: object) -> bool:
         isinstance(prompt, list)
         and bool(prompt)
         and all(
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
             for turn in prompt
         )
     )

@@ -41,9 +41,7 @@ def each(raws: Raws, one: Callable[[Mapping[str, Any]], list[Answer]]) -> Outcom
         yield line, outcome
 
 
-def pair(
-    prompt: list[dict[str, str]], chosen: str, rejected: str, group: str, category: str = ""
-) -> list[Answer]:
+def pair(prompt: list[dict[str, str]], chosen: str, rejected: str, group: str, category: str = "") -> list[Answer]:
     """Two answers to one conversation, desirable first.
 
     Raises:
@@ -54,15 +52,10 @@ def pair(
         raise Dropped("an answer is empty")
     if chosen.strip() == rejected.strip():
         raise Dropped("both answers are the same")
-    return [
-        answer(prompt, text.strip(), label, group, category)
-        for text, label in ((chosen, True), (rejected, False))
-    ]
+    return [answer(prompt, text.strip(), label, group, category) for text, label in ((chosen, True), (rejected, False))]
 
 
-def answer(
-    prompt: list[dict[str, str]], text: str, label: bool, group: str, category: str = ""
-) -> Answer:
+def answer(prompt: list[dict[str, str]], text: str, label: bool, group: str, category: str = "") -> Answer:
     """One answer, checked as a training row is checked."""
     completion = [{"role": "assistant", "content": text}]
     rated = rated_rows({"prompt": prompt, "completion": completion, "label": label})[0]

@@ -24,9 +24,7 @@ ROLES = {"prompter": "user", "assistant": "assistant"}
 KEEP = ("extremes", "halves")
 
 
-def convert(
-    raws: Raws, *, keep: str = "extremes", languages: Sequence[str] | None = None
-) -> Outcomes:
+def convert(raws: Raws, *, keep: str = "extremes", languages: Sequence[str] | None = None) -> Outcomes:
     """One answer a ranked message; the whole table is held in memory, because a path can run through any row of it."""
     rows = list(raws)
     messages = {raw["message_id"]: raw for _, raw in rows if isinstance(raw.get("message_id"), str)}
@@ -102,9 +100,7 @@ def _answer(raw: Mapping[str, Any], parent: str, label: bool | str, messages: Ma
         if above is None or above.get("deleted") or here in seen:
             raise Dropped("a message above it is deleted or missing")
         seen.add(here)
-        path.append(
-            {"role": ROLES.get(above.get("role"), "?"), "content": text_of(above, "text").strip()}
-        )
+        path.append({"role": ROLES.get(above.get("role"), "?"), "content": text_of(above, "text").strip()})
         here = above.get("parent_id")
     path.reverse()
     roles = [turn["role"] for turn in path]

@@ -47,9 +47,7 @@ def _answers(raw: Mapping[str, Any]) -> list[Answer]:
 def _turns(raw: Mapping[str, Any], name: str) -> list[dict[str, str]]:
     turns = raw.get(name)
     if not isinstance(turns, list) or not all(
-        isinstance(turn, Mapping)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
         for turn in turns
     ):
         raise RowError(f"{name} is {turns!r:.60}; expected a list of {{role, content}}")
