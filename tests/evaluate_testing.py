@@ -7,7 +7,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from prefopt.data.convert.mmlu_pro import CATEGORIES
+from prefopt.data.build.convert.mmlu_pro import CATEGORIES
 from prefopt_testing import make_model, make_rows, make_tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures" / "eval"

@@ -55,7 +55,7 @@ def _kernel_is_local() -> None:
     import bitsandbytes.backends.cpu.ops as ops
     from kernels import get_kernel
 
-    from prefopt.command_line import BNB_KERNEL
+    from prefopt.cli.arguments import BNB_KERNEL
 
     assert f'"{BNB_KERNEL}"' in Path(ops.__file__).read_text(encoding="utf-8")
     try:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from prefopt.errors import UserError
 from prefopt.files import remove_stale
-from prefopt.recipe.error import RecipeError
 
 LOCK_NAME = ".prefopt.lock"
 
@@ -25,11 +25,11 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
         option: names the folder's option in messages.
 
     Raises:
-        RecipeError: another process holds the lock, or ``folder`` is a file.
+        UserError: another process holds the lock, or ``folder`` is a file.
         OSError: the folder cannot be written to.
     """
     if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"{option} {folder} is a file; expected a folder")
+        raise UserError(f"{option} {folder} is a file; expected a folder")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
@@ -38,7 +38,7 @@ def only_writer(folder: Path, option: str) -> Iterator[None]:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            raise RecipeError(
+            raise UserError(
                 f"{option} {folder} is being written by {_holder(path)}; wait until it ends, or choose another folder"
             ) from None
         try:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from prefopt.errors import UserError
 from prefopt.failure import first_line
 from prefopt.pretrained import from_pretrained
-from prefopt.recipe.error import RecipeError
 
 BLOCK = 64  # weights that share a scale
 
@@ -18,7 +18,7 @@ BLOCK = 64  # weights that share a scale
 def refuse_without_bitsandbytes(key: str) -> None:
     """Say how to get it, before anything is downloaded."""
     if find_spec("bitsandbytes") is None:
-        raise RecipeError(f"{key}, which needs the package bitsandbytes: pip install bitsandbytes")
+        raise UserError(f"{key}, which needs the package bitsandbytes: pip install bitsandbytes")
 
 
 def compute_dtype(training: Mapping[str, Any], dtype: str) -> str:
@@ -57,7 +57,7 @@ def check_blocks(path: str, asked: str, instead: str, *, revision: str | None, t
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, **options)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{failure}: {first_line(error)}") from None
+        raise UserError(f"{failure}: {first_line(error)}") from None
     refuse_broken_blocks(model, asked, instead)
 
 
@@ -69,12 +69,12 @@ def refuse_broken_blocks(model: PreTrainedModel, asked: str, instead: str) -> No
         asked, instead: what was asked for, and what to ask for instead, in the message.
 
     Raises:
-        RecipeError: a linear layer's rows are no whole number of blocks.
+        UserError: a linear layer's rows are no whole number of blocks.
     """
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and module.in_features % BLOCK:
-            raise RecipeError(
+            raise UserError(
                 f"{asked}: rows of {name} have {module.in_features} weights, no multiple of {BLOCK}, which "
                 f"bitsandbytes quantises wrongly on a CPU; use a GPU, or {instead}"
             )

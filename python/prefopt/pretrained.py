@@ -4,8 +4,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from prefopt.errors import UserError
 from prefopt.failure import first_line
-from prefopt.recipe.error import RecipeError
 
 # A broken file fails wherever it is used. Out of memory, a RuntimeError, is none of them.
 FAILURES = (
@@ -39,7 +39,7 @@ def from_pretrained(
         options: passed on.
 
     Raises:
-        RecipeError: it cannot be loaded, or needs code that is not trusted.
+        UserError: it cannot be loaded, or needs code that is not trusted.
     """
     try:
         return kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **options)
@@ -51,4 +51,4 @@ def from_pretrained(
             )
         else:
             reason = first_line(error)
-        raise RecipeError(f"{failure}: {reason}") from None
+        raise UserError(f"{failure}: {reason}") from None

@@ -9,7 +9,7 @@ import yaml
 
 import prefopt.use.latency as latency
 from prefopt.cli import main
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.use.latency import Timing, bench_inference, distribution, summary, time_runs
 from prefopt.use.load import find_run, load_model
 from use_testing import make_run
@@ -132,15 +132,15 @@ def test_the_command_line_prints_a_table_and_writes_the_result(run, capsys):
     ],
 )
 def test_bad_arguments_are_named(run, options, said):
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(UserError, match=said):
         bench_inference(run.folder, device="cpu", **options)
     assert not (run.folder / "inference.json").exists()
 
 
 def test_a_base_in_four_bits_needs_an_adapter_and_is_not_merged_into(run):
-    with pytest.raises(RecipeError, match="nf4 and --merge is given, which would round the adapter"):
+    with pytest.raises(UserError, match="nf4 and --merge is given, which would round the adapter"):
         bench_inference(run.folder, merge=True, quantization="nf4")
-    with pytest.raises(RecipeError, match="--quantization is nf4, but .* holds all the weights"):
+    with pytest.raises(UserError, match="--quantization is nf4, but .* holds all the weights"):
         bench_inference(run.base, quantization="nf4")
 
 
@@ -150,7 +150,7 @@ def test_without_bitsandbytes_a_run_can_be_loaded_whole(run, tmp_path, monkeypat
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     monkeypatch.setattr("prefopt.four_bits.find_spec", lambda name: None)
     with pytest.raises(
-        RecipeError,
+        UserError,
         match="trained on a base in nf4, .* bitsandbytes: .*; or give --quantization none",
     ):
         load_model(find_run(copy))
@@ -158,5 +158,5 @@ def test_without_bitsandbytes_a_run_can_be_loaded_whole(run, tmp_path, monkeypat
 
 
 def test_merge_needs_an_adapter(run):
-    with pytest.raises(RecipeError, match="--merge is given, but .* has no adapter"):
+    with pytest.raises(UserError, match="--merge is given, but .* has no adapter"):
         bench_inference(run.base, merge=True)

@@ -8,7 +8,7 @@ import torch
 
 import prefopt.use.chat as module
 from prefopt.cli import main
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.use.chat import Conversation, Stream, chat, talk
 from prefopt.use.load import end_of_turn, find_run, load_model, load_tokenizer, stop_ids
 from use_testing import EOS, make_run
@@ -159,7 +159,7 @@ def test_without_a_template_a_line_is_gone_on_with(run, tmp_path, capsys):
     out = io.StringIO()
     chat(plain, max_new_tokens=3, temperature=0, source=io.StringIO("Once\n"), output=out)
     assert "each line is text that the model goes on with" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match="--system is given, but .* no chat template"):
+    with pytest.raises(UserError, match="--system is given, but .* no chat template"):
         chat(plain, system="Be brief.", source=io.StringIO(""))
 
 
@@ -210,11 +210,11 @@ def test_a_closed_input_and_one_that_is_no_text_are_refused(run, monkeypatch, ca
     error = capsys.readouterr().err
     assert error == "prefopt: standard input is closed; expected a terminal, a file or a pipe\n"
     source = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    with pytest.raises(RecipeError, match="^standard input is not UTF-8: .* byte 0xe9 in position 3"):
+    with pytest.raises(UserError, match="^standard input is not UTF-8: .* byte 0xe9 in position 3"):
         list(module._lines(source))
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RecipeError, match="torch sees no GPU"):
+    with pytest.raises(UserError, match="torch sees no GPU"):
         module.choose_device("cuda")

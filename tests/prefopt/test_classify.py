@@ -10,7 +10,7 @@ import torch
 
 from prefopt.cli import main
 from prefopt.data.rows import DataError
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.use.classify import LabelScorer, classify
 from prefopt.use.load import find_run, load_model, load_tokenizer
 from prefopt.use.questions import Question, read_questions
@@ -123,7 +123,7 @@ def test_a_run_without_its_training_rows_needs_labels(world, tmp_path):
     run = make_run(tmp_path, "llama", "gpt-2", data={"path": str(tmp_path / "gone.jsonl")})
     file = tmp_path / "questions.txt"
     file.write_text("Why?\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="labels cannot be read: there is no file .*by --labels"):
+    with pytest.raises(UserError, match="labels cannot be read: there is no file .*by --labels"):
         classify(run.folder, file)
 
 
@@ -173,7 +173,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_a_prompt_that_is_too_long_is_named(parts):
     model, tokenizer = parts
     scorer = LabelScorer(model, tokenizer, LABELS)
-    with pytest.raises(RecipeError, match="line 7 has .* tokens, and the model takes 256"):
+    with pytest.raises(UserError, match="line 7 has .* tokens, and the model takes 256"):
         scorer.score([Question(7, [{"role": "user", "content": "word " * 300}])])
 
 
@@ -193,7 +193,7 @@ def test_bad_arguments_are_named(world, options, said, tmp_path):
     (tmp_path / "questions.txt").write_text("Why?\n", encoding="utf-8")
     if "out" in options:
         options = options | {"out": tmp_path / options["out"]}
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(UserError) as caught:
         classify(world.folder, tmp_path / "questions.txt", **options)
     assert said in str(caught.value)
 

@@ -144,7 +144,7 @@ def test_a_full_disk_behind_stdout_is_a_failure(here, monkeypatch, capsys):
 def test_a_terminal_that_is_not_utf_8_gets_escapes(monkeypatch):
     buffer = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
-    monkeypatch.setattr("prefopt.recipe.commands.recipe_list", lambda: "é ق \udcff")
+    monkeypatch.setattr("prefopt.cli.train.recipe_list", lambda: "é ق \udcff")
     assert main(["train", "--list"]) == 0
     assert buffer.getvalue() == b"\\xe9 \\u0642 \\udcff\n"
 

@@ -18,8 +18,8 @@ from prefopt.compare.apart import FAILED, LOG, REFUSED, _end, run_apart
 from prefopt.compare.measure import Job, measure
 from prefopt.compare.plan import Plan
 from prefopt.compare.summary import TOO_FEW
-from prefopt.errors import RunError
-from prefopt.recipe import RecipeError, load_recipe
+from prefopt.errors import RunError, UserError
+from prefopt.recipe import load_recipe
 from prefopt_testing import make_model, make_rows, make_tokenizer
 from trainer_testing import make_pairs
 
@@ -169,12 +169,12 @@ def test_a_loss_that_is_not_finite_is_a_result(world, tmp_path):
 def test_a_run_that_fails_names_its_log(world, tmp_path):
     recipe = load_recipe(world / "recipe.yaml", {"model.path": str(tmp_path / "gone")})
     job = Job(Plan(recipe, ("kto", "dpo"), 4, STEPS), "kto", 42, tmp_path / "kto-42")
-    with pytest.raises(RecipeError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"):
+    with pytest.raises(UserError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"):
         run_apart(job, lambda: None)
     assert "Traceback" in (tmp_path / "kto-42" / LOG).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("kind", "error"), [(REFUSED, RecipeError), (FAILED, RunError)])
+@pytest.mark.parametrize(("kind", "error"), [(REFUSED, UserError), (FAILED, RunError)])
 def test_a_run_that_fails_on_its_input_is_told_from_any_other(kind, error, tmp_path, monkeypatch):
     class Child:
         """A process that sends one message."""

@@ -31,7 +31,8 @@ from prefopt.compare.summary import (
 )
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.data.pairs import tokenize_pairs
-from prefopt.recipe import RecipeError, make_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import make_recipe
 from prefopt.report.score import BASE, CHANGE, RUN
 from prefopt.train.methods import METHODS
 from prefopt_testing import make_rows, make_tokenizer
@@ -329,7 +330,7 @@ def test_batches_have_the_recipes_sequences(method, sequences):
 
 def test_an_odd_batch_cannot_be_pairs():
     recipe = recipe_with(training__per_device_train_batch_size=3)
-    with pytest.raises(RecipeError, match="per_device_train_batch_size is 3; expected an even"):
+    with pytest.raises(UserError, match="per_device_train_batch_size is 3; expected an even"):
         sequences_of(recipe, ("kto", "dpo"))
     assert sequences_of(recipe, ("kto", "apo_zero")) == 3
 

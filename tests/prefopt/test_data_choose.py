@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from prefopt.data.choose import (
+from prefopt.data.build.choose import (
     CONTRADICTORY,
     ELSEWHERE,
     GROUPS,
@@ -20,8 +20,8 @@ from prefopt.data.choose import (
     Answers,
     choose,
 )
-from prefopt.data.counts import Reading, count, table
-from prefopt.data.plan import Plan, Source
+from prefopt.data.build.counts import Reading, count, table
+from prefopt.data.build.plan import Plan, Source
 from prefopt.data.rows import DataError
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.data.convert import KINDS, Dropped
-from prefopt.data.convert.mmlu_pro import CATEGORIES
-from prefopt.data.language import arabic_share, is_in
+from prefopt.data.build.convert import KINDS, Dropped
+from prefopt.data.build.convert.mmlu_pro import CATEGORIES
+from prefopt.data.build.language import arabic_share, is_in
 from prefopt.data.rows import RowError
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures" / "data"

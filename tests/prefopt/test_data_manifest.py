@@ -7,9 +7,9 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.data import DataError, load_rows
-from prefopt.data.build import build
-from prefopt.data.manifest import read_manifest, split_file
-from prefopt.data.plan import make_plan
+from prefopt.data.build.manifest import read_manifest, split_file
+from prefopt.data.build.plan import make_plan
+from prefopt.data.build.run import build
 
 
 @pytest.fixture(scope="module")

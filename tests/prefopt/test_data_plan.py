@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from prefopt.cli import build_parser
-from prefopt.data.convert import KINDS
-from prefopt.data.plan import OPTION_CHECKS, PLAN_CHECKS, Plan, make_plan, plan_names
+from prefopt.data.build.convert import KINDS
+from prefopt.data.build.plan import OPTION_CHECKS, PLAN_CHECKS, Plan, make_plan, plan_names
 from prefopt.data.rows import DataError
 
 

@@ -24,7 +24,7 @@ from prefopt.demo.rows import (
 from prefopt.demo.rule import is_about, judge, language, topic_of
 from prefopt.demo.sampling import sample_answers
 from prefopt.demo.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
-from prefopt.recipe import RecipeError
+from prefopt.errors import UserError
 from prefopt.train.methods import METHODS, PAIRS
 
 EGG, EGG_AR = "How do I boil an egg?", "كيف يمكنني سلق البيض؟"
@@ -169,18 +169,18 @@ def test_only_a_demos_folder_is_replaced(tmp_path):
             (tmp_path / "demo.json").write_text(marker, encoding="utf-8")
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / "mine.txt").write_text("mine", encoding="utf-8")
-        with pytest.raises(RecipeError, match="has files in it that are not a demo's"):
+        with pytest.raises(UserError, match="has files in it that are not a demo's"):
             run_demo(tmp_path, 0)
         assert (tmp_path / "data" / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_file_and_a_wrong_seed_are_refused(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(RecipeError, match="is a file; expected a folder"):
+    with pytest.raises(UserError, match="is a file; expected a folder"):
         run_demo(tmp_path / "file", 0)
-    with pytest.raises(RecipeError, match="--seed is -1; expected a number from 0"):
+    with pytest.raises(UserError, match="--seed is -1; expected a number from 0"):
         run_demo(tmp_path / "new", -1)
-    with pytest.raises(RecipeError, match="--method is 'ppo'; expected one of kto, "):
+    with pytest.raises(UserError, match="--method is 'ppo'; expected one of kto, "):
         run_demo(tmp_path / "new", 0, "ppo")
     assert not (tmp_path / "new").exists()
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from prefopt.data.convert.mmlu_pro import CATEGORIES
+from prefopt.data.build.convert.mmlu_pro import CATEGORIES
+from prefopt.errors import UserError
 from prefopt.evaluate.answers import name_in
-from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.rules import make_rule
 
 
@@ -58,12 +59,12 @@ def test_rules():
     ],
 )
 def test_a_rule_that_is_none(rule, message):
-    with pytest.raises(EvalError, match=message):
+    with pytest.raises(UserError, match=message):
         make_rule(rule)
 
 
 def test_the_demo_rule_refuses_other_questions():
-    with pytest.raises(EvalError, match="judges the demo's questions only"):
+    with pytest.raises(UserError, match="judges the demo's questions only"):
         make_rule("demo")("What is the capital of Mali?", "Gladly! It is Bamako.")
 
 
@@ -83,6 +84,6 @@ def test_the_demo_rule_refuses_other_questions():
     ],
 )
 def test_a_request_that_makes_no_sense(tmp_path, options, message):
-    with pytest.raises(EvalError) as error:
+    with pytest.raises(UserError) as error:
         EvalRequest(run=tmp_path, **options)
     assert message in str(error.value)

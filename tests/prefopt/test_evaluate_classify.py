@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from evaluate_testing import FIXTURES, make_run, write_lines
 from prefopt.data import DataError
-from prefopt.data.build import build
-from prefopt.data.convert.mmlu_pro import ASK_CATEGORY, CATEGORIES
-from prefopt.data.plan import make_plan
-from prefopt.evaluate import EvalError, EvalRequest, evaluate_run
+from prefopt.data.build.convert.mmlu_pro import ASK_CATEGORY, CATEGORIES
+from prefopt.data.build.plan import make_plan
+from prefopt.data.build.run import build
+from prefopt.errors import UserError
+from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.classify import judged, read_questions
 
 QUESTIONS = FIXTURES / "mmlu_pro.jsonl"
@@ -163,5 +164,5 @@ def test_rows_that_are_none(run, tmp_path, row, message):
 
 
 def test_data_must_be_named(run):
-    with pytest.raises(EvalError, match="--data is missing: questions with their category"):
+    with pytest.raises(UserError, match="--data is missing: questions with their category"):
         evaluate_run(EvalRequest(run=run, suite="classify"))

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluate_testing import CONTEXT, FIXTURES, make_run, write_lines
 from prefopt.data import DataError
-from prefopt.evaluate import EvalError, EvalRequest, evaluate_run
+from prefopt.errors import UserError
+from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.harness import MMLU_MINI, ask, prepare
 from prefopt.evaluate.subject import load_subject
 
@@ -182,7 +183,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, tasks, monke
     (folder / "adapter_model.safetensors").write_bytes(b"")
 
     def said(**options) -> str:
-        with pytest.raises((EvalError, DataError)) as error:
+        with pytest.raises((UserError, DataError)) as error:
             evaluate_run(EvalRequest(run=folder, suite="thesis", **options))
         return str(error.value)
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluate_testing import BETA, make_run, write_lines
 from prefopt.data import DataError, load_rows, split_by_group
 from prefopt.data.collate import pair_mismatched
-from prefopt.evaluate import EvalError, EvalRequest, evaluate_run
+from prefopt.errors import UserError
+from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.generate import generate
 from prefopt.evaluate.subject import load_subject
 from prefopt_testing import CHATML, ROWS, make_rows, make_tokenizer
@@ -185,7 +186,7 @@ def test_a_run_of_all_weights_and_one_without_a_change(tmp_path):
     assert value(suite, "accuracy, all") == 0.5
     assert any("0.000 is indistinguishable from 0" in said for said in suite["warnings"])
     (run / "recipe.yaml").unlink()
-    with pytest.raises(EvalError, match="which is not known; give it with --base"):
+    with pytest.raises(UserError, match="which is not known; give it with --base"):
         evaluate_run(EvalRequest(run=run, **asked))
 
 
@@ -206,13 +207,13 @@ def spoiled(run, tmp_path):
 
 
 def test_a_folder_without_what_is_needed(run, tmp_path):
-    with pytest.raises(EvalError, match="there is no run folder"):
+    with pytest.raises(UserError, match="there is no run folder"):
         load_subject(tmp_path / "nowhere")
-    with pytest.raises(EvalError, match="holds no trained model"):
+    with pytest.raises(UserError, match="holds no trained model"):
         load_subject(tmp_path)
     copy = spoiled(run, tmp_path)
     (copy / "adapter_model.safetensors").unlink()
-    with pytest.raises(EvalError, match="an adapter_config.json but no adapter_model.safetensors"):
+    with pytest.raises(UserError, match="an adapter_config.json but no adapter_model.safetensors"):
         load_subject(copy)
 
 
@@ -221,11 +222,11 @@ def test_a_base_that_is_gone_and_one_that_does_not_fit(run, tmp_path):
     adapter = json.loads((copy / "adapter_config.json").read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = str(tmp_path / "moved")
     (copy / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
-    with pytest.raises(EvalError, match="moved of .* is not there; name its folder or hub id with --base"):
+    with pytest.raises(UserError, match="moved of .* is not there; name its folder or hub id with --base"):
         load_subject(copy)
     assert load_subject(copy, str(run.parent / "base")).kind == "adapter"
     (copy / "adapter_model.safetensors").write_bytes(b"cut off")
-    with pytest.raises(EvalError, match="does not fit the base model"):
+    with pytest.raises(UserError, match="does not fit the base model"):
         load_subject(copy, str(run.parent / "base"))
 
 
@@ -235,7 +236,7 @@ def test_an_unfinished_run_is_said_to_be_one(run, tmp_path):
     (warning,) = load_subject(copy).warnings
     assert "training is running, so this may be an unfinished model" in warning
     (copy / "run.json").write_text("{", encoding="utf-8")
-    with pytest.raises(EvalError, match="run.json cannot be read"):
+    with pytest.raises(UserError, match="run.json cannot be read"):
         load_subject(copy)
 
 
@@ -245,7 +246,7 @@ def test_rows_that_cannot_be_used(run, tmp_path):
         evaluate_run(EvalRequest(run=run, suite="preference", data=str(data), out=tmp_path))
     copy = spoiled(run, tmp_path)
     (copy / "recipe.yaml").unlink()
-    with pytest.raises(EvalError, match="set no rows aside; name a file"):
+    with pytest.raises(UserError, match="set no rows aside; name a file"):
         evaluate_run(EvalRequest(run=copy, suite="preference", base=str(run.parent / "base")))
     assert not (copy / "eval.json").exists() and not (tmp_path / "eval.json").exists()
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import prefopt.export.run as export
 from prefopt.cli import main
+from prefopt.errors import UserError
 from prefopt.export.merge import merged_model
 from prefopt.export.run import export_run
 from prefopt.four_bits import refuse_broken_blocks
-from prefopt.recipe.load import RecipeError
 from prefopt.use.load import find_run, load_tokenizer
 from use_testing import (
     EOS,
@@ -139,12 +139,12 @@ def test_a_run_of_all_weights_can_be_merged_too_and_has_no_adapter(run, tmp_path
     full = tmp_path / "full"
     merged_model(find_run(run.folder), load_tokenizer(find_run(run.folder))).save_pretrained(full)
     run.tokenizer.save_pretrained(full)
-    with pytest.raises(RecipeError, match="holds all the weights and no adapter"):
+    with pytest.raises(UserError, match="holds all the weights and no adapter"):
         export_run(full, "adapter")
     out = export_run(full, "merged", out=tmp_path / "out")
     first, second = (load_file(folder / "model.safetensors") for folder in (full, out))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(RecipeError, match="--base is x, but .* holds all the weights"):
+    with pytest.raises(UserError, match="--base is x, but .* holds all the weights"):
         export_run(full, "merged", base="x", out=tmp_path / "other")
 
 
@@ -152,7 +152,7 @@ def test_an_export_is_not_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "out"
     export_run(run.folder, "adapter", out=out)
     (out / "old").write_text("", encoding="utf-8")
-    with pytest.raises(RecipeError, match="has an export in it; choose another folder, or .*--force"):
+    with pytest.raises(UserError, match="has an export in it; choose another folder, or .*--force"):
         export_run(run.folder, "adapter", out=out)
     assert (out / "old").exists()
     export_run(run.folder, "adapter", out=out, force=True)
@@ -162,9 +162,9 @@ def test_an_export_is_not_overwritten_unless_forced(run, tmp_path):
 
 def test_what_is_no_export_is_not_overwritten_even_if_forced(run, tmp_path):
     (tmp_path / "thesis.txt").write_text("years", encoding="utf-8")
-    with pytest.raises(RecipeError, match="has files that are not part of an export"):
+    with pytest.raises(UserError, match="has files that are not part of an export"):
         export_run(run.folder, "adapter", out=tmp_path, force=True)
-    with pytest.raises(RecipeError, match="not part of an export"):
+    with pytest.raises(UserError, match="not part of an export"):
         export_run(run.folder, "adapter", out=tmp_path / "thesis.txt", force=True)
     assert (tmp_path / "thesis.txt").read_text(encoding="utf-8") == "years"
 
@@ -194,7 +194,7 @@ def test_weights_that_are_not_finite_are_refused(run, tmp_path):
     weights = load_file(broken / "adapter_model.safetensors")
     next(iter(weights.values()))[0, 0] = float("nan")
     save_file(weights, broken / "adapter_model.safetensors")
-    with pytest.raises(RecipeError, match="cannot be merged.*NaN|not finite"):
+    with pytest.raises(UserError, match="cannot be merged.*NaN|not finite"):
         export_run(broken, "merged", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -205,7 +205,7 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
     weights = load_file(tmp_path / "base" / "model.safetensors")
     weights["lm_head.weight"][0, 0] = 1e5
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match="--dtype float16 gives weights that are not finite"):
+    with pytest.raises(UserError, match="--dtype float16 gives weights that are not finite"):
         export_run(tmp_path / "base", "merged", dtype="float16", out=tmp_path / "out")
 
 
@@ -219,7 +219,7 @@ def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
     ],
 )
 def test_bad_arguments_are_named(run, arguments, said, tmp_path):
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(UserError, match=said):
         export_run(run.folder, out=tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
@@ -232,19 +232,19 @@ def test_a_quantised_base_is_refused(run, tmp_path):
     config = read_json(base / "config.json")
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(RecipeError, match="is stored quantised.*--base"):
+    with pytest.raises(UserError, match="is stored quantised.*--base"):
         export_run(run.folder, "merged", base=str(base), out=tmp_path / "out")
 
 
 def test_folders_without_a_model_are_told_apart(run, tmp_path):
-    with pytest.raises(RecipeError, match="there is no run folder"):
+    with pytest.raises(UserError, match="there is no run folder"):
         find_run(tmp_path / "none")
-    with pytest.raises(RecipeError, match="it has neither adapter_config.json nor config.json"):
+    with pytest.raises(UserError, match="it has neither adapter_config.json nor config.json"):
         find_run(tmp_path)
-    with pytest.raises(RecipeError, match=r"did you mean .*run\?"):
+    with pytest.raises(UserError, match=r"did you mean .*run\?"):
         find_run(run.folder.parent)
     (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(RecipeError, match="training has not ended; its last checkpoint is .*-4"):
+    with pytest.raises(UserError, match="training has not ended; its last checkpoint is .*-4"):
         find_run(tmp_path)
 
 
@@ -266,7 +266,7 @@ def test_four_bits_without_the_package_are_one_sentence_and_exit_2(run, tmp_path
 
 
 def test_rows_that_bitsandbytes_loses_on_a_cpu_are_refused(run):
-    with pytest.raises(RecipeError, match="rows of .*down_proj have 96 weights, no multiple of 64"):
+    with pytest.raises(UserError, match="rows of .*down_proj have 96 weights, no multiple of 64"):
         refuse_broken_blocks(
             AutoModelForCausalLM.from_pretrained(run.base),
             "--format merged-4bit",

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from prefopt.errors import UserError
 from prefopt.export import gguf_model, gguf_tokenizer, gguf_write
 from prefopt.export.gguf_readback import rounding_of
 from prefopt.export.gguf_write import write_gguf
 from prefopt.export.run import export_run
-from prefopt.recipe.load import RecipeError
 from prefopt_testing import make_model, make_tokenizer
 from use_testing import (
     EOS,
@@ -156,7 +156,7 @@ def test_a_file_that_is_another_model_is_refused(runs, tmp_path, monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(gguf_write, name, planted)
-            with pytest.raises(RecipeError, match=f"GGUF file, read again, is not the model: {said}"):
+            with pytest.raises(UserError, match=f"GGUF file, read again, is not the model: {said}"):
                 export_run(run.folder, "gguf", out=tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
@@ -281,7 +281,7 @@ def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     folder = tmp_path / "model"
     make_model("gemma2", len(make_tokenizer(folder)), folder)
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(RecipeError, match="written for llama, qwen2, qwen3; this model is gemma2"):
+    with pytest.raises(UserError, match="written for llama, qwen2, qwen3; this model is gemma2"):
         export_run(folder, "gguf")
     assert not (folder / "export").exists() or not list((folder / "export").iterdir())
 
@@ -304,7 +304,7 @@ def test_another_architecture_is_refused_before_its_weights_are_read(tmp_path):
     ],
 )
 def test_what_the_file_cannot_describe_is_refused(changes, said):
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(UserError, match=said):
         gguf_model.check_config(LlamaConfig(**changes))
 
 
@@ -314,10 +314,10 @@ def test_a_weight_too_large_for_f16_is_refused_and_nothing_is_left(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     with torch.no_grad():
         model.lm_head.weight[3, 5] = 70000.0
-    with pytest.raises(RecipeError, match="output.weight has a weight of 7e\\+04, too large for F16"):
+    with pytest.raises(UserError, match="output.weight has a weight of 7e\\+04, too large for F16"):
         write_gguf(model, tokenizer, tmp_path / "model.gguf", "f16")
     model.save_pretrained(tmp_path / "base")
-    with pytest.raises(RecipeError, match="use --quant f32"):
+    with pytest.raises(UserError, match="use --quant f32"):
         export_run(tmp_path / "base", "gguf", quant="f16", out=tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
@@ -326,7 +326,7 @@ def test_without_the_gguf_package_one_sentence(runs, monkeypatch, tmp_path):
     import prefopt.export.run as export
 
     monkeypatch.setattr(export, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="needs the package gguf, which is not installed"):
+    with pytest.raises(UserError, match="needs the package gguf, which is not installed"):
         export_run(runs("qwen2", "qwen2").folder, "gguf", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

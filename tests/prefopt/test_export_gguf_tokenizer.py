@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from transformers import Qwen2Tokenizer
 
+from prefopt.errors import UserError
 from prefopt.export.gguf_tokenizer import read_tokenizer
-from prefopt.recipe.load import RecipeError
 from use_testing import LLAMA3, make_split_tokenizer
 
 
@@ -77,11 +77,11 @@ def lower_case(core):
 )
 def test_tokenizers_that_the_file_cannot_hold_are_refused(change, said, tmp_path):
     tokenizer = altered(tmp_path, change)
-    with pytest.raises(RecipeError, match=said.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")):
         read_tokenizer(tokenizer, len(tokenizer))
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     tokenizer = make_split_tokenizer("gpt-2", tmp_path)
-    with pytest.raises(RecipeError, match="the id 420, and the model's embedding 420 rows"):
+    with pytest.raises(UserError, match="the id 420, and the model's embedding 420 rows"):
         read_tokenizer(tokenizer, 420)

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import prefopt.export.merge as merge
 import prefopt.export.run as export
+from prefopt.errors import UserError
 from prefopt.export.readback import check_logits, probe_ids, within_nf4
 from prefopt.export.run import export_run
-from prefopt.recipe.load import RecipeError
 from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import Source, find_run, load_model
 from use_testing import (
@@ -130,14 +130,14 @@ def test_a_head_lost_in_saving_fails_the_export_and_leaves_nothing(bases, tmp_pa
 
     monkeypatch.setattr(merge, "merge_adapter", merge_and_forget)
     for format in ("merged", "merged-4bit") if find_spec("bitsandbytes") else ("merged",):
-        with pytest.raises(RecipeError, match="the export, loaded again, has logits that differ by"):
+        with pytest.raises(UserError, match="the export, loaded again, has logits that differ by"):
             export_run(bases[True].folder, format, out=tmp_path / "out")
         assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_merged_wrongly_is_refused(bases, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "merge_adapter", lambda model: model.unload())
-    with pytest.raises(RecipeError, match="cannot be merged: the merged model has logits that"):
+    with pytest.raises(UserError, match="cannot be merged: the merged model has logits that"):
         export_run(bases[True].folder, "merged", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -154,7 +154,7 @@ def test_one_weight_changed_in_saving_fails_the_export(run, tmp_path, monkeypatc
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(merge, "_save", save_otherwise)
-    with pytest.raises(RecipeError, match="has weights that differ"):
+    with pytest.raises(UserError, match="has weights that differ"):
         export_run(run.folder, "merged", out=tmp_path / "out")
 
 
@@ -175,13 +175,13 @@ def test_an_adapter_is_read_back_on_a_base_that_is_here(run, tmp_path, monkeypat
         save_file(weights, folder / path.name)
 
     monkeypatch.setattr(export.shutil, "copy2", copy_otherwise)
-    with pytest.raises(RecipeError, match="the adapter, loaded again, has other tensors"):
+    with pytest.raises(UserError, match="the adapter, loaded again, has other tensors"):
         export_run(run.folder, "adapter", out=tmp_path / "out")
     monkeypatch.undo()
     config = read_json(run.folder / "adapter_config.json")
     alpha = config | {"lora_alpha": 2 * config["lora_alpha"]}
     monkeypatch.setattr(export, "_published", lambda *_: Source(run.folder, str(run.base), None, alpha))
-    with pytest.raises(RecipeError, match="the adapter, loaded again on .* has logits that differ"):
+    with pytest.raises(UserError, match="the adapter, loaded again on .* has logits that differ"):
         export_run(run.folder, "adapter", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -203,7 +203,7 @@ def test_an_adapter_of_a_resized_vocabulary_names_both_sizes(run, tmp_path):
         model.save_pretrained(tmp_path / "run")
     run.tokenizer.save_pretrained(tmp_path / "run")
     for format in ("adapter", "merged"):
-        with pytest.raises(RecipeError, match=f"of {rows + 7} rows, and the base .* has {rows}: .*--base"):
+        with pytest.raises(UserError, match=f"of {rows + 7} rows, and the base .* has {rows}: .*--base"):
             export_run(tmp_path / "run", format, out=tmp_path / "out")
     resized = AutoModelForCausalLM.from_pretrained(run.base)
     resized.resize_token_embeddings(rows + 7)
@@ -218,9 +218,9 @@ def test_one_token_at_another_expert_is_no_fault_and_most_tokens_are(run):
     moved, most = logits.clone(), logits.clone()
     moved[3] += 1
     most[2:] += 1
-    with pytest.raises(RecipeError, match="a model has logits that differ by 1 "):
+    with pytest.raises(UserError, match="a model has logits that differ by 1 "):
         check_logits(model, moved, logits, "a model")
     model.config.num_experts = 4
     check_logits(model, moved, logits, "a model")
-    with pytest.raises(RecipeError, match="a model has logits that differ by 1 "):
+    with pytest.raises(UserError, match="a model has logits that differ by 1 "):
         check_logits(model, most, logits, "a model")

@@ -11,8 +11,9 @@ import yaml
 
 from evaluate_testing import make_run
 from prefopt.cli import main
+from prefopt.errors import UserError
 from prefopt.folder_lock import LOCK_NAME, is_unused, only_writer
-from prefopt.recipe import RecipeError, make_recipe, run_recipe
+from prefopt.recipe import make_recipe, run_recipe
 
 HOLD = """
 import sys, time
@@ -37,7 +38,7 @@ def test_a_killed_process_is_no_hindrance(tmp_path):
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RecipeError) as refused, only_writer(folder, "--out"):
+        with pytest.raises(UserError) as refused, only_writer(folder, "--out"):
             pass
         holder.kill()
     assert str(refused.value) == (
@@ -61,7 +62,7 @@ def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
     assert (tmp_path / "mine").is_dir()
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RecipeError, match="--out .*file is a file; expected a folder"),
+        pytest.raises(UserError, match="--out .*file is a file; expected a folder"),
         only_writer(tmp_path / "file", "--out"),
     ):
         pass

@@ -11,8 +11,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt.cli import main
+from prefopt.errors import UserError
 from prefopt.pretrained import from_pretrained
-from prefopt.recipe import RecipeError
 from prefopt.use.load import find_run, load_model
 from prefopt_testing import make_model, make_rows, make_tokenizer
 
@@ -98,7 +98,7 @@ def test_a_model_with_custom_code_is_refused_with_the_option(custom, tmp_path, c
 
 @pytest.mark.parametrize("kind", [AutoConfig, AutoModelForCausalLM])
 def test_every_auto_class_refuses_it(custom, kind, no_stdin):
-    with pytest.raises(RecipeError, match="^cannot load it: .*model.trust_remote_code to true"):
+    with pytest.raises(UserError, match="^cannot load it: .*model.trust_remote_code to true"):
         from_pretrained(kind, str(custom / "model"), "cannot load it")
 
 
@@ -110,5 +110,5 @@ def test_a_trusted_model_trains_and_its_run_loads_again(custom, tmp_path, no_std
     recipe = tmp_path / "run" / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8")
     recipe.write_text(text.replace("trust_remote_code: true", "trust_remote_code: false"))
-    with pytest.raises(RecipeError, match="model.trust_remote_code to true"):
+    with pytest.raises(UserError, match="model.trust_remote_code to true"):
         load_model(find_run(tmp_path / "run"))

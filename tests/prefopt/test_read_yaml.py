@@ -6,10 +6,10 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.data import DataError
-from prefopt.data.plan import make_plan
+from prefopt.data.build.plan import make_plan
 from prefopt.errors import UserError
 from prefopt.read_yaml import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, parse_yaml, read_yaml
-from prefopt.recipe import RecipeError, load_recipe
+from prefopt.recipe import load_recipe
 from prefopt.report.read import sections
 from prefopt.use.load import find_run
 
@@ -78,11 +78,11 @@ def test_every_reader_has_the_bounds(tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text("&k [*k]", encoding="utf-8")
     message = "an alias contains itself"
-    with pytest.raises(RecipeError, match=f"recipe.yaml is not valid YAML: {message}$"):
+    with pytest.raises(UserError, match=f"recipe.yaml is not valid YAML: {message}$"):
         load_recipe(path)
     with pytest.raises(DataError, match=f"recipe.yaml is not valid YAML: {message}$"):
         make_plan([str(path)])
-    with pytest.raises(RecipeError, match=f"recipe.yaml is not valid YAML: {message}$"):
+    with pytest.raises(UserError, match=f"recipe.yaml is not valid YAML: {message}$"):
         find_run(tmp_path)  # recipe.yaml of a run folder
     assert sections("&k [*k]") == {}  # the report of a run shows what it can read
     for words in (
@@ -106,5 +106,5 @@ def test_no_is_the_strategy_and_not_false(tmp_path, caplog):
         recipe = load_recipe(path, {"training.save_strategy": False})
     assert recipe.training.save_strategy == recipe.training.eval_strategy == "no"
     assert recipe.loss.shift == "off" and recipe.training.bf16 is False
-    with pytest.raises(RecipeError, match="save_strategy is True; expected one of no, steps, epoch"):
+    with pytest.raises(UserError, match="save_strategy is True; expected one of no, steps, epoch"):
         load_recipe(path, {"training.save_strategy": True})

@@ -10,7 +10,8 @@ import yaml
 
 import prefopt.recipe.schema
 from prefopt.data import DataError
-from prefopt.recipe import Lora, RecipeError, load_recipe, make_recipe, run_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import Lora, load_recipe, make_recipe, run_recipe
 from prefopt.recipe.named import recipe_names
 from prefopt.recipe.run import preference_config, write_recipe
 from prefopt.train import PreferenceConfig
@@ -25,7 +26,7 @@ SHIPPED = [name for name in recipe_names() if load_recipe(name).data.plan is Non
 
 
 def problems(content, overrides=None) -> list[str]:
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         make_recipe(content, overrides, name="r.yaml")
     return str(error.value).splitlines()
 
@@ -113,18 +114,18 @@ def test_yaml_traps(tmp_path):
     assert recipe.training.learning_rate == 1e-5  # text to YAML, because it has no dot
     assert recipe.training.output_dir == "تجربة" and recipe.name == str(path)
     path.write_text(head + "training:\n  output_dir: a\n  output_dir: b\n", encoding="utf-8")
-    with pytest.raises(RecipeError, match="the key 'output_dir' appears twice .* line 5"):
+    with pytest.raises(UserError, match="the key 'output_dir' appears twice .* line 5"):
         load_recipe(path)
     for broken in ("model: [", "model: {path: !!python/name:os.system }", "a: 2026-13-01"):
         path.write_text(broken, encoding="utf-8")
-        with pytest.raises(RecipeError, match="is not valid YAML"):
+        with pytest.raises(UserError, match="is not valid YAML"):
             load_recipe(path)
     path.write_bytes(b"model: caf\xe9")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_recipe(path)
-    with pytest.raises(RecipeError, match="there is no recipe .*missing.yaml"):
+    with pytest.raises(UserError, match="there is no recipe .*missing.yaml"):
         load_recipe(tmp_path / "missing.yaml")
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_recipe(tmp_path)
 
 
@@ -210,7 +211,7 @@ def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
     }
     first = make_recipe(content, overrides)
     stop_after(first, 2)
-    with pytest.raises(RecipeError, match="is not empty; choose another folder, or continue the run with --resume"):
+    with pytest.raises(UserError, match="is not empty; choose another folder, or continue the run with --resume"):
         run_recipe(first)
     run_recipe(first, resume=True)
     expected = [entry["loss"] for entry in logs(whole) if "loss" in entry]
@@ -320,7 +321,7 @@ def test_a_reference_model_and_rows_of_their_own_for_evaluation(content, base, t
     ],
 )
 def test_what_cannot_run_is_one_message_before_training(content, overrides, message):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         run_recipe(make_recipe(content, overrides, name="r.yaml"))
     assert message in str(error.value) and "r.yaml" in str(error.value)
     assert not Path(content["training"]["output_dir"]).exists()
@@ -382,11 +383,11 @@ def test_off_in_yaml_is_off(tmp_path):
     assert preference_config(recipe).shift_bound == 0.5
     recipe = load_recipe(path, {"loss.decision_weighting": "prelec", "loss.decision_clip": [1, 3]})
     assert preference_config(recipe).decision_clip == (1.0, 3.0)
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         load_recipe(path, {"loss.decision_clip": [1], "loss.robust": "off"})
     assert "loss.decision_clip is [1]; expected a list of 2 numbers" in str(error.value)
     assert "loss.robust is 'off'; expected true or false" in str(error.value)
-    with pytest.raises(RecipeError, match=r"loss\.gamma is 1\.0; method 'enhanced_kto' has no use"):
+    with pytest.raises(UserError, match=r"loss\.gamma is 1\.0; method 'enhanced_kto' has no use"):
         preference_config(load_recipe(path, {"loss.gamma": 1}))
 
 
@@ -395,5 +396,5 @@ def test_a_model_cut_short_is_one_message(content, tmp_path):
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     content["model"]["path"] = str(tmp_path / "model")
-    with pytest.raises(RecipeError, match="model.path: cannot load a causal language model from"):
+    with pytest.raises(UserError, match="model.path: cannot load a causal language model from"):
         run_recipe(make_recipe(content))

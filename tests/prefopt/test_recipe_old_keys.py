@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from prefopt.cli import main
-from prefopt.recipe import RecipeError, make_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import make_recipe
 from prefopt.recipe.old_keys import OLD
 from prefopt.recipe.run import preference_config
 from prefopt.recipe.schema import SECTIONS, options_of
@@ -15,7 +16,7 @@ MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"ou
 
 
 def problems(content, overrides=None):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         make_recipe(content, overrides, name="r.yaml")
     return str(error.value).splitlines()
 
@@ -142,5 +143,5 @@ def test_old_keys_on_the_command_line_keep_their_values(tmp_path, capsys, caplog
 def test_fp16_reaches_the_trainer_and_not_together_with_bf16():
     content = {**MINIMAL, "training": {"output_dir": "run", "fp16": True, "use_cpu": True}}
     assert preference_config(make_recipe(content)).fp16
-    with pytest.raises(RecipeError, match="fp16"):
+    with pytest.raises(UserError, match="fp16"):
         preference_config(make_recipe(content, {"training.bf16": True}))

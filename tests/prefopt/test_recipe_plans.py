@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 
 from prefopt.cli import main
 from prefopt.data import DataError
-from prefopt.recipe import RecipeError, load_recipe, make_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import load_recipe, make_recipe
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.named import recipe_list, recipe_names
 from prefopt.recipe.rows import load_data, with_plan
@@ -93,7 +94,7 @@ def test_rows_to_evaluate_on_that_the_recipe_names_win(content, tmp_path):
 def test_evaluation_by_epoch_knows_of_the_validation_split(content, tmp_path):
     assert preference_config(make_recipe(content, {"training.eval_strategy": "epoch"}))
     write_plan(tmp_path, validation=0.0)
-    with pytest.raises(RecipeError, match="training.eval_strategy needs rows"):
+    with pytest.raises(UserError, match="training.eval_strategy needs rows"):
         preference_config(make_recipe(content, {"training.eval_strategy": "epoch"}))
     recipe = make_recipe(content)
     assert load_data(with_plan(recipe), load_tokenizer(recipe))[1] is None
@@ -135,7 +136,7 @@ def test_a_template_file_is_read_and_one_that_is_not_there_named(content, tmp_pa
     assert load_tokenizer(make_recipe(content, {"data.chat_template": str(path)})).chat_template == path.read_text(
         encoding="utf-8"
     )
-    with pytest.raises(RecipeError, match="data.chat_template is 'dialog'; expected dialogue or a"):
+    with pytest.raises(UserError, match="data.chat_template is 'dialog'; expected dialogue or a"):
         load_tokenizer(make_recipe(content, {"data.chat_template": "dialog"}))
     own = AutoTokenizer.from_pretrained(content["model"]["path"]).chat_template
     assert load_tokenizer(make_recipe(content)).chat_template == own
@@ -189,7 +190,7 @@ def test_tiny_makes_its_inputs_once_and_an_override_wins(tmp_path, monkeypatch):
     assert str(weights.parent) == first.model.path
     assert tiny_recipe("kto-lora", {"training.max_steps": 3}) == first
     assert weights.stat().st_mtime_ns == written
-    with pytest.raises(RecipeError, match="kto-lora-tiny-inputs is there and not what --tiny makes"):
+    with pytest.raises(UserError, match="kto-lora-tiny-inputs is there and not what --tiny makes"):
         tiny_recipe("kto-lora", {"model.path": "other/SmolLM2-135M"} | {"training.seed": 7})
 
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 
 import prefopt.four_bits as packing
 from prefopt.cli import main
-from prefopt.recipe import RecipeError, load_recipe, make_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import load_recipe, make_recipe
 from prefopt.recipe.models import load_model, quantize_for
 from prefopt.recipe.run import preference_config
 from prefopt.tiny.families import family_of, save_tiny
@@ -41,7 +42,7 @@ def four_bits(path):
 
 
 def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
-    with pytest.raises(RecipeError, match="model.quantization is nf4 and lora is null; .* expected"):
+    with pytest.raises(UserError, match="model.quantization is nf4 and lora is null; .* expected"):
         preference_config(make_recipe(CONTENT, {"lora": None}))
 
 
@@ -49,7 +50,7 @@ def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
 def test_without_bitsandbytes_it_says_how_to_get_it(overrides, monkeypatch):
     find = packing.find_spec
     monkeypatch.setattr(packing, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
-    with pytest.raises(RecipeError, match=r"needs the package bitsandbytes: pip install bitsandbytes$"):
+    with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install bitsandbytes$"):
         preference_config(make_recipe(CONTENT, overrides))
 
 
@@ -84,7 +85,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_on_a_cpu_before_loading(tmp_p
     make_model("qwen3", len(make_tokenizer(tmp_path)), tmp_path)
     (tmp_path / "model.safetensors").unlink()  # the shapes alone decide
     with pytest.raises(
-        RecipeError,
+        UserError,
         match=r"model.path: rows of model.layers.0.*q_proj have 48 weights, no multiple",
     ):
         four_bits(str(tmp_path))

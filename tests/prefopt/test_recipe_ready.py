@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefopt.errors import UserError
-from prefopt.recipe import RecipeError, make_recipe, run_recipe
+from prefopt.recipe import make_recipe, run_recipe
 from prefopt.recipe.models import check_targets
 from prefopt.recipe.run import preference_config
 
@@ -108,14 +108,14 @@ def test_a_run_is_refused_before_any_work(content, overrides, message, tmp_path,
     ],
 )
 def test_values_that_no_library_can_hold(content, key, value, expected):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         make_recipe(content, {key: value}, name="r.yaml")
     assert f"{key} is " in str(error.value) and str(error.value).endswith(f"; expected {expected}")
 
 
 def test_a_run_folder_without_write_permission(content, tmp_path, monkeypatch):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         run_recipe(make_recipe(content, name="r.yaml"))
     expected = f"training.output_dir is {tmp_path / 'run'}, but {tmp_path} cannot be written to"
     assert str(error.value) == f"r.yaml: {expected}"
@@ -155,7 +155,7 @@ def test_what_transformers_can_make_is_accepted(content, optim, scheduler):
 
 def test_a_problem_of_the_loss_is_not_given_the_adapters_key(content):
     """alpha is an option of enhanced_kto and of LoRA."""
-    with pytest.raises(RecipeError, match=r"  loss\.alpha is 2\.0; expected a number above 0 and"):
+    with pytest.raises(UserError, match=r"  loss\.alpha is 2\.0; expected a number above 0 and"):
         preference_config(make_recipe(content, {"loss.method": "enhanced_kto", "loss.alpha": 2}, name="r.yaml"))
 
 
@@ -174,7 +174,7 @@ def test_layers_of_an_adapter_are_those_of_the_model(model):
         (".*norm", "is '.*norm', which matches model.layers.0.input_layernorm, a LlamaRMSNorm"),
         (["self_attn"], "is 'self_attn', which matches model.layers.0.self_attn, a LlamaAttention"),
     ):
-        with pytest.raises(RecipeError) as error:
+        with pytest.raises(UserError) as error:
             check_targets(model, targets, "r.yaml: lora.target_modules")
         assert str(error.value) == f"r.yaml: lora.target_modules {problem}; {expected}"
     for targets in ("all-linear", ["q_proj", "embed_tokens"], r".*\.(k|v)_proj"):

@@ -12,7 +12,8 @@ import yaml
 import prefopt.recipe.run
 import prefopt.report.write
 from kill_campaign import make_base, make_recipe_file, result_of
-from prefopt.recipe import RecipeError, load_recipe, make_recipe, run_recipe
+from prefopt.errors import UserError
+from prefopt.recipe import load_recipe, make_recipe, run_recipe
 from prefopt.train import PreferenceTrainer
 from prefopt.train.checkpoint import CheckpointError
 from prefopt_testing import make_rows
@@ -100,7 +101,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(recipe):
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     before = contents(run)
-    with pytest.raises(RecipeError, match="is finished and has no checkpoint to continue from"):
+    with pytest.raises(UserError, match="is finished and has no checkpoint to continue from"):
         resume(recipe, training__max_steps=6)
     assert contents(run) == before
 
@@ -108,7 +109,7 @@ def test_a_finished_run_without_checkpoints_cannot_be_made_longer(recipe):
 def test_what_is_not_budget_logging_saving_or_evaluation_is_refused(recipe):
     run = recipe.with_name("run")
     before = contents(run)
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         resume(
             recipe,
             loss__beta=0.2,
@@ -151,7 +152,7 @@ def test_rows_that_changed_under_their_path_are_refused(whole, tmp_path):
     before = contents(run)
     rows[3]["label"] = not rows[3]["label"]
     write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         run_recipe(make_recipe(content, {"training.max_steps": 4}), resume=True)
     assert "the rows of data.path, or the tokenizer that encodes them, have changed (" in str(error.value)
     assert contents(run) == before
@@ -231,7 +232,7 @@ def test_a_folder_whose_start_failed_is_used_again_without_resume(whole, tmp_pat
     assert not (run / "bad_rows.jsonl").exists()  # of the start that failed
     assert result_of(run) == result_of(whole.with_name("run"))
     assert "resumes" not in record_of(run)
-    with pytest.raises(RecipeError, match="is not empty; choose another"):
+    with pytest.raises(UserError, match="is not empty; choose another"):
         run_recipe(make_recipe(content))
 
 
@@ -249,6 +250,6 @@ def test_a_folder_with_something_else_is_not_resumed(whole, tmp_path):
     content = yaml.safe_load(whole.read_text(encoding="utf-8"))
     content["training"]["output_dir"] = str(tmp_path)
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(RecipeError, match=r"has no recipe\.yaml, so there is no run to resume"):
+    with pytest.raises(UserError, match=r"has no recipe\.yaml, so there is no run to resume"):
         run_recipe(make_recipe(content), resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

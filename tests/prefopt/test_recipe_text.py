@@ -9,9 +9,9 @@ import yaml
 from prefopt.cli import main
 from prefopt.data import load_rows
 from prefopt.data.rows import group_of
+from prefopt.errors import UserError
 from prefopt.evaluate.request import EvalRequest
 from prefopt.recipe import load_recipe, make_recipe
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.run import preference_config
 from prefopt.train import TrainingWarning
 from prefopt.use.chat import chat
@@ -103,7 +103,7 @@ def test_rows_of_text_are_warned_about_and_chat_continues_text(text_run, monkeyp
     assert "data.as_chat: true" in report and "has a chat template, which is not used" in report
     assert answered(text_run, monkeypatch) == "Hello"
     assert "trained on plain text: each line is text that the model continues" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match="--system is given, but the run has no chat template, or was"):
+    with pytest.raises(UserError, match="--system is given, but the run has no chat template, or was"):
         chat(text_run, system="Be brief.", source=io.StringIO(""))
 
 
@@ -171,7 +171,7 @@ def test_as_chat_equals_rows_that_are_messages():
     ],
 )  # fmt: skip
 def test_a_mapping_of_labels_is_checked_with_the_recipe(folder, data, problem):
-    with pytest.raises(RecipeError, match=problem):
+    with pytest.raises(UserError, match=problem):
         preference_config(make_recipe(content(folder, "none", **data)))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.data.build import build
-from prefopt.data.plan import make_plan
+from prefopt.data.build.plan import make_plan
+from prefopt.data.build.run import build
 from prefopt.recipe.schema import options_of
 from prefopt.report import write_report
 from prefopt.report.facts import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.report.statistics import wilson
 from prefopt.study.findings import effects, find, remedy_cells
 from prefopt.study.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
@@ -234,5 +234,5 @@ def test_a_line_cut_short_is_dropped_and_a_broken_one_is_refused(tmp_path):
     assert read_lines(file, mend=True) == [{"a": 1}, {"a": 2}]
     assert file.read_bytes() == b'{"a":1}\n{"a":2}\n'
     file.write_bytes(b'{"a":1}\n{"a":\n{"a":2}\n')
-    with pytest.raises(RecipeError, match=r"results\.jsonl:2 is not JSON"):
+    with pytest.raises(UserError, match=r"results\.jsonl:2 is not JSON"):
         read_lines(file)

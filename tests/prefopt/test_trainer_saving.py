@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.use.load import find_run, load_model
 from trainer_testing import World, make_trainer, make_world, train
 from use_testing import make_base, make_split_tokenizer
@@ -106,7 +106,7 @@ def test_an_adapter_on_a_resized_vocabulary_needs_the_resized_base(tied, tmp_pat
     with caplog.at_level(logging.WARNING):
         trainer.save_model()
     assert f"of {rows + 7} rows, which are saved with it, and {tied.folder} has {rows}" in caplog.text
-    with pytest.raises(RecipeError, match=f"of {rows + 7} rows, and the base model {tied.folder} has {rows}"):
+    with pytest.raises(UserError, match=f"of {rows + 7} rows, and the base model {tied.folder} has {rows}"):
         load_model(find_run(run))
     assert_same_logits(load_model(find_run(run, str(tmp_path / "resized"))), trainer.model)
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from prefopt.errors import RunError, UserError
 from prefopt.failure import first_line
-from prefopt.recipe.error import RecipeError
 
 if TYPE_CHECKING:
     from prefopt.compare.measure import Job
@@ -35,7 +34,7 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
         on_step: called after each optimizer step.
 
     Raises:
-        RecipeError: the run could not be made from its input; the message names the log.
+        UserError: the run could not be made from its input; the message names the log.
         RunError: it failed, or its process died; the message names the log.
     """
     context = multiprocessing.get_context("spawn")
@@ -59,7 +58,7 @@ def run_apart(job: "Job", on_step: Callable[[], None]) -> dict:
         process.join()
     if kind == DONE:
         return said
-    kind_of_error = RecipeError if kind == REFUSED else RunError
+    kind_of_error = UserError if kind == REFUSED else RunError
     raise kind_of_error(f"{job.method}, seed {job.seed}: {said or _end(process.exitcode)}; see {log}")
 
 

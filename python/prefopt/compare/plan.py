@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from prefopt.recipe.error import RecipeError
+from prefopt.errors import UserError
 from prefopt.recipe.schema import SECTIONS, Loss, Recipe
 from prefopt.redact import redacted
 from prefopt.train.methods import METHODS, OPTIONS, PAIRS, RATED, in_force
@@ -50,14 +50,14 @@ def sequences_of(recipe: Recipe, methods: tuple[str, ...]) -> int:
     """Sequences in a micro-batch of the recipe; a pair has two.
 
     Raises:
-        RecipeError: they cannot be halved into pairs, or into desirable and undesirable answers.
+        UserError: they cannot be halved into pairs, or into desirable and undesirable answers.
     """
     batch = recipe.training.per_device_train_batch_size
     if METHODS[recipe.loss.method].data == PAIRS:
         return 2 * batch
     halved = [method for method in methods if METHODS[method].data != RATED]
     if batch % 2 and halved:
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: training.per_device_train_batch_size is {batch}; expected an even number of rows, which "
             f"{', '.join(halved)} can see as pairs (accumulate fewer micro-batches to keep the rows of a step)"
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from prefopt.recipe.error import RecipeError
+from prefopt.errors import UserError
 from prefopt.recipe.schema import Loss
 
 KNOWN = get_args(get_type_hints(Loss)["method"])
@@ -21,12 +21,12 @@ class CompareRequest:
         out: folder, new or of the same comparison's earlier start.
 
     Raises:
-        RecipeError: an unknown or repeated method, one method alone, ``runs`` below 1, ``out`` is a file.
+        UserError: an unknown or repeated method, one method alone, ``runs`` below 1, ``out`` is a file.
 
     Example:
         >>> CompareRequest(methods=("kto", "dop"), runs=3, out=Path("comparison"))
         Traceback (most recent call last):
-        prefopt.recipe...RecipeError: --methods has 'dop'; expected some of kto, ...; did you mean dpo?
+        prefopt.errors.UserError: --methods has 'dop'; expected some of kto, ...; did you mean dpo?
     """
 
     methods: tuple[str, ...]
@@ -38,12 +38,12 @@ class CompareRequest:
             if method not in KNOWN:
                 near = difflib.get_close_matches(method, KNOWN, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise RecipeError(f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}")
+                raise UserError(f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}")
             if self.methods.count(method) > 1:
-                raise RecipeError(f"--methods has {method} twice; --runs repeats every method")
+                raise UserError(f"--methods has {method} twice; --runs repeats every method")
         if len(self.methods) < 2:
-            raise RecipeError(f"--methods is {', '.join(self.methods) or 'empty'}; expected two or more to compare")
+            raise UserError(f"--methods is {', '.join(self.methods) or 'empty'}; expected two or more to compare")
         if self.runs < 1:
-            raise RecipeError(f"--runs is {self.runs}; expected a number from 1")
+            raise UserError(f"--runs is {self.runs}; expected a number from 1")
         if self.out.exists() and not self.out.is_dir():
-            raise RecipeError(f"--out {self.out} is a file; expected a folder")
+            raise UserError(f"--out {self.out} is a file; expected a folder")

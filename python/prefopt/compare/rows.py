@@ -11,8 +11,8 @@ from prefopt.compare.plan import paired
 from prefopt.data import DataError, LabelBalancedSampler, LoadedRows, Tokenized
 from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs, desirable_only
+from prefopt.errors import UserError
 from prefopt.evaluate.held_out import HeldOut
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.rows import load_data, with_plan
 from prefopt.recipe.schema import Loss, Recipe
 from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
@@ -44,7 +44,7 @@ def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenize
 
     Raises:
         DataError: bad rows, or none that serve a method.
-        RecipeError: the recipe sets no rows aside.
+        UserError: the recipe sets no rows aside.
     """
     wanted = paired(methods) or [method for method in methods if METHODS[method].data == RATED]
     try:
@@ -53,7 +53,7 @@ def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenize
     except DataError as error:
         raise DataError(f"for {', '.join(wanted)}: {error}", error.bad) from None
     if held_out is None:
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name} sets no rows aside that the methods could be compared on; add --data.eval_fraction 0.1, or "
             "data.eval_path"
         )

@@ -19,9 +19,9 @@ from prefopt.compare.plan import (
 from prefopt.compare.report import OUTPUTS, write_report
 from prefopt.compare.request import CompareRequest
 from prefopt.compare.rows import Rows, load
+from prefopt.errors import UserError
 from prefopt.files import write_whole
 from prefopt.folder_lock import is_unused, only_writer
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.ready import check_device, check_inputs
 from prefopt.recipe.run import preference_config
@@ -41,7 +41,7 @@ def run(recipe: Recipe, request: CompareRequest) -> Path:
         Path of report.html.
 
     Raises:
-        RecipeError: options that do not fit a method, a folder in use, a run that failed.
+        UserError: options that do not fit a method, a folder in use, a run that failed.
         DataError: rows that cannot be used, or that do not serve a method.
         KeyboardInterrupt: the runs that were done stay, and a second start goes on.
     """
@@ -143,7 +143,7 @@ def _write(out: Path, content: dict) -> None:
 def _check_writable(out: Path) -> None:
     there = next(one for one in (out, *out.absolute().parents) if one.exists())
     if not os.access(there, os.W_OK):
-        raise RecipeError(f"{there} cannot be written to; choose another --out")
+        raise UserError(f"{there} cannot be written to; choose another --out")
 
 
 def _found(out: Path) -> dict | None:
@@ -152,14 +152,12 @@ def _found(out: Path) -> dict | None:
         content = json.loads((out / JSON_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if not is_unused(out):
-            raise RecipeError(
-                f"--out {out} has files in it that are not a comparison's; choose another folder"
-            ) from None
+            raise UserError(f"--out {out} has files in it that are not a comparison's; choose another folder") from None
         return None
     except ValueError:
         content = None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RecipeError(
+        raise UserError(
             f"{out / JSON_NAME} is not what `prefopt compare` writes (format {FORMAT}); choose another --out"
         )
     return content
@@ -169,7 +167,7 @@ def _check_same(out: Path, found: dict, wanted: dict) -> None:
     """A second start must ask for the same thing, or its runs could not stand beside those of the first."""
     other = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
     if other:
-        raise RecipeError(
+        raise UserError(
             f"--out {out} has a comparison with other settings ({', '.join(other)}); expected the same recipe and "
             "arguments but for --runs, or another folder"
         )

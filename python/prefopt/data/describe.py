@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prefopt.data.manifest import read_manifest
+from prefopt.data.build.manifest import read_manifest
 from prefopt.data.read import LoadedRows, load_rows
 from prefopt.data.rows import Text
 

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
-from prefopt.data.manifest import split_file
+from prefopt.data.build.manifest import split_file
 from prefopt.data.rows import RATED_FIELDS, DataError, RowError, show
 from prefopt.data.values import check_values
 

@@ -16,11 +16,7 @@ SECONDS = 10.0  # for one conversation; a usual template takes less than a milli
 MOST_CHARACTERS = 1_000_000  # beyond ten times what the messages hold
 
 
-class TemplateError(UserError):
-    """The template cannot render a conversation; the message is the reason."""
-
-
-class TemplateTimeout(TemplateError):
+class TemplateTimeout(UserError):
     """The template did not end in time."""
 
 
@@ -37,7 +33,7 @@ def render(
     as a product of huge numbers, is not interrupted.
 
     Raises:
-        TemplateError: the template fails, takes longer than ``SECONDS``, or writes more than it can have a reason to.
+        UserError: the template fails, takes longer than ``SECONDS``, or writes more than it can have a reason to.
     """
     arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
@@ -46,12 +42,12 @@ def render(
     except TemplateTimeout:
         raise
     except jinja2.TemplateError as error:
-        raise TemplateError(f"the chat template refuses it: {str(error):.200}") from None
+        raise UserError(f"the chat template refuses it: {str(error):.200}") from None
     except Exception as error:  # a template can raise whatever Python can
-        raise TemplateError(f"the chat template fails: {type(error).__name__}: {str(error):.200}") from None
+        raise UserError(f"the chat template fails: {type(error).__name__}: {str(error):.200}") from None
     room = MOST_CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
     if len(text) > room:
-        raise TemplateError(
+        raise UserError(
             f"the chat template writes {len(text):,} characters; expected at most {room:,} for this conversation"
         )
     return text

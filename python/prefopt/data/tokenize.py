@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.read import ON_BAD_ROW, LoadedRows
 from prefopt.data.rows import BadRow, DataError, bad_rows_error
-from prefopt.data.template import TemplateError, TemplateTimeout, render
+from prefopt.data.template import TemplateTimeout, render
+from prefopt.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ class Encode:
             return asked, render(self.tokenizer, prompt + completion, self.template_kwargs), ""
         except TemplateTimeout:
             raise
-        except TemplateError as error:
+        except UserError as error:
             return "", "", str(error)
 
     def ids(self, texts: list[str]) -> list[list[int]]:

@@ -14,8 +14,9 @@ from prefopt.demo.model import build_model, build_tokenizer, save_model, supervi
 from prefopt.demo.rows import pair_rows, split_questions, thumbs_rows
 from prefopt.demo.rule import RULE, judge, language
 from prefopt.demo.sampling import TEMPERATURE, sample_answers
+from prefopt.errors import UserError
 from prefopt.folder_lock import is_unused, only_writer
-from prefopt.recipe import RecipeError, make_recipe, run_recipe
+from prefopt.recipe import make_recipe, run_recipe
 from prefopt.report import write_report
 from prefopt.report.statistics import paired_difference, wilson
 from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
@@ -67,7 +68,7 @@ def run_demo(out: str | Path, seed: int = 0, method: str = "kto") -> Path:
         Path of report.html.
 
     Raises:
-        RecipeError: ``out`` holds something else, ``seed`` is out of range, or there is no such method.
+        UserError: ``out`` holds something else, ``seed`` is out of range, or there is no such method.
         KeyboardInterrupt: after what had been written is removed.
     """
     out = Path(out)
@@ -126,11 +127,11 @@ def recipe_content(out: Path, seed: int, method: str = "kto") -> dict:
 
 def _check(out: Path, seed: int, method: str) -> None:
     if method not in METHODS:
-        raise RecipeError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
+        raise UserError(f"--method is {method!r}; expected one of {', '.join(METHODS)}")
     if not 0 <= seed < 2**32:
-        raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
+        raise UserError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
     if out.is_dir() and not is_unused(out) and not _is_demo(out):
-        raise RecipeError(f"--out {out} has files in it that are not a demo's; choose another folder")
+        raise UserError(f"--out {out} has files in it that are not a demo's; choose another folder")
 
 
 def _clear(out: Path) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from prefopt.evaluate.request import SUITES, EvalError, EvalRequest
+from prefopt.evaluate.request import SUITES, EvalRequest
 
-__all__ = ["SUITES", "EvalError", "EvalRequest", "evaluate_run"]
+__all__ = ["SUITES", "EvalRequest", "evaluate_run"]
 
 
 def evaluate_run(request: EvalRequest) -> Path:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from prefopt.data.convert.answer import Dropped
-from prefopt.data.convert.mmlu_pro import CATEGORIES, NEEDS, convert
+from prefopt.data.build.convert.answer import Dropped
+from prefopt.data.build.convert.mmlu_pro import CATEGORIES, NEEDS, convert
 from prefopt.data.read import LoadedRows, load_rows
 from prefopt.data.rows import DataError, RowError
 from prefopt.data.sources import open_rows

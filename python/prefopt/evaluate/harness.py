@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
-from prefopt.evaluate.request import EvalError
+from prefopt.errors import UserError
 from prefopt.failure import how_to_install
 
 MMLU_MINI: dict[str, list[int]] = json.loads((Path(__file__).parent / "mmlu_mini.json").read_text(encoding="utf-8"))[
@@ -97,7 +97,7 @@ class Answers:
 
 
 def version() -> str:
-    """Of lm-evaluation-harness; an ``EvalError`` where it is not installed."""
+    """Of lm-evaluation-harness; an ``UserError`` where it is not installed."""
     return _lm_eval().__version__
 
 
@@ -110,7 +110,7 @@ def prepare(tasks_dir: Path | None, limit: int | None) -> dict[str, Asked]:
         limit: questions of each task at most, the first of the list.
 
     Raises:
-        EvalError: lm-evaluation-harness or the questions are not there, or a file has the wrong columns.
+        UserError: lm-evaluation-harness or the questions are not there, or a file has the wrong columns.
     """
     tasks_of = _found(tasks_dir) if tasks_dir else {name: None for name in BENCHMARKS}
     return {name: _asked(name, files, limit) for name, files in tasks_of.items()}
@@ -187,7 +187,7 @@ def _asked(name: str, files: dict[str, dict[str, str]] | None, limit: int | None
     for task, places in questions.items():
         count = len(tasks[task].eval_docs)
         if max(places) >= count:
-            raise EvalError(
+            raise UserError(
                 f"{task} has {count} test questions, and MMLU-mini asks for number {max(places)} (from 0); expected the "
                 f"whole test split of {benchmark.hub}"
             )
@@ -204,7 +204,7 @@ def _build(benchmark: Benchmark, members: list[dict]) -> dict[str, Any]:
         with _quiet():
             return manager.load([{"group": "prefopt", "task": members}])["tasks"]
     except (OSError, ValueError, datasets.exceptions.DatasetsError, HTTPError) as error:
-        raise EvalError(
+        raise UserError(
             f"the questions of {benchmark.title} ({benchmark.hub}) are not here and could not be fetched; connect to "
             "the network once, or put their files into a folder and name it with --tasks-dir: "
             f"{str(error).strip().splitlines()[0]}"
@@ -214,7 +214,7 @@ def _build(benchmark: Benchmark, members: list[dict]) -> dict[str, Any]:
 def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
     """{benchmark: {subject or "": {split: file}}} of the files in a folder, every one of them checked."""
     if not folder.is_dir():
-        raise EvalError(f"--tasks-dir {folder} is not a folder")
+        raise UserError(f"--tasks-dir {folder} is not a folder")
     found: dict[str, dict[str, dict[str, str]]] = {}
     for name, benchmark in BENCHMARKS.items():
         for subject in MMLU_MINI if name == "mmlu" else [""]:
@@ -225,7 +225,7 @@ def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
                 continue
             missing = [split for split, path in files.items() if path is None]
             if missing or len({path.suffix for path in there}) > 1:
-                raise EvalError(
+                raise UserError(
                     f"{folder} has {there[0].name}; expected beside it "
                     f"{', '.join(f'{stem}_{split}' for split in benchmark.splits)}, all .jsonl or all .parquet"
                 )
@@ -233,7 +233,7 @@ def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
                 _check(path, benchmark.columns)
             found.setdefault(name, {})[subject] = {split: str(path) for split, path in files.items()}
     if not found:
-        raise EvalError(
+        raise UserError(
             f"--tasks-dir {folder} has no questions; expected files such as hellaswag_train.jsonl, "
             "hellaswag_validation.jsonl, truthfulqa_mc_validation.jsonl, mmlu_anatomy_dev.jsonl and mmlu_anatomy_test.jsonl"
         )
@@ -245,7 +245,7 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _check(path: Path, columns: tuple[str, ...]) -> None:
-    """Every row has the columns; a ``DataError`` or ``EvalError`` with file and line otherwise."""
+    """Every row has the columns; a ``DataError`` or ``UserError`` with file and line otherwise."""
     rows = 0
     for line, raw in open_rows(path, None, None, needs=columns)[1]:
         if raw is None:
@@ -253,10 +253,10 @@ def _check(path: Path, columns: tuple[str, ...]) -> None:
         problem = str(raw) if isinstance(raw, RowError) else ""
         missing = [] if problem else [name for name in columns if raw.get(name) is None]
         if problem or missing:
-            raise EvalError(f"{path}:{line}: {problem or f'field {missing[0]!r} is missing'}")
+            raise UserError(f"{path}:{line}: {problem or f'field {missing[0]!r} is missing'}")
         rows += 1
     if not rows:
-        raise EvalError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows")
 
 
 class _Log(logging.Handler):
@@ -287,7 +287,7 @@ def _lm_eval() -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise EvalError(
+        raise UserError(
             f"the suite thesis needs lm-evaluation-harness, which cannot be imported ({error}); "
             f"{how_to_install('eval')}"
         ) from None

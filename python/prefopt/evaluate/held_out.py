@@ -8,7 +8,8 @@ from datasets import Dataset
 
 from prefopt.data.read import LoadedRows, load_rows, split_by_group
 from prefopt.data.tokenize import Tokenized, tokenize_rows
-from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.errors import UserError
+from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.subject import Subject
 from prefopt.paths import is_missing
 from prefopt.use.load import Source, section
@@ -45,12 +46,12 @@ def read_rows(run: Source, request: EvalRequest) -> Texts:
     """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
 
     Raises:
-        EvalError: neither names rows.
+        UserError: neither names rows.
         DataError: they cannot be read.
     """
     path, split, revision, fraction = _named(run, request)
     if request.data is None and is_missing(path):
-        raise EvalError(
+        raise UserError(
             f"{run.folder} sets aside rows of {path}, and there is no file or folder {path}; name the rows by --data"
         )
     loaded = load_rows(path, split=split, revision=revision, **run.row_options)
@@ -104,7 +105,7 @@ def _named(run: Source, request: EvalRequest) -> tuple[str, str | None, str | No
         return data["eval_path"], split, data.get("eval_revision"), None
     if data.get("eval_fraction"):
         return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
-    raise EvalError(f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data")
+    raise UserError(f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data")
 
 
 def _seed(recipe: dict) -> int:

@@ -7,18 +7,18 @@ from torch import nn
 from tqdm import tqdm
 
 from prefopt.data.collate import PreferenceCollator
-from prefopt.evaluate.request import EvalError
+from prefopt.errors import UserError
 from prefopt.train.scoring import PackingCollator, score, to_device
 from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
 
 
 def head_of(model: nn.Module) -> LMHead:
-    """The model's head, checked; an ``EvalError`` where the fused op cannot score it."""
+    """The model's head, checked; an ``UserError`` where the fused op cannot score it."""
     try:
         head = lm_head_of(model)
         check_lm_head(model, head)
     except ValueError as error:
-        raise EvalError(f"the model's answers cannot be scored: {error}") from None
+        raise UserError(f"the model's answers cannot be scored: {error}") from None
     return head
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from prefopt.data.collate import pair_mismatched
 from prefopt.data.tokenize import Encode
+from prefopt.errors import UserError
 from prefopt.evaluate.generate import generate
 from prefopt.evaluate.held_out import HeldOut, trained_on
 from prefopt.evaluate.logprobs import answer_logps
-from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.rules import make_rule
 from prefopt.evaluate.scores import (
@@ -36,10 +37,10 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
     """Score the rows under base and run and, with a rule, sample answers of both.
 
     Raises:
-        EvalError: there is no base to compare with.
+        UserError: there is no base to compare with.
     """
     if BASE not in subject.models:
-        raise EvalError(
+        raise UserError(
             f"rewards of {subject.folder} are relative to the model it started from, which is not known; give it with --base"
         )
     rule = None if request.rule is None else make_rule(request.rule)

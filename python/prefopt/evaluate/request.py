@@ -4,8 +4,8 @@ import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from prefopt.command_line import QUANTIZATIONS
 from prefopt.errors import UserError
+from prefopt.options import QUANTIZATIONS
 
 SUITES = {
     "thesis": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
@@ -23,23 +23,19 @@ OPTIONS = {
 }
 
 
-class EvalError(UserError):
-    """A run that cannot be evaluated as asked; the message is one sentence for the person who asked."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
     """One evaluation of one run; None where nothing was said.
 
     Raises:
-        EvalError: no such suite, an option that is not of the suite, a number out of range.
+        UserError: no such suite, an option that is not of the suite, a number out of range.
 
     Example:
         >>> EvalRequest(run=Path("runs/kto"), suite="thesis").out
         PosixPath('runs/kto')
         >>> EvalRequest(run=Path("runs/kto"), suite="thesis", rule="demo")
         Traceback (most recent call last):
-        prefopt.evaluate.request.EvalError: --rule belongs to the suite preference, not to thesis
+        prefopt.errors.UserError: --rule belongs to the suite preference, not to thesis
     """
 
     run: Path
@@ -61,21 +57,21 @@ class EvalRequest:
         if self.suite not in SUITES:
             near = difflib.get_close_matches(self.suite, SUITES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise EvalError(f"--suite is {self.suite!r}; expected one of {', '.join(SUITES)}{hint}")
+            raise UserError(f"--suite is {self.suite!r}; expected one of {', '.join(SUITES)}{hint}")
         for name, suites in OPTIONS.items():
             if getattr(self, name) is not None and self.suite not in suites:
                 flag = "--" + name.replace("_", "-")
-                raise EvalError(f"{flag} belongs to the suite {' and '.join(suites)}, not to {self.suite}")
+                raise UserError(f"{flag} belongs to the suite {' and '.join(suites)}, not to {self.suite}")
         for name in ("limit", "max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise EvalError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+                raise UserError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
         if self.quantization not in (None, *QUANTIZATIONS):
-            raise EvalError(f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}")
+            raise UserError(f"--quantization is {self.quantization!r}; expected {' or '.join(QUANTIZATIONS)}")
         if not 0 <= self.seed < 2**32:
-            raise EvalError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
+            raise UserError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
-            raise EvalError(f"--temperature is {self.temperature}; expected a number above 0")
+            raise UserError(f"--temperature is {self.temperature}; expected a number above 0")
         if self.out is None:
             object.__setattr__(self, "out", self.run)
 

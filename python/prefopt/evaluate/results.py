@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.evaluate.request import EvalError
+from prefopt.errors import UserError
 from prefopt.files import write_whole
 from prefopt.report.facts import hub_id
 from prefopt.report.markdown import csv_text
@@ -84,7 +84,7 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
         Path of eval.json, which is written last.
 
     Raises:
-        EvalError: there is an eval.json that is not of ours.
+        UserError: there is an eval.json that is not of ours.
     """
     out.mkdir(parents=True, exist_ok=True)
     suites = _known(out / JSON_NAME) | {suite: entry}
@@ -103,10 +103,10 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
 def check_writable(out: Path) -> None:
     """What would stop ``write_results`` at the end, said before any work."""
     if out.exists() and not out.is_dir():
-        raise EvalError(f"--out {out} is a file; expected a folder")
+        raise UserError(f"--out {out} is a file; expected a folder")
     there = next(one for one in (out, *out.absolute().parents) if one.exists())
     if not os.access(there, os.W_OK):
-        raise EvalError(f"{there} cannot be written to; choose a folder for the results with --out")
+        raise UserError(f"{there} cannot be written to; choose a folder for the results with --out")
     _known(out / JSON_NAME)
 
 
@@ -152,7 +152,7 @@ def _known(path: Path) -> dict[str, dict]:
         content = None
     suites = content.get("suites") if isinstance(content, dict) else None
     if not isinstance(suites, dict) or content.get("format") != FORMAT:
-        raise EvalError(
+        raise UserError(
             f"{path} is not what `prefopt eval` writes (format {FORMAT}); move it away, or choose another --out"
         )
     return suites

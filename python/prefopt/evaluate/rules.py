@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from prefopt.demo.rule import judge, language
-from prefopt.evaluate.request import EvalError
+from prefopt.errors import UserError
 
 Rule = Callable[[str, str], bool]  # (question, answer) -> thumbs up?
 
@@ -23,7 +23,7 @@ def make_rule(text: str) -> Rule:
     """A rule by name, or ``contains:TEXT``, or ``regex:PATTERN``.
 
     Raises:
-        EvalError: there is no such rule, or the pattern is none.
+        UserError: there is no such rule, or the pattern is none.
 
     Example:
         >>> make_rule("contains:yes")("Is it?", "Yes, it is."), make_rule("regex:^No")("Is it?", "Yes.")
@@ -38,18 +38,18 @@ def make_rule(text: str) -> Rule:
         try:
             pattern = re.compile(rest)
         except re.error as error:
-            raise EvalError(f"--rule {text!r} is no regular expression: {error}") from None
+            raise UserError(f"--rule {text!r} is no regular expression: {error}") from None
         return lambda question, answer: pattern.search(answer) is not None
     near = difflib.get_close_matches(text, NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise EvalError(f"--rule is {text!r}; expected {', '.join(NAMED)}, contains:TEXT or regex:PATTERN{hint}")
+    raise UserError(f"--rule is {text!r}; expected {', '.join(NAMED)}, contains:TEXT or regex:PATTERN{hint}")
 
 
 def _demo(question: str, answer: str) -> bool:
     try:
         return judge(question, answer).ok
     except ValueError as error:
-        raise EvalError(f"the rule demo judges the demo's questions only: {error}") from None
+        raise UserError(f"the rule demo judges the demo's questions only: {error}") from None
 
 
 def _language(question: str, answer: str) -> bool:

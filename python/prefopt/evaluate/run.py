@@ -4,9 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prefopt.errors import UserError
 from prefopt.evaluate import classify, preference, thesis
 from prefopt.evaluate.held_out import Texts, read_rows, tokenized
-from prefopt.evaluate.request import EvalError, EvalRequest
+from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import (
     Results,
     chance_sentences,
@@ -35,9 +36,9 @@ def run(request: EvalRequest) -> Path:
         Path of eval.json.
 
     Raises:
-        EvalError: the run folder, the request or the questions are not as needed.
+        UserError: the run folder, the request or the questions are not as needed.
         DataError: rows that cannot be used.
-        RecipeError: another process writes into the folder for the results.
+        UserError: another process writes into the folder for the results.
     """
     source = find_subject(request.run, request.base)
     check_writable(request.out)
@@ -84,7 +85,7 @@ def _asked(source: Source, request: EvalRequest) -> Any:
     if request.suite == "preference":
         return read_rows(source, request)
     if request.data is None:
-        raise EvalError(
+        raise UserError(
             "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
         )
     return classify.read_questions(request, source.row_options)

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.command_line import WHOLE
 from prefopt.data.rows import TEXT
-from prefopt.evaluate.request import EvalError
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
+from prefopt.options import WHOLE
 from prefopt.report.score import BASE, RUN
 from prefopt.use.load import (
     ADAPTER_CONFIG,
@@ -103,12 +102,12 @@ def find_subject(folder: Path, base: str | None = None) -> Source:
     """What the folder says about its model, without loading anything.
 
     Raises:
-        EvalError: there is no model in the folder, or its base is not where it is said to be.
+        UserError: there is no model in the folder, or its base is not where it is said to be.
     """
     try:
         return find_run(folder, base if (folder / ADAPTER_CONFIG).is_file() else None)
-    except RecipeError as error:
-        raise EvalError(str(error)) from None
+    except UserError as error:
+        raise UserError(str(error)) from None
 
 
 def load_subject(folder: Path, base: str | None = None, quantization: str | None = None) -> Subject:
@@ -120,7 +119,7 @@ def load_subject(folder: Path, base: str | None = None, quantization: str | None
         quantization: of the base's weights, "nf4" or "none"; as in training if not given.
 
     Raises:
-        EvalError: there is no model in the folder, or one of the two cannot be loaded.
+        UserError: there is no model in the folder, or one of the two cannot be loaded.
     """
     source = find_subject(folder, base)
     training = source.recipe.get("training")
@@ -130,8 +129,8 @@ def load_subject(folder: Path, base: str | None = None, quantization: str | None
         record = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
         tokenizer = load_tokenizer(source)
         model = load_model(source, quantization=quantization, device=device)
-    except RecipeError as error:
-        raise EvalError(str(error)) from None
+    except UserError as error:
+        raise UserError(str(error)) from None
     kind = "weights" if source.base is None else "adapter"
     name = base or source.started
     started = None
@@ -144,8 +143,8 @@ def load_subject(folder: Path, base: str | None = None, quantization: str | None
                 source.dtype,
                 trust_remote_code=source.trust_remote_code,
             )
-        except RecipeError as error:
-            raise EvalError(f"the model before training: {error}; name it with --base") from None
+        except UserError as error:
+            raise UserError(f"the model before training: {error}; name it with --base") from None
         started.to(device)
     subject = Subject(
         folder,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prefopt.data.write import whole_folder
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 
 RECORD = "export.json"
 
@@ -17,7 +17,7 @@ def export_folder(out: Path, force: bool) -> Iterator[Path]:
     Until then an earlier export stays where it is.
 
     Raises:
-        RecipeError: ``out`` is in use, and ``force`` is not given or what is there is no export.
+        UserError: ``out`` is in use, and ``force`` is not given or what is there is no export.
     """
     out = out.absolute()
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -25,8 +25,8 @@ def export_folder(out: Path, force: bool) -> Iterator[Path]:
             yield folder
         return
     if not (out / RECORD).is_file():
-        raise RecipeError(f"--out {out} has files that are not part of an export; choose another folder")
+        raise UserError(f"--out {out} has files that are not part of an export; choose another folder")
     if not force:
-        raise RecipeError(f"--out {out} has an export in it; choose another folder, or replace it by --force")
+        raise UserError(f"--out {out} has an export in it; choose another folder, or replace it by --force")
     with whole_folder(out, replace=True) as folder:
         yield folder

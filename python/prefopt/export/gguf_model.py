@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -34,10 +34,10 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuse a model that the file could not describe.
 
     Raises:
-        RecipeError: with the reason.
+        UserError: with the reason.
     """
     if config.model_type not in ARCHITECTURES:
-        raise RecipeError(
+        raise UserError(
             f"--format gguf is written for {', '.join(ARCHITECTURES)}; this model is {config.model_type}: use --format merged, "
             "and llama.cpp's own converter if it knows the model"
         )
@@ -54,9 +54,7 @@ def check_config(config: PretrainedConfig) -> None:
     if config.hidden_act != "silu":
         reasons.append(f"the activation {config.hidden_act!r}")
     if reasons:
-        raise RecipeError(
-            f"--format gguf cannot describe what this model has: {'; '.join(reasons)}. Use --format merged"
-        )
+        raise UserError(f"--format gguf cannot describe what this model has: {'; '.join(reasons)}. Use --format merged")
 
 
 def add_metadata(writer: Any, config: PretrainedConfig) -> None:
@@ -84,7 +82,7 @@ def tensors(model: PreTrainedModel, quant: str) -> Iterator[Stored]:
     """Every tensor of the file, in its order there.
 
     Raises:
-        RecipeError: a weight without a place in the file.
+        UserError: a weight without a place in the file.
     """
     import gguf
 
@@ -96,7 +94,7 @@ def tensors(model: PreTrainedModel, quant: str) -> Iterator[Stored]:
     for name, weight in model.named_parameters():  # names a tied head once, by the embedding
         place = places.get_name(name, try_suffixes=(".weight", ".bias"))
         if place is None:
-            raise RecipeError(f"--format gguf has no place for {name} of a {config.model_type}; use --format merged")
+            raise UserError(f"--format gguf has no place for {name} of a {config.model_type}; use --format merged")
         values = weight.detach()
         if config.model_type == "llama" and ".self_attn." in name:
             if ".q_proj." in name:
@@ -143,7 +141,7 @@ def encoded(tensor: Stored) -> np.ndarray:
     """The values as they are written.
 
     Raises:
-        RecipeError: values that F16 cannot hold.
+        UserError: values that F16 cannot hold.
     """
     import gguf
 
@@ -153,7 +151,7 @@ def encoded(tensor: Stored) -> np.ndarray:
     largest = float(np.abs(values).max(initial=0))
     scale = largest / 127 if tensor.kind == "Q8_0" else largest  # what is kept in F16
     if scale > float(np.finfo(np.float16).max):
-        raise RecipeError(f"{tensor.name} has a weight of {largest:.3g}, too large for {tensor.kind}; use --quant f32")
+        raise UserError(f"{tensor.name} has a weight of {largest:.3g}, too large for {tensor.kind}; use --quant f32")
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.kind])
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from prefopt.errors import UserError
 from prefopt.export.gguf_model import BLOCK, kind_of, tensors
-from prefopt.recipe.load import RecipeError
 
 SIZES = (
     "model_type",
@@ -30,7 +30,7 @@ def read_back_gguf(path: Path, model: PreTrainedModel, quant: str) -> None:
         quant: of its matrices.
 
     Raises:
-        RecipeError: a tensor is missing or off by more than its type rounds, a tensor has no place in the model, or a size
+        UserError: a tensor is missing or off by more than its type rounds, a tensor has no place in the model, or a size
             is another one.
     """
     import gguf
@@ -76,5 +76,5 @@ def rounding_of(values: Tensor, kind: str) -> Tensor:
     return error.expand(-1, BLOCK).reshape(values.shape)
 
 
-def _differs(what: str) -> RecipeError:
-    return RecipeError(f"the GGUF file, read again, is not the model: {what}; nothing was exported")
+def _differs(what: str) -> UserError:
+    return UserError(f"the GGUF file, read again, is not the model: {what}; nothing was exported")

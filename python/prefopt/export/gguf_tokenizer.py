@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,15 +48,15 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: i
         end_of_turn: token with which the chat template ends a turn.
 
     Raises:
-        RecipeError: it is another kind of tokenizer, or has a rule for splitting text that has no name here.
+        UserError: it is another kind of tokenizer, or has a rule for splitting text that has no name here.
     """
     if not tokenizer.is_fast:
-        raise RecipeError(f"--format gguf needs a fast tokenizer; this is {_name(tokenizer)}")
+        raise UserError(f"--format gguf needs a fast tokenizer; this is {_name(tokenizer)}")
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
-        raise RecipeError(
+        raise UserError(
             f"--format gguf is written for byte-level BPE tokenizers; this one is {kind}: use --format merged, and "
             "llama.cpp's own converter"
         )
@@ -66,7 +66,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: i
     spelled = {token_id: token for token, token_id in model["vocab"].items()}
     spelled |= {token_id: token["content"] for token_id, token in added.items()}
     if max(spelled) >= rows:
-        raise RecipeError(
+        raise UserError(
             f"the tokenizer has the id {max(spelled)}, and the model's embedding {rows} rows; expected a row for each id"
         )
     first, last = _added_around(tokenizer)
@@ -97,13 +97,13 @@ def _pre(rule: dict | None, whole_words: bool) -> str:
     steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule]
     named = _named(steps)
     if named is None:
-        raise RecipeError(
+        raise UserError(
             "--format gguf knows the rules by which Qwen, Llama 3, SmolLM and GPT-2 tokenizers split text; this tokenizer has "
             "another one, so that the file would give other tokens: use --format merged, and llama.cpp's own converter"
         )
     name, expected = named
     if whole_words != expected:
-        raise RecipeError(
+        raise UserError(
             f"the tokenizer splits text as {name} does, but {'takes' if whole_words else 'does not take'} words that are "
             "tokens as a whole without merging, unlike it; --format gguf would give other tokens"
         )
@@ -130,7 +130,7 @@ def _normalizer_notes(normalizer: dict | None) -> list[str]:
     steps = normalizer["normalizers"] if normalizer and "normalizers" in normalizer else [normalizer]
     kinds = {step["type"] for step in steps if step}
     if kinds - {"NFC"}:
-        raise RecipeError(
+        raise UserError(
             f"--format gguf cannot hold the tokenizer's normaliser ({', '.join(sorted(kinds))}); use --format merged"
         )
     if not kinds:

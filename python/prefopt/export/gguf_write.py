@@ -25,7 +25,7 @@ def check_gguf(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse, without reading a weight, what the file cannot hold.
 
     Raises:
-        RecipeError: with the reason.
+        UserError: with the reason.
     """
     config = config_of(source)
     check_config(config)
@@ -56,7 +56,7 @@ def write_gguf(
         what whoever uses the file should know.
 
     Raises:
-        RecipeError: a weight that has no place in the file or does not fit its type; a tokenizer it cannot hold.
+        UserError: a weight that has no place in the file or does not fit its type; a tokenizer it cannot hold.
     """
     import gguf
 

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefopt.command_line import WHOLE
+from prefopt.errors import UserError
 from prefopt.export.readback import (
     Snapshot,
     check_four_bits,
@@ -25,8 +25,8 @@ from prefopt.export.readback import (
 )
 from prefopt.four_bits import check_blocks, quantization_options
 from prefopt.generation_config import make_savable
+from prefopt.options import WHOLE
 from prefopt.pretrained import from_pretrained
-from prefopt.recipe.load import RecipeError
 from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import Source, load_model, stop_ids
 
@@ -48,7 +48,7 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         try:
             model = merge_adapter(model)
         except (ValueError, AttributeError, NotImplementedError, KeyError, RuntimeError) as error:
-            raise RecipeError(f"{failed}: {str(error).strip()}") from None
+            raise UserError(f"{failed}: {str(error).strip()}") from None
     _check_finite(model, f"{source.folder} has weights")
     if source.base is not None:
         check_logits(model, probe_logits(model), expected, f"{failed}: the merged model")
@@ -63,7 +63,7 @@ def save_merged(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
     """Write merged weights (safetensors), configuration, generation config, tokenizer and chat template.
 
     Raises:
-        RecipeError: it cannot be merged or saved, or is another model when it is loaded again.
+        UserError: it cannot be merged or saved, or is another model when it is loaded again.
     """
     read_back(folder, _write(source, tokenizer, folder, dtype), source.trust_remote_code)
 
@@ -116,14 +116,14 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     try:
         model.save_pretrained(folder)
     except (ValueError, SafetensorError) as error:  # a full disk is one of the latter
-        raise RecipeError(f"the merged model cannot be saved: {str(error).strip()}") from None
+        raise UserError(f"the merged model cannot be saved: {str(error).strip()}") from None
     tokenizer.save_pretrained(folder)
 
 
 def _refuse_quantised(source: Source) -> None:
     config = config_of(source)
     if getattr(config, "quantization_config", None) is not None:
-        raise RecipeError(
+        raise UserError(
             f"{source.weights} is stored quantised, and an adapter merged into that would be rounded with it; name the base "
             "that it was made of by --base"
         )
@@ -143,4 +143,4 @@ def config_of(source: Source) -> PretrainedConfig:
 def _check_finite(model: nn.Module, what: str) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise RecipeError(f"{what} that are not finite, the first in {name}")
+            raise UserError(f"{what} that are not finite, the first in {name}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from prefopt.recipe.load import RecipeError
+from prefopt.errors import UserError
 from prefopt.train.reference import weights_fingerprint
 from prefopt.use.load import apply_adapter, load_weights
 
@@ -67,10 +67,10 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
         what: begins the sentence.
 
     Raises:
-        RecipeError: they differ.
+        UserError: they differ.
     """
     if found.shape != expected.shape:
-        raise RecipeError(f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
+        raise UserError(f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
     differences = torch.where(found == expected, 0.0, (found - expected).abs()).amax(1)  # (L,)
     # A router may send a token to another of two experts that are equal up to rounding; not so many tokens.
     config = model.config.get_text_config()
@@ -78,7 +78,7 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
     difference = (differences.median() if routed else differences.max()).item()
     allowed = rounding(model, expected)
     if not difference <= allowed:
-        raise RecipeError(
+        raise UserError(
             f"{what} has logits that differ by {difference:.2g} from those of the trained model, where rounding explains "
             f"{allowed:.1g}; nothing was exported"
         )
@@ -93,13 +93,13 @@ def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False)
         trust_remote_code: run Python code that was saved with the model.
 
     Raises:
-        RecipeError: it cannot be loaded, or is another one.
+        UserError: it cannot be loaded, or is another one.
     """
     model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
     found = snapshot(model)
     check_logits(model, found.logits, expected.logits, "the export, loaded again,")
     if found.fingerprint != expected.fingerprint:
-        raise RecipeError(
+        raise UserError(
             "the export, loaded again, has weights that differ from those of the trained model; nothing was exported"
         )
 
@@ -122,11 +122,11 @@ def read_back_adapter(
         whether there was a base.
 
     Raises:
-        RecipeError: it cannot be loaded, or is another adapter.
+        UserError: it cannot be loaded, or is another adapter.
     """
     found, expected = load_peft_weights(folder, "cpu"), load_peft_weights(trained, "cpu")
     if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
-        raise RecipeError("the adapter, loaded again, has other tensors; nothing was exported")
+        raise UserError("the adapter, loaded again, has other tensors; nothing was exported")
     for path, revision in bases:
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path and (model := _adapted(trained, path, **options)) is not None:
@@ -142,7 +142,7 @@ def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
     """A base model with the adapter of a folder, fp32; None if the base is not on this machine."""
     try:
         model = load_weights(base, dtype="float32", local_files_only=True, **options)
-    except RecipeError:
+    except UserError:
         if Path(base).is_dir():
             raise
         return None
@@ -162,7 +162,7 @@ def check_four_bits(folder: Path, merged: Path, compute: torch.dtype, trust_remo
         trust_remote_code: run Python code that was saved with the model.
 
     Raises:
-        RecipeError: it is another model.
+        UserError: it is another model.
     """
     import bitsandbytes
 
@@ -186,7 +186,7 @@ def check_four_bits(folder: Path, merged: Path, compute: torch.dtype, trust_remo
                 right = torch.equal(values.to("cpu", compute), original.to(compute))
                 parameter.data = values.float()
             if not right:
-                raise RecipeError(
+                raise UserError(
                     f"{key} is stored in 4 bits and, loaded again, is not what was merged; nothing was exported"
                 )
             original.copy_(values)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.command_line import WHOLE
+from prefopt.errors import UserError
 from prefopt.export.card import write_card
 from prefopt.export.folder import RECORD, export_folder
 from prefopt.export.merge import merged_model, save_four_bit, save_merged
 from prefopt.export.readback import read_back_adapter
-from prefopt.recipe.load import RecipeError
+from prefopt.options import WHOLE
 from prefopt.report.facts import hub_id
 from prefopt.train.run_folder import versions
 from prefopt.use.load import (
@@ -69,16 +69,14 @@ def export_run(
         OSError: it cannot be written.
     """
     if format not in FORMATS:
-        raise RecipeError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"--format is {format!r}; expected one of {', '.join(FORMATS)}")
     if quant not in QUANTS:
-        raise RecipeError(f"--quant is {quant!r}; expected one of {', '.join(QUANTS)}")
+        raise UserError(f"--quant is {quant!r}; expected one of {', '.join(QUANTS)}")
     if dtype not in DTYPES:
-        raise RecipeError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     package = NEEDS.get(format)
     if package is not None and find_spec(package) is None:
-        raise RecipeError(
-            f"--format {format} needs the package {package}, which is not installed: pip install {package}"
-        )
+        raise UserError(f"--format {format} needs the package {package}, which is not installed: pip install {package}")
     source = _published(run, base) if format == "adapter" else find_run(run, base)
     tokenizer = load_tokenizer(source)
     folder = source.folder / "export" / format if out is None else Path(out).expanduser()
@@ -101,7 +99,7 @@ def _published(run: str | Path, base: str | None) -> Source:
     folder = Path(run).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
         source = find_run(run)  # says what is wrong with the folder, if anything
-        raise RecipeError(f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf")
+        raise UserError(f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf")
     adapter = read_object(folder / ADAPTER_CONFIG)
     if base is not None:
         adapter |= {"base_model_name_or_path": base, "revision": None}
@@ -116,7 +114,7 @@ def _write_adapter(
     weights = [source.folder / name for name in ADAPTER_WEIGHTS]
     found = [path for path in weights if path.is_file()]
     if not found:
-        raise RecipeError(f"{source.folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
+        raise UserError(f"{source.folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
     shutil.copy2(found[0], folder)
     base = _public_name(source.base)
     adapter = source.adapter | {"base_model_name_or_path": base}

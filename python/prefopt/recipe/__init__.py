@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from prefopt.recipe.load import RecipeError, load_recipe, make_recipe
+from prefopt.recipe.load import load_recipe, make_recipe
 from prefopt.recipe.schema import Data, Lora, Loss, Model, Recipe, Training
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Loss",
     "Model",
     "Recipe",
-    "RecipeError",
     "Training",
     "load_recipe",
     "make_recipe",

@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from prefopt.errors import UserError
 from prefopt.paths import RECIPE_NAME, paths_from
 from prefopt.read_yaml import read_yaml
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.named import RECIPES, find_recipe
 from prefopt.recipe.old_keys import Entry, translate
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
@@ -29,15 +28,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
 
     Raises:
-        RecipeError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of bounds or not a valid choice.
+        UserError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of bounds or not a valid choice.
     """
     path = find_recipe(path)
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
+        raise UserError(f"there is no recipe {path}") from None
     except UserError as error:
-        raise RecipeError(str(error)) from None
+        raise UserError(str(error)) from None
     name = path.stem if path.parent == RECIPES else str(path)
     in_run = path.name == RECIPE_NAME and (path.parent / "run.json").is_file()
     if in_run and isinstance(content, Mapping):
@@ -54,12 +53,12 @@ def make_recipe(content: Any, overrides: Mapping[str, Any] | None = None, name: 
         0.2
         >>> try:
         ...     make_recipe(content, {"loss.betta": 0.2})
-        ... except RecipeError as error:
+        ... except UserError as error:
         ...     print(error)
         command line: loss.betta is unknown; did you mean loss.beta?
     """
     if not isinstance(content, Mapping):
-        raise RecipeError(f"{name}: is {show(content)}; expected the sections {', '.join(SECTIONS)}")
+        raise UserError(f"{name}: is {show(content)}; expected the sections {', '.join(SECTIONS)}")
     problems: list[str] = []
     values = translate(_flatten(content, name, problems), problems)
     values = _overridden(values, overrides or {}, problems)
@@ -70,7 +69,7 @@ def make_recipe(content: Any, overrides: Mapping[str, Any] | None = None, name: 
             problems.append(f"{where}: {key} is unknown{near}")
     sections = {section: _section(section, values, name, problems) for section in SECTIONS}
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return Recipe(**sections, name=name)
 
 

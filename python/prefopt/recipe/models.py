@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from prefopt.errors import UserError
 from prefopt.four_bits import (
     check_blocks,
     compute_dtype,
@@ -22,7 +23,6 @@ from prefopt.four_bits import (
 )
 from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import show
 from prefopt.recipe.schema import Lora, Recipe
 
@@ -63,7 +63,7 @@ def load_model(
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        RecipeError: it cannot be loaded, or not in 4 bits.
+        UserError: it cannot be loaded, or not in 4 bits.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     path = located(path, key)
@@ -98,13 +98,13 @@ def quantize_for(recipe: Recipe) -> str | None:
     """The dtype in which the matrices of a 4-bit model are multiplied; None where there are none.
 
     Raises:
-        RecipeError: 4 bits without an adapter, or without bitsandbytes.
+        UserError: 4 bits without an adapter, or without bitsandbytes.
     """
     if recipe.model.quantization is None:
         return None
     key = f"{recipe.name}: model.quantization is {recipe.model.quantization}"
     if recipe.lora is None:
-        raise RecipeError(
+        raise UserError(
             f"{key} and lora is null; weights in 4 bits take no gradient: expected an adapter (lora: {{}}), or "
             "model.quantization null"
         )
@@ -127,7 +127,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
     """Refuse names of layers that the model does not have, or that are not linear; ``key`` names the option in messages.
 
     Raises:
-        RecipeError: no layer matches, or one that matches is not linear.
+        UserError: no layer matches, or one that matches is not linear.
     """
     if targets == ALL_LINEAR:
         return
@@ -140,11 +140,11 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
         matched = [name for name in layers if check_target_module_exists(config, name)]
         if not matched:
             what = "a pattern that is no layer's whole name" if is_pattern else "which no layer has"
-            raise RecipeError(f"{key} is {show(target)}, {what}; {expected}")
+            raise UserError(f"{key} is {show(target)}, {what}; {expected}")
         other = next((name for name in matched if not _can_adapt(layers[name])), None)
         if other is not None:
             kind = type(layers[other]).__name__
-            raise RecipeError(f"{key} is {show(target)}, which matches {other}, a {kind}; {expected}")
+            raise UserError(f"{key} is {show(target)}, which matches {other}, a {kind}; {expected}")
 
 
 def _can_adapt(module: nn.Module) -> bool:
@@ -159,9 +159,9 @@ def located(path: str, key: str) -> str:
             return absolute(path)
         missing = is_path(path) or place.is_file()
     except OSError as error:
-        raise RecipeError(f"{key} is {show(path)}: {error.strerror}") from None
+        raise UserError(f"{key} is {show(path)}: {error.strerror}") from None
     if missing:
-        raise RecipeError(f"{key} is {path}, which is not a folder; expected a model's folder or a hub id")
+        raise UserError(f"{key} is {path}, which is not a folder; expected a model's folder or a hub id")
     return path
 
 
@@ -174,7 +174,7 @@ def chat_template(recipe: Recipe) -> str | None:
     """The recipe's chat template; None for the tokenizer's own.
 
     Raises:
-        RecipeError: it is neither a name nor a readable file.
+        UserError: it is neither a name nor a readable file.
     """
     named, key = recipe.data.chat_template, f"{recipe.name}: data.chat_template"
     if named is None or named in TEMPLATES:
@@ -182,8 +182,8 @@ def chat_template(recipe: Recipe) -> str | None:
     try:
         return Path(named).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"{key} is {show(named)}; expected {', '.join(TEMPLATES)} or a .jinja file") from None
+        raise UserError(f"{key} is {show(named)}; expected {', '.join(TEMPLATES)} or a .jinja file") from None
     except OSError as error:
-        raise RecipeError(f"{key} is {show(named)}: {error.strerror}") from None
+        raise UserError(f"{key} is {show(named)}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{key} {named} is not UTF-8: {error}") from None
+        raise UserError(f"{key} {named} is not UTF-8: {error}") from None

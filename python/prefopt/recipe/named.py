@@ -4,7 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
-from prefopt.recipe.error import RecipeError
+from prefopt.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SUFFIXES = (".yaml", ".yml")
@@ -24,7 +24,7 @@ def find_recipe(name: str | Path) -> Path:
     """The file of a recipe, given by its path or, if it comes with the package, by its bare name.
 
     Raises:
-        RecipeError: a bare name that none has, with the nearest one that is there.
+        UserError: a bare name that none has, with the nearest one that is there.
 
     Example:
         >>> find_recipe("mine.yaml").name, find_recipe("kto-lora").name
@@ -40,7 +40,7 @@ def find_recipe(name: str | Path) -> Path:
     longer = [one for one in known if one.startswith(text)]
     near = longer or difflib.get_close_matches(text, known, n=1, cutoff=0.4)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    raise RecipeError(
+    raise UserError(
         f"there is no recipe {text}{hint}; expected a .yaml file, or a name that `prefopt train --list` shows"
     )
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from prefopt.command_line import no_more
+from prefopt.cli.arguments import no_more
 from prefopt.errors import UserError
 from prefopt.read_yaml import parse_yaml
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.old_keys import OLD
 from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
@@ -75,7 +74,7 @@ def overrides_of(given: argparse.Namespace, rest: Sequence[str], known: Sequence
         home = _homes().get(key, [])
         if len(home) > 1:
             expected = " or ".join(f"--{one}" for one in home)
-            raise RecipeError(f"command line: {_bare(key)} is ambiguous; expected {expected}")
+            raise UserError(f"command line: {_bare(key)} is ambiguous; expected {expected}")
     words = list(rest)
     while words:
         word = words.pop(0)
@@ -91,14 +90,14 @@ def overrides_of(given: argparse.Namespace, rest: Sequence[str], known: Sequence
 def _value(key: str, text: str) -> Any:
     """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
     if not text.strip():
-        raise RecipeError(f"command line: {key} is empty; expected a value, or null for the default")
+        raise UserError(f"command line: {key} is empty; expected a value, or null for the default")
     old = OLD.get(key)
     section, _, name = (old.new if old and old.new else key).partition(".")
     try:
         value = parse_yaml(text)
     except UserError as error:
         shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise RecipeError(f"command line: {key} is {shown!r}; expected a YAML value: {error}") from None
+        raise UserError(f"command line: {key} is {shown!r}; expected a YAML value: {error}") from None
     hints = get_type_hints(SECTIONS[section]) if section in SECTIONS else {}
     named = str in _kinds(hints.get(name))
     return text if named and value is not None and not isinstance(value, list) else value

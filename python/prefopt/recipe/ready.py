@@ -18,11 +18,11 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from prefopt.data import DataError
-from prefopt.data.plan import make_plan
+from prefopt.data.build.plan import make_plan
 from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
+from prefopt.errors import UserError
 from prefopt.failure import first_line
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import nearest, show
 from prefopt.recipe.models import chat_template, located
 from prefopt.recipe.rows import refuse_missing_rows
@@ -62,10 +62,10 @@ def try_libraries(config: PreferenceConfig) -> list[str]:
 
 
 def check_device(recipe: Recipe, config: PreferenceConfig) -> None:
-    """Raise ``RecipeError`` for what the device of this process cannot do."""
+    """Raise ``UserError`` for what the device of this process cannot do."""
     device = config.device
     if config.fp16 and device.type == "cpu":
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: training.fp16 is true on a CPU, which would train in float32; set it to false, or "
             "training.bf16 to true"
         )
@@ -73,16 +73,16 @@ def check_device(recipe: Recipe, config: PreferenceConfig) -> None:
         hidden = torch.zeros(2, 8, device=device)
         why_not = explain(hidden, torch.zeros(16, 8, device=device))[config.backend]
         if why_not is not None:
-            raise RecipeError(
+            raise UserError(
                 f"{recipe.name}: training.backend is {config.backend}, which cannot run here: {why_not}; auto takes "
                 "the fastest that can"
             )
 
 
 def check_inputs(recipe: Recipe, folder: Path) -> None:
-    """Raise ``RecipeError`` or ``DataError`` for a file or folder that is not there, or a run folder that cannot be written."""
+    """Raise ``UserError`` or ``DataError`` for a file or folder that is not there, or a run folder that cannot be written."""
     if not str(folder).isprintable():  # transformers does not find checkpoints in such a folder
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: training.output_dir is {str(folder)!r}, which has characters that cannot be printed"
         )
     _check_writable(folder, f"{recipe.name}: training.output_dir")
@@ -132,11 +132,11 @@ def _check_writable(folder: Path, key: str) -> None:
         while not there.exists():
             there = there.parent
     except OSError as error:
-        raise RecipeError(f"{key} cannot be written: {error.strerror}") from None
+        raise UserError(f"{key} cannot be written: {error.strerror}") from None
     if not there.is_dir():
-        raise RecipeError(f"{key} is {folder}, but {there} is a file; expected a folder")
+        raise UserError(f"{key} is {folder}, but {there} is a file; expected a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"{key} is {folder}, but {there} cannot be written to")
+        raise UserError(f"{key} is {folder}, but {there} cannot be written to")
 
 
 def _of_tracker(name: str) -> str | None:

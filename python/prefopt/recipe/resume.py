@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from prefopt.errors import UserError
 from prefopt.failure import TRACEBACK_NAME
 from prefopt.files import TEMPORARY
 from prefopt.folder_lock import LOCK_NAME
 from prefopt.paths import RECIPE_NAME, SOURCES, absolute_paths, is_missing
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.memory import NAME as MEMORY
 from prefopt.recipe.schema import SECTIONS, Recipe, Training
@@ -55,7 +55,7 @@ class Previous:
         """Compare the rows and the number of processes with those that ``record`` has now.
 
         Raises:
-            RecipeError: they differ.
+            UserError: they differ.
         """
         problems = []
         for key, option in (("train", "data.path"), ("eval", "data.eval_path")):
@@ -67,7 +67,7 @@ class Previous:
         if before not in (None, now):
             problems.append(f"it was trained by {before} processes, now there are {now}")
         if problems:
-            raise RecipeError(
+            raise UserError(
                 f"{name}: --resume cannot continue the run in {self.folder}: {'; '.join(problems)}. Restore them, or "
                 "start a new run in another folder"
             )
@@ -76,7 +76,7 @@ class Previous:
 def refuse_used(recipe: Recipe, folder: Path) -> None:
     """Refuse a folder with anything in it but what a start leaves that did not get to its first log."""
     if not _is_unused(folder):
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: training.output_dir {folder} is not empty; choose another folder, or continue the run with --resume"
         )
 
@@ -90,13 +90,13 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
         folder: its run folder.
 
     Raises:
-        RecipeError: the folder holds something else, or a run of another recipe.
+        UserError: the folder holds something else, or a run of another recipe.
     """
     stored = folder / RECIPE_NAME
     if not stored.is_file():
         if _is_unused(folder):
             return None
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: training.output_dir {folder} has no {RECIPE_NAME}, so there is no run to resume; choose "
             "another folder"
         )
@@ -104,7 +104,7 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
     refused = {key: pair for key, pair in changes.items() if not _may_change(key, pair[0])}
     if refused:
         lines = (f"  {key}: {json.dumps(a)} in the run, {json.dumps(b)} now" for key, (a, b) in refused.items())
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: --resume continues the run in {folder}, but the recipe differs from its {RECIPE_NAME}:\n"
             + "\n".join(lines)
             + "\nSet these options back, or start a new run in another folder"
@@ -112,7 +112,7 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
     previous = Previous(folder, read_record(folder), get_last_checkpoint(str(folder)) is not None, changes)
     finished = previous.finished_at(recipe.training) is not None
     if previous.record.get("complete") and not finished and not previous.has_checkpoint:
-        raise RecipeError(
+        raise UserError(
             f"{recipe.name}: the run in {folder} is finished and has no checkpoint to continue from "
             "(training.save_strategy); start a new run in another folder"
         )

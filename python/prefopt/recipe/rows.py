@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
-from prefopt.data.build import build
-from prefopt.data.choose import VALIDATION
-from prefopt.data.manifest import MANIFEST, read_manifest
+from prefopt.data.build.choose import VALIDATION
+from prefopt.data.build.manifest import MANIFEST, read_manifest
+from prefopt.data.build.plan import Plan, make_plan
+from prefopt.data.build.run import build
 from prefopt.data.pairs import tokenize_pairs
-from prefopt.data.plan import Plan, make_plan
 from prefopt.data.sources import local_file
 from prefopt.data.write import file_digest
 from prefopt.paths import is_missing

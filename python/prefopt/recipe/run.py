@@ -19,7 +19,6 @@ from prefopt.files import write_whole
 from prefopt.folder_lock import only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.paths import RECIPE_NAME, absolute_paths
-from prefopt.recipe.error import RecipeError
 from prefopt.recipe.extra import checked_extra
 from prefopt.recipe.load import show
 from prefopt.recipe.memory import measured
@@ -59,7 +58,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
         The run folder, with the model or adapter, metrics, report and card.
 
     Raises:
-        RecipeError: options that cannot be combined, a run folder in use, a run of another recipe or of other rows, a
+        UserError: options that cannot be combined, a run folder in use, a run of another recipe or of other rows, a
             model that cannot be loaded.
         CheckpointError: the run folder has checkpoints, and none of them is whole.
         DataError: rows that cannot be trained on.
@@ -133,7 +132,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         problems.append("training.extra has keys that are not names")
     problems += check_names(recipe)
     if problems:
-        raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
     quantize_for(recipe)  # refuses 4 bits that cannot be trained
     if "bnb" in recipe.training.optim or "8bit" in recipe.training.optim:
         refuse_without_bitsandbytes(f"{recipe.name}: training.optim is {recipe.training.optim}")
@@ -143,16 +142,16 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
     try:
         config = PreferenceConfig(**options)
     except UserError as error:
-        raise RecipeError(f"{recipe.name}: {_dotted(str(error), extra)}") from None
+        raise UserError(f"{recipe.name}: {_dotted(str(error), extra)}") from None
     except Exception as error:  # whatever transformers and accelerate raise
         culprit = _culprit(options)
         where = f"{_key(culprit, extra)} is {show(options[culprit])}: " if culprit else ""
         if not culprit and extra:
             where = f"training.extra with {', '.join(extra)}: "
-        raise RecipeError(f"{recipe.name}: {where}{first_line(error)}") from error
+        raise UserError(f"{recipe.name}: {where}{first_line(error)}") from error
     problems = try_libraries(config)
     if problems:
-        raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+        raise UserError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
     return config
 
 
@@ -219,7 +218,7 @@ def make_trainer(
     except DataError:
         raise
     except ValueError as error:
-        raise RecipeError(f"{recipe.name}: {error}") from error
+        raise UserError(f"{recipe.name}: {error}") from error
 
 
 def _spelled_out(recipe: Recipe, config: PreferenceConfig) -> dict:

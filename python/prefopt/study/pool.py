@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import prefopt_kernels
+from prefopt.errors import UserError
 from prefopt.files import temporary
 from prefopt.folder_lock import is_unused
-from prefopt.recipe.load import RecipeError
 from prefopt.study.grid import Config, Plan
 from prefopt.study.policy import Reference, make_reference, pretrain
 from prefopt.study.runs import Outcome, run_cell
@@ -44,7 +44,7 @@ def run_plan(plan: Plan, out: Path, processes: int) -> None:
         processes: from 1; each uses one thread.
 
     Raises:
-        RecipeError: ``out`` holds something else, or runs of other settings.
+        UserError: ``out`` holds something else, or runs of other settings.
     """
     _check_folder(plan, out)
     rows = read_lines(out / RESULTS, mend=True)
@@ -88,7 +88,7 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
         mend: drop a last line that was cut short, from the file as well.
 
     Raises:
-        RecipeError: a line is no JSON object.
+        UserError: a line is no JSON object.
     """
     if not path.is_file():
         return []
@@ -102,9 +102,9 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise RecipeError(f"{path}:{number} is not JSON: {error}") from None
+            raise UserError(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(rows[-1], dict):
-            raise RecipeError(f"{path}:{number} is not a JSON object")
+            raise UserError(f"{path}:{number} is not a JSON object")
     return rows
 
 
@@ -141,11 +141,11 @@ def _check_folder(plan: Plan, out: Path) -> None:
         except ValueError:
             found = None
         if found != settings:
-            raise RecipeError(
+            raise UserError(
                 f"--out {out} has a study of other settings: {found}; expected {settings}, or choose another folder"
             )
     elif not is_unused(out):
-        raise RecipeError(f"--out {out} has files in it that are not a study's; choose another")
+        raise UserError(f"--out {out} has files in it that are not a study's; choose another")
     else:
         file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 

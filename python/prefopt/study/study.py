@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from prefopt.errors import UserError
 from prefopt.folder_lock import only_writer
-from prefopt.recipe.load import RecipeError
 from prefopt.study.findings import find
 from prefopt.study.grid import full_plan, quick_plan
 from prefopt.study.pool import RESULTS, read_lines, run_plan
@@ -23,11 +23,11 @@ def run_study(out: str | Path, *, full: bool = False, processes: int = 1, seeds:
         Path of report.html.
 
     Raises:
-        RecipeError: an argument is out of range, or ``out`` holds something else.
+        UserError: an argument is out of range, or ``out`` holds something else.
     """
     for name, value in (("--processes", processes), ("--seeds", seeds)):
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}; expected a number from 1")
+            raise UserError(f"{name} is {value}; expected a number from 1")
     out = Path(out)
     plan = full_plan(seeds) if full else quick_plan(seeds)
     with only_writer(out, "--out"):

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from prefopt.recipe.error import RecipeError
+from prefopt.errors import UserError
 
 VOCABULARY = 1024
 POSITIONS = 4096
@@ -101,7 +101,7 @@ def family_of(name: str) -> Family:
     """The family of a model, by its name.
 
     Raises:
-        RecipeError: it is none of those in the recipes.
+        UserError: it is none of those in the recipes.
 
     Example:
         >>> family_of("Qwen/Qwen3-1.7B").architecture
@@ -109,7 +109,7 @@ def family_of(name: str) -> Family:
     """
     found = [family for family in FAMILIES if re.search(family.pattern, name.lower())]
     if not found:
-        raise RecipeError(
+        raise UserError(
             f"--tiny has no stand-in for model.path {name}; expected a Qwen3, SmolLM2 or DeepSeek-R1-Distill-Qwen"
         )
     return found[0]

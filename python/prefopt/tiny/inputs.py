@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from prefopt.data.plan import Plan, Source, make_plan
+from prefopt.data.build.plan import Plan, Source, make_plan
 from prefopt.data.write import whole_folder
 from prefopt.recipe.schema import Recipe
 from prefopt.tiny.families import family_of, save_tiny
@@ -23,7 +23,7 @@ def write_inputs(recipe: Recipe, folder: Path, files: Mapping[str, str]) -> None
         files: text by name.
 
     Raises:
-        RecipeError: no stand-in for the model.
+        UserError: no stand-in for the model.
         DataError: the plan, or ``folder`` in use.
     """
     family = family_of(recipe.model.path)

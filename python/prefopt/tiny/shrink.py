@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from prefopt.recipe.error import RecipeError
+from prefopt.errors import UserError
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.schema import Recipe
 
@@ -34,7 +34,7 @@ def tiny_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         The recipe, whose ``notes`` list what was changed. RUN-inputs then holds the model, the sources and the plan.
 
     Raises:
-        RecipeError: as ``load_recipe``; a model whose family is not known here; RUN-inputs is something else.
+        UserError: as ``load_recipe``; a model whose family is not known here; RUN-inputs is something else.
     """
     given = dict(overrides or {})
     whole = load_recipe(path, given)
@@ -86,7 +86,7 @@ def _write_inputs(whole: Recipe, folder: Path) -> None:
     with FileLock(Path(tempfile.gettempdir()) / f"prefopt-{named[:16]}.lock"):
         if folder.exists():
             if _read(folder / MARKER) != said:
-                raise RecipeError(
+                raise UserError(
                     f"{folder} is there and not what --tiny makes for {whole.name}; remove it, or choose another "
                     "training.output_dir"
                 )

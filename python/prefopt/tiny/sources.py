@@ -22,7 +22,7 @@ def raw_rows(kind: str, part: int = 0, parts: int = 1) -> list[dict]:
     """Rows as the published set has them.
 
     Args:
-        kind: one of ``prefopt.data.convert.KINDS``.
+        kind: one of ``prefopt.data.build.convert.KINDS``.
         part, parts: which share of the questions; the shares of different parts have no question in common.
 
     Example:

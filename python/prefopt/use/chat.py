@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from prefopt.data.template import TemplateError, render
-from prefopt.recipe.load import RecipeError
+from prefopt.data.template import render
+from prefopt.errors import UserError
 from prefopt.use.load import (
     check_length,
     choose_device,
@@ -65,7 +65,7 @@ class Conversation:
         generation: dict[str, Any] | None = None,
     ):
         if system is not None and not tokenizer.chat_template:
-            raise RecipeError(
+            raise UserError(
                 "--system is given, but the run has no chat template, or was trained on plain text without it"
             )
         self.model, self.tokenizer = model, tokenizer
@@ -86,7 +86,7 @@ class Conversation:
         """The answer to one more turn, written to ``output`` as it grows.
 
         Raises:
-            RecipeError: the conversation is longer than the model takes, or the template refuses it; the turn is then
+            UserError: the conversation is longer than the model takes, or the template refuses it; the turn is then
                 forgotten, as it is when the answer is interrupted.
         """
         asked = [*self.turns, {"role": "user", "content": text}]
@@ -110,8 +110,8 @@ class Conversation:
         messages = [*self.system, *turns]
         try:
             rendered = render(self.tokenizer, messages, self.template_kwargs, add_generation_prompt=True)
-        except TemplateError as error:
-            raise RecipeError(str(error)) from None
+        except UserError as error:
+            raise UserError(str(error)) from None
         return self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
@@ -142,17 +142,17 @@ def chat(
         source, output: instead of stdin and stdout.
 
     Raises:
-        RecipeError: the run cannot be loaded, or an argument is out of range.
+        UserError: the run cannot be loaded, or an argument is out of range.
     """
     if max_new_tokens < 1:
-        raise RecipeError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
+        raise UserError(f"--max-new-tokens is {max_new_tokens}; expected at least 1")
     if temperature is not None and not 0 <= temperature < math.inf:
-        raise RecipeError(f"--temperature is {temperature}; expected 0 or more")
+        raise UserError(f"--temperature is {temperature}; expected 0 or more")
     if seed is not None and not 0 <= seed < 2**32:
-        raise RecipeError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
+        raise UserError(f"--seed is {seed}; expected a number from 0 to {2**32 - 1}")
     source = sys.stdin if source is None else source
     if source is None:
-        raise RecipeError("standard input is closed; expected a terminal, a file or a pipe")
+        raise UserError("standard input is closed; expected a terminal, a file or a pipe")
     device = choose_device(device)
     found = find_run(run, base)
     tokenizer = load_tokenizer(found)
@@ -204,7 +204,7 @@ def talk(conversation: Conversation, lines: Iterator[str], output: TextIO) -> No
             conversation.answer(text, output)
         except KeyboardInterrupt:
             print("\nstopped; this turn is forgotten", file=sys.stderr)
-        except RecipeError as error:
+        except UserError as error:
             print(f"{error}; this turn is forgotten, /reset forgets all", file=sys.stderr)
 
 
@@ -224,7 +224,7 @@ def _lines(source: TextIO) -> Iterator[str]:
         try:
             yield from source
         except UnicodeDecodeError as error:
-            raise RecipeError(f"standard input is not UTF-8: {error}") from None
+            raise UserError(f"standard input is not UTF-8: {error}") from None
         return
     _edit_lines()
     while True:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt.data.read import load_rows
 from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Encode
+from prefopt.errors import UserError
 from prefopt.files import write_whole
-from prefopt.recipe.load import RecipeError
 from prefopt.report.markdown import csv_text
 from prefopt.use.load import (
     Source,
@@ -85,16 +85,16 @@ def classify(
         ``Classified``; the table has the columns line, label, probability, expected, and ``logp LABEL`` for each label.
 
     Raises:
-        RecipeError: the run or the labels cannot be used, ``out`` is there already.
+        UserError: the run or the labels cannot be used, ``out`` is there already.
         DataError: a row that has no prompt, or a file that cannot be read.
     """
     if batch_size < 1:
-        raise RecipeError(f"--batch-size is {batch_size}; expected at least 1")
+        raise UserError(f"--batch-size is {batch_size}; expected at least 1")
     if ask is not None and PLACE not in ask:
-        raise RecipeError(f"--ask is {ask!r}; expected {PLACE} in it, where the text goes")
+        raise UserError(f"--ask is {ask!r}; expected {PLACE} in it, where the text goes")
     out = None if out is None else Path(out).expanduser()
     if out is not None and out.exists():
-        raise RecipeError(f"--out {out} is there already; choose another file")
+        raise UserError(f"--out {out} is there already; choose another file")
     device = choose_device(device)
     source = find_run(run, base)
     tokenizer = load_tokenizer(source)
@@ -141,7 +141,7 @@ class LabelScorer:
             self.head: LMHead = lm_head_of(model)
             check_lm_head(model, self.head)
         except ValueError as error:
-            raise RecipeError(f"the run cannot be scored: {error}") from None
+            raise UserError(f"the run cannot be scored: {error}") from None
 
     def score(self, questions: Sequence[Question]) -> Tensor:
         """(questions, labels) fp32, nats."""
@@ -197,7 +197,7 @@ def _labels(source: Source) -> list[str]:
     path, split = source.data.get("path"), source.data.get("split")
     remedy = "name them by --labels"
     if not isinstance(path, str):
-        raise RecipeError(f"{source.folder} has no recipe that says its training rows; {remedy}")
+        raise UserError(f"{source.folder} has no recipe that says its training rows; {remedy}")
     try:
         loaded = load_rows(
             path,
@@ -207,11 +207,11 @@ def _labels(source: Source) -> list[str]:
             **source.row_options,
         )
     except DataError as error:
-        raise RecipeError(f"the run's labels cannot be read: {error}; {remedy}") from None
+        raise UserError(f"the run's labels cannot be read: {error}; {remedy}") from None
     rows = zip(loaded.rows["completion"], loaded.rows["label"], strict=True)
     names = sorted({answer_text(answer) for answer, good in rows if good} - {None})
     if not 2 <= len(names) <= MOST_LABELS:
-        raise RecipeError(
+        raise UserError(
             f"{path} has {len(names)} different desirable answers; expected 2 to {MOST_LABELS} to take them for labels, so "
             f"{remedy}"
         )
@@ -221,12 +221,12 @@ def _labels(source: Source) -> list[str]:
 def _checked(labels: Sequence[str]) -> list[str]:
     names = [label.strip() for label in labels]
     if "" in names:
-        raise RecipeError("--labels has an empty name")
+        raise UserError("--labels has an empty name")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise RecipeError(f"--labels has {twice!r} twice")
+        raise UserError(f"--labels has {twice!r} twice")
     if len(names) < 2:
-        raise RecipeError(f"--labels has {len(names)} name; expected at least two, with commas")
+        raise UserError(f"--labels has {len(names)} name; expected at least two, with commas")
     return names
 
 

@@ -12,9 +12,9 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from prefopt.command_line import WHOLE
+from prefopt.errors import UserError
 from prefopt.files import write_whole
-from prefopt.recipe.load import RecipeError
+from prefopt.options import WHOLE
 from prefopt.train.run_folder import versions
 from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import check_length, choose_device, find_run, load_model
@@ -68,7 +68,7 @@ def bench_inference(
         the result (times in ms, throughput in tokens per second) and the file it was written to.
 
     Raises:
-        RecipeError: the run cannot be loaded, or an argument is out of range.
+        UserError: the run cannot be loaded, or an argument is out of range.
     """
     sizes = {
         "--runs": (runs, 1),
@@ -79,17 +79,17 @@ def bench_inference(
     }
     for flag, (value, least) in sizes.items():
         if value < least:
-            raise RecipeError(f"{flag} is {value}; expected at least {least}")
+            raise UserError(f"{flag} is {value}; expected at least {least}")
     device = choose_device(device)
     source = find_run(run, base)
     path = source.folder / OUT if out is None else Path(out).expanduser()
     if path.is_dir():
-        raise RecipeError(f"--out {path} is a folder; expected a file")
+        raise UserError(f"--out {path} is a folder; expected a file")
     if merge and source.base is None:
-        raise RecipeError(f"--merge is given, but {source.folder} has no adapter")
+        raise UserError(f"--merge is given, but {source.folder} has no adapter")
     if merge:
         if quantization not in (None, WHOLE):
-            raise RecipeError(
+            raise UserError(
                 f"--quantization is {quantization} and --merge is given, which would round the adapter; expected one of them"
             )
         quantization = WHOLE

@@ -17,9 +17,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from prefopt.command_line import QUANTIZATIONS, WHOLE
 from prefopt.data.rows import TEXT
-from prefopt.data.template import TemplateError, render
+from prefopt.data.template import render
 from prefopt.errors import UserError
 from prefopt.failure import first_line
 from prefopt.four_bits import (
@@ -28,10 +27,10 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.options import QUANTIZATIONS, WHOLE
 from prefopt.paths import RECIPE_NAME, is_path, path_from, paths_from
 from prefopt.pretrained import from_pretrained
 from prefopt.read_yaml import read_yaml
-from prefopt.recipe.load import RecipeError
 from prefopt.use.adapter import vocabulary_rows
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -105,11 +104,11 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
         base: folder or hub id of the base model, instead of the one that the adapter names.
 
     Raises:
-        RecipeError: there is no trained model in it, or the base model is said to be in a folder that is not there.
+        UserError: there is no trained model in it, or the base model is said to be in a folder that is not there.
     """
     folder = Path(run).expanduser()
     if not folder.is_dir():
-        raise RecipeError(f"there is no run folder {folder}")
+        raise UserError(f"there is no run folder {folder}")
     stored, home = stored_recipe(folder)
     recipe = paths_from(stored, home)
     model = section(recipe, "model")
@@ -123,15 +122,15 @@ def find_run(run: str | Path, base: str | None = None) -> Source:
     if (folder / ADAPTER_CONFIG).is_file():
         adapter = read_object(folder / ADAPTER_CONFIG)
         if not any((folder / name).is_file() for name in ADAPTER_WEIGHTS):
-            raise RecipeError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
+            raise UserError(f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS[0]}")
         named = base_of(adapter, stored, home) or model.get("path")
         revision = adapter.get("revision") or model.get("revision") if base is None else None
         return Source(folder, _located(base or named, folder), revision, adapter, **said)
     if (folder / "config.json").is_file():
         if base is not None:
-            raise RecipeError(f"--base is {base}, but {folder} holds all the weights; leave it out")
+            raise UserError(f"--base is {base}, but {folder} holds all the weights; leave it out")
         return Source(folder, **said)
-    raise RecipeError(f"{folder} holds no trained model{_hint(folder)}")
+    raise UserError(f"{folder} holds no trained model{_hint(folder)}")
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -161,20 +160,20 @@ def load_model(
         device: of ``choose_device``.
 
     Raises:
-        RecipeError: the base or the adapter cannot be loaded, or not in 4 bits.
+        UserError: the base or the adapter cannot be loaded, or not in 4 bits.
     """
     name = source.dtype if dtype is None else dtype
     kind = quantization or source.quantization
     if kind not in QUANTIZATIONS:
-        raise RecipeError(f"quantization is {kind!r}; expected {' or '.join(QUANTIZATIONS)}")
+        raise UserError(f"quantization is {kind!r}; expected {' or '.join(QUANTIZATIONS)}")
     options = {} if kind == WHOLE else _four_bits(source, name, device, kind, quantization)
     options["trust_remote_code"] = source.trust_remote_code
     try:
         model = load_weights(source.weights, source.revision, name, **options)
-    except RecipeError as error:
+    except UserError as error:
         if source.base is None:
             raise
-        raise RecipeError(
+        raise UserError(
             f"the base model of {source.folder}: {error}; name another folder or hub id with --base"
         ) from None
     if source.base is not None:
@@ -191,7 +190,7 @@ def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
         base: names the base model in messages.
 
     Raises:
-        RecipeError: the adapter does not fit.
+        UserError: the adapter does not fit.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     try:
@@ -202,11 +201,11 @@ def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError) as error:
         trained = None if isinstance(error, SafetensorError) else vocabulary_rows(folder)
         if trained not in (None, rows):
-            raise RecipeError(
+            raise UserError(
                 f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has {rows}: "
                 f"resize the base as in training (model.resize_token_embeddings({trained})), save it, and name it by --base"
             ) from None
-        raise RecipeError(f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}") from None
+        raise UserError(f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}") from None
 
 
 def load_weights(path: str, revision: str | None, dtype: str, **options: Any) -> PreTrainedModel:
@@ -218,7 +217,7 @@ def load_weights(path: str, revision: str | None, dtype: str, **options: Any) ->
         options: passed to ``from_pretrained``, such as ``trust_remote_code``.
 
     Raises:
-        RecipeError: it cannot be loaded.
+        UserError: it cannot be loaded.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     failure = f"cannot load a causal language model from {path}"
@@ -237,7 +236,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if found else "cpu"
     if name == "cuda" and not found:
-        raise RecipeError("--device is cuda, but torch sees no GPU; expected auto or cpu")
+        raise UserError("--device is cuda, but torch sees no GPU; expected auto or cpu")
     return name
 
 
@@ -265,8 +264,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict | None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
     try:
         text = render(tokenizer, messages, template_kwargs)
-    except TemplateError as error:
-        raise RecipeError(str(error)) from None
+    except UserError as error:
+        raise UserError(str(error)) from None
     behind = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return next((token for token in behind if token in special), None)
@@ -276,7 +275,7 @@ def check_length(model: PreTrainedModel | PeftModel, tokens: int, what: str) -> 
     """Refuse a text that is longer than the model's positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
-        raise RecipeError(f"{what} {tokens:,} tokens, and the model takes {limit:,}")
+        raise UserError(f"{what} {tokens:,} tokens, and the model takes {limit:,}")
 
 
 def read_object(path: Path) -> dict:
@@ -284,9 +283,9 @@ def read_object(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} is not a JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return content
 
 
@@ -294,13 +293,13 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
     """Arguments of ``from_pretrained`` for the base in 4 bits, multiplied as in training."""
     key = f"--quantization is {kind}" if asked else f"{source.folder} was trained on a base in {kind}"
     if source.base is None:
-        raise RecipeError(
+        raise UserError(
             f"{key}, but {source.folder} holds all the weights; expected a run with an adapter, or --quantization {WHOLE}"
         )
     try:
         refuse_without_bitsandbytes(key)
-    except RecipeError as error:
-        raise RecipeError(f"{error}; or give --quantization {WHOLE}") from None
+    except UserError as error:
+        raise UserError(f"{error}; or give --quantization {WHOLE}") from None
     if device == "cpu":
         check_blocks(
             source.weights,
@@ -316,12 +315,12 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
 def _located(named: str | None, folder: Path) -> str:
     """A base model's folder or hub id."""
     if not named:
-        raise RecipeError(f"the adapter in {folder} does not name its base model; name it by --base")
+        raise UserError(f"the adapter in {folder} does not name its base model; name it by --base")
     path = Path(named).expanduser()
     if path.is_dir():
         return str(path)
     if is_path(named):
-        raise RecipeError(f"the base model {named} of {folder} is not there; name its folder or hub id with --base")
+        raise UserError(f"the base model {named} of {folder} is not there; name its folder or hub id with --base")
     return named
 
 
@@ -340,7 +339,7 @@ def base_of(adapter: dict, stored: dict, home: Path) -> str | None:
     """The base model that an adapter names: a hub id, or the path where it is now; see ``stored_recipe``."""
     named = adapter.get("base_model_name_or_path")
     if named is not None and not isinstance(named, str):
-        raise RecipeError(f"{ADAPTER_CONFIG} names the base model {named!r}; expected text")
+        raise UserError(f"{ADAPTER_CONFIG} names the base model {named!r}; expected text")
     return path_from(named, section(stored, "training").get("output_dir"), home) if named else None
 
 
@@ -354,7 +353,7 @@ def _record(folder: Path) -> dict:
     path = next((one for place in _run_folders(folder) if (one := place / "run.json").is_file()), None)
     try:
         return {} if path is None else read_object(path)
-    except RecipeError:  # a broken file costs what it records, and not the model beside it
+    except UserError:  # a broken file costs what it records, and not the model beside it
         return {}
 
 
@@ -371,7 +370,7 @@ def stored_recipe(folder: Path) -> tuple[dict, Path]:
         except FileNotFoundError:
             continue
         except UserError as error:
-            raise RecipeError(str(error)) from None
+            raise UserError(str(error)) from None
         return (content, place) if isinstance(content, dict) else ({}, folder)
     return {}, folder
 

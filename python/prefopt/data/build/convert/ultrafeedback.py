@@ -11,7 +11,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.convert.answer import (
+from prefopt.data.build.convert.answer import (
     Answer,
     Dropped,
     Outcomes,

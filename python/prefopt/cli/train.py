@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any
 
-from prefopt.command_line import new_command, no_more, text_argument
+from prefopt.cli.arguments import new_command, no_more, text_argument
 from prefopt.recipe.named import recipe_list
 from prefopt.recipe.options import add_options, overrides_of, recipe_of
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import command_group, new_command, no_more, path_argument
+from prefopt.cli.arguments import command_group, new_command, no_more, path_argument
 from prefopt.study import run_study
 
 

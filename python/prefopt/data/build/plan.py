@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.convert import KINDS, nearest_kind
-from prefopt.data.convert.mmlu_pro import TARGETS
-from prefopt.data.convert.oasst1 import KEEP
-from prefopt.data.language import LANGUAGES
+from prefopt.data.build.convert import KINDS, nearest_kind
+from prefopt.data.build.convert.mmlu_pro import TARGETS
+from prefopt.data.build.convert.oasst1 import KEEP
+from prefopt.data.build.language import LANGUAGES
 from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES
 from prefopt.errors import UserError

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from prefopt.command_line import new_command, no_more, path_argument
-from prefopt.recipe.error import RecipeError
+from prefopt.cli.arguments import new_command, no_more, path_argument
+from prefopt.errors import UserError
 from prefopt.report import write_report
 
 
@@ -14,7 +14,7 @@ def add_report_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         no_more(rest, [])
         if not (given.run / "run.json").is_file():
-            raise RecipeError(f"{given.run} is not a run folder: it has no run.json")
+            raise UserError(f"{given.run} is not a run folder: it has no run.json")
         print(write_report(given.run))
         return 0
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.choose import OTHER_LANGUAGE, Answers
-from prefopt.data.convert import KINDS, Answer, Dropped
-from prefopt.data.counts import BAD, Reading
-from prefopt.data.language import is_in
-from prefopt.data.plan import Plan, Source
+from prefopt.data.build.choose import OTHER_LANGUAGE, Answers
+from prefopt.data.build.convert import KINDS, Answer, Dropped
+from prefopt.data.build.counts import BAD, Reading
+from prefopt.data.build.language import is_in
+from prefopt.data.build.plan import Plan, Source
 from prefopt.data.read import KNOWN_FIELDS
 from prefopt.data.rows import BadRow, DataError, RowError, bad_rows_error, folded_turns
 from prefopt.data.sources import FILES, commit_of, local_file, open_rows

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from prefopt.command_line import new_command, no_more, path_argument, text_argument
+from prefopt.cli.arguments import new_command, no_more, path_argument, text_argument
 from prefopt.evaluate import evaluate_run
 from prefopt.evaluate.request import SUITES, EvalRequest
 

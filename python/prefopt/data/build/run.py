@@ -16,11 +16,11 @@ import pyarrow
 from tqdm.auto import tqdm
 
 import prefopt
-from prefopt.data.choose import Answers, choose
-from prefopt.data.counts import count, table
-from prefopt.data.intake import Intake
-from prefopt.data.manifest import FORMAT, MANIFEST
-from prefopt.data.plan import Plan
+from prefopt.data.build.choose import Answers, choose
+from prefopt.data.build.counts import count, table
+from prefopt.data.build.intake import Intake
+from prefopt.data.build.manifest import FORMAT, MANIFEST
+from prefopt.data.build.plan import Plan
 from prefopt.data.write import Spool, whole_folder, write_json, write_rows
 
 
@@ -50,7 +50,7 @@ def build(plan: Plan, out: str | Path) -> Built:
 
     Example:
         >>> import json, tempfile
-        >>> from prefopt.data.plan import make_plan
+        >>> from prefopt.data.build.plan import make_plan
         >>> folder = Path(tempfile.mkdtemp())
         >>> pair = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5"}
         >>> _ = (folder / "pairs.jsonl").write_text(json.dumps(pair), encoding="utf-8")

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from prefopt.command_line import (
+from prefopt.cli.arguments import (
     at_least,
     command_group,
     new_command,
@@ -14,7 +14,6 @@ from prefopt.command_line import (
 from prefopt.errors import UserError
 from prefopt.failure import printable
 from prefopt.read_yaml import parse_yaml
-from prefopt.recipe.error import RecipeError
 
 FOUND_BAD_ROWS = 1
 
@@ -65,7 +64,7 @@ def _check_command(actions: Any) -> None:
         from prefopt.data.template import template_problems
 
         for problem in template_problems(template, "--template"):
-            raise RecipeError(f"command line: {problem}")
+            raise UserError(f"command line: {problem}")
         checked = check(
             given.source,
             split=given.split,
@@ -149,8 +148,8 @@ def _build_command(actions: Any) -> None:
             name: value for name, value in vars(given).items() if name not in ("command", "sources", "out", "traceback")
         }
         no_more(rest, ["--out", *(f"--{name.replace('_', '-')}" for name in arguments)])
-        from prefopt.data.build import build
-        from prefopt.data.plan import make_plan
+        from prefopt.data.build.plan import make_plan
+        from prefopt.data.build.run import build
 
         built = build(make_plan(given.sources, **arguments), given.out)
         print(f"{built.table}\n\n{built.folder}")
@@ -198,5 +197,5 @@ def _mapping(option: str, text: str | None) -> dict[Any, Any]:
     except UserError:
         found = text
     if not isinstance(found, dict):
-        raise RecipeError(f"command line: {option} is {text!r}; expected {{NAME: VALUE}}")
+        raise UserError(f"command line: {option} is {text!r}; expected {{NAME: VALUE}}")
     return found

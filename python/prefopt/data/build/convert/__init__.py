@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from prefopt.data.convert import generic, hh_rlhf, kto_mix, mmlu_pro, oasst1, shp, ultrafeedback
-from prefopt.data.convert.answer import Answer, Dropped, Outcome, Outcomes
+from prefopt.data.build.convert import generic, hh_rlhf, kto_mix, mmlu_pro, oasst1, shp, ultrafeedback
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcome, Outcomes
 
 __all__ = ["KINDS", "Answer", "Dropped", "Kind", "Outcome", "Outcomes", "nearest_kind"]
 

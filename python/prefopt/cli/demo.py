@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from prefopt.command_line import new_command, no_more, path_argument
+from prefopt.cli.arguments import new_command, no_more, path_argument
 from prefopt.demo import run_demo
 from prefopt.recipe.schema import Loss
 

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Dropped, Outcomes, Raws, each, pair, text_of
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcomes, Raws, each, pair, text_of
 from prefopt.data.rows import folded
 
 NEEDS = ("chosen", "rejected")

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Dropped, Outcome, Outcomes, Raws, answer, text_of
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcome, Outcomes, Raws, answer, text_of
 from prefopt.data.rows import RowError
 
 NEEDS = ("message_id", "text", "role", "lang", "message_tree_id")

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from prefopt.data.choose import REASONS, Answers
-from prefopt.data.plan import Plan
+from prefopt.data.build.choose import REASONS, Answers
+from prefopt.data.build.plan import Plan
 
 BAD = "bad row (listed in bad_rows.jsonl)"
 

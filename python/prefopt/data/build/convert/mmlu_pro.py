@@ -14,7 +14,7 @@ supervised training. Traps:
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Dropped, Outcomes, Raws, answer, each, text_of, user
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcomes, Raws, answer, each, text_of, user
 from prefopt.data.rows import RowError, folded
 
 NEEDS = ("question_id", "question", "options", "answer", "answer_index", "category")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Outcomes, Raws, each
+from prefopt.data.build.convert.answer import Answer, Outcomes, Raws, each
 from prefopt.data.rows import as_messages, group_of, rated_rows
 
 

@@ -50,15 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     # imported here so that a missing package is reported as every other failure is
-    from prefopt.command_line import add_traceback_option, command_group
-    from prefopt.compare.commands import add_compare_command
-    from prefopt.data.commands import add_data_commands
-    from prefopt.demo.commands import add_demo_command
-    from prefopt.evaluate.commands import add_eval_command
-    from prefopt.recipe.commands import add_train_command
-    from prefopt.report.commands import add_report_command
-    from prefopt.study.commands import add_study_commands
-    from prefopt.use.commands import add_use_commands
+    from prefopt.cli.arguments import add_traceback_option, command_group
+    from prefopt.cli.compare import add_compare_command
+    from prefopt.cli.data import add_data_commands
+    from prefopt.cli.demo import add_demo_command
+    from prefopt.cli.evaluate import add_eval_command
+    from prefopt.cli.report import add_report_command
+    from prefopt.cli.study import add_study_commands
+    from prefopt.cli.train import add_train_command
+    from prefopt.cli.use import add_use_commands
 
     parser = argparse.ArgumentParser(
         prog="prefopt",
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _run(words: Sequence[str], given: argparse.Namespace) -> int:
     """Parse ``words`` into ``given`` and run the command."""
     parser = build_parser()
-    from prefopt.command_line import disable_hub_kernels, one_spelling
+    from prefopt.cli.arguments import disable_hub_kernels, one_spelling
 
     _, rest = parser.parse_known_args(one_spelling(words), given)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -101,7 +101,3 @@ def _flush_stdout() -> None:
         # what is left in the buffer goes nowhere: Python flushes it once more when the process ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ pairs, so a slice from its start need not be balanced; the table of counts shows
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.convert.answer import Answer, Dropped, Outcomes, Raws, each
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcomes, Raws, each
 from prefopt.data.rows import group_of, rated_rows
 
 NEEDS = ("prompt", "completion", "label")

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from prefopt.data.plan import Plan, Source
+from prefopt.data.build.plan import Plan, Source
 from prefopt.data.rows import DataError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from prefopt.data.convert.answer import (
+from prefopt.data.build.convert.answer import (
     Answer,
     Dropped,
     Outcomes,

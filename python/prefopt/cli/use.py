@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from prefopt.command_line import (
+from prefopt.cli.arguments import (
     QUANTIZATIONS,
     new_command,
     no_more,

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefopt.command_line import new_command, path_argument, text_argument
+from prefopt.cli.arguments import new_command, path_argument, text_argument
 from prefopt.compare import CompareRequest, compare
 from prefopt.compare.request import KNOWN
 from prefopt.recipe.options import add_options, overrides_of, recipe_of

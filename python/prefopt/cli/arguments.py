@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefopt.recipe.error import RecipeError
-
-WHOLE = "none"
-QUANTIZATIONS = ("nf4", WHOLE)  # of the base's weights under an adapter
+from prefopt.errors import UserError
 
 BNB_KERNEL = "kernels-community/quantization-bitsandbytes"
 
@@ -147,4 +144,4 @@ def no_more(rest: Sequence[str], known: Sequence[str]) -> None:
         hint = f"; did you mean {near[0]}?" if near else ""
         if name in known:
             hint = " here; options come after the command, and not after --"
-        raise RecipeError(f"command line: {name} is unknown{hint}")
+        raise UserError(f"command line: {name} is unknown{hint}")
