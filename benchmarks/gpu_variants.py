@@ -194,7 +194,7 @@ def quack(trainable: bool, x: Inputs) -> None:
 
 def keep_rate(x: Inputs) -> float:
     """Share of the tiles that GRAD_FILTER leaves in."""
-    from prefopt_kernels.ops.linear_logprob import backend_triton
+    from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
 
     return backend_triton.keep_rate(x.hidden, x.weight, x.targets, grad_filter=GRAD_FILTER, softcap=x.case.softcap)
 

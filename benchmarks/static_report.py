@@ -30,11 +30,12 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prefopt_kernels.ops._launch import Launch, recording
-from prefopt_kernels.ops.linear_logprob import backend_triton, backend_triton_choices
 from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
-from prefopt_kernels.ops.sequence_loss import backend_triton as sequence_loss
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
+from prefopt_kernels.ops.linear_logprob.triton_kernels import config as backend_triton_choices
 from prefopt_kernels.ops.sequence_loss.parameters import TENSORS, Form, Parameters
+from prefopt_kernels.ops.sequence_loss.triton_kernels import backend as sequence_loss
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {

@@ -19,6 +19,7 @@ from prefopt_kernels.losses import (
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
 from prefopt_kernels.ops.sequence_loss import SequenceLoss, sequence_loss
+from prefopt_kernels.parallel.vocab import vocab_parallel_linear_logprob
 from prefopt_kernels.reference_point import (
     EMAKL,
     CumulativeShift,
@@ -28,7 +29,6 @@ from prefopt_kernels.reference_point import (
     WindowKL,
     WindowShift,
 )
-from prefopt_kernels.vocab_parallel import vocab_parallel_linear_logprob
 
 __version__ = "0.1.0"
 

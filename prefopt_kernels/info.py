@@ -16,7 +16,7 @@ import torch
 import prefopt_kernels
 from prefopt_kernels import explain
 from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.linear_logprob import backend_cpu
+from prefopt_kernels.ops.linear_logprob import cpu as cpu_backend
 
 # The instruction sets that the kernels have a use for, by their names in /proc/cpuinfo.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
@@ -47,7 +47,7 @@ def extension() -> str:
         return f"no: {reason}"
     installed = _extension.library() == _extension.installed_library()
     origin = "installed" if installed else "built on the fly"
-    sets = backend_cpu.instruction_sets()
+    sets = cpu_backend.instruction_sets()
     return f"{sets[0]}, the first of {', '.join(sets)}; {_extension.library()} ({origin})"
 
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prefopt_kernels._chunked_head import PrecomputedGradients, chunked_head
 from prefopt_kernels._packed import check_packing, check_vector, sequence_logps
+from prefopt_kernels.chunked import PrecomputedGradients, chunked_head
 from prefopt_kernels.losses import apo_zero_loss, kto_loss
 from prefopt_kernels.losses._checks import check_positive, check_weight
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.checks import check_call, check_targets
 from prefopt_kernels.ops.linear_logprob.transform import Transform
-from prefopt_kernels.sharded_head import ResolvedHead, plain_hidden, resolve_head
+from prefopt_kernels.parallel.dtensor import ResolvedHead, plain_hidden, resolve_head
 
 METHODS = ("kto", "apo_zero")
 REDUCTIONS = ("mean", "sum", "none")
@@ -149,7 +149,7 @@ class FusedLinearKTOLoss(nn.Module):
         Args:
             hidden: (T, H) fp32 | bf16 | fp16. Policy's hidden states that predict the targets.
             weight: (V, H), dtype of ``hidden``. Policy's head; no gradient work where it is frozen. A DTensor is scored
-                where its rows are or brought together, as :func:`prefopt_kernels.sharded_head.resolve_head` says.
+                where its rows are or brought together, as :func:`prefopt_kernels.parallel.dtensor.resolve_head` says.
             targets: (T,) int64 | int32, below V; negative where a token does not count.
             cu_seqlens: (B + 1,) int32 | int64, as :func:`sequence_logps`.
             labels: (B,) bool. True is desirable.

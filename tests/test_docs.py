@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs_checks import (
+from support.docs_checks import (
     ROOT,
     code_problems,
     command_problems,

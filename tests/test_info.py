@@ -11,7 +11,7 @@ import torch
 import prefopt_kernels
 from prefopt_kernels import info
 from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.linear_logprob import backend_cpu
+from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 

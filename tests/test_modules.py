@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import tensor
 
-from numerics import assert_as_good_as_torch
-from prefopt_kernels import linear_logprob, sharded_head
+from prefopt_kernels import linear_logprob
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
+from prefopt_kernels.parallel import dtensor as sharded_head
 from prefopt_kernels.reference_point import MicrobatchKL
+from support.numerics import assert_as_good_as_torch
 
 T, H, V = 11, 7, 13
 BOUNDS = [0, 4, 4, 9, 11]  # the second sequence is empty

@@ -8,9 +8,11 @@ import torch
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from numerics import assert_as_good_as_torch
-from prefopt_kernels import _chunked_head, modules, sharded_head
+from prefopt_kernels import chunked as _chunked_head
+from prefopt_kernels import modules
 from prefopt_kernels.modules import FusedLinearKTOLoss
+from prefopt_kernels.parallel import dtensor as sharded_head
+from support.numerics import assert_as_good_as_torch
 from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain, without
 
 TRAINED = ("hidden", "weight", "bias")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from gloo_ranks import LOG_RATIOS, reference_points, run_ranks
 from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
+from support.gloo_ranks import LOG_RATIOS, reference_points, run_ranks
 
 BOTH = pytest.mark.parametrize("estimator", [MicrobatchKL, WindowKL])
 

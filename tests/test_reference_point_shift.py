@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import tensor
 
-from gloo_ranks import run_ranks
 from prefopt_kernels.reference_point import EMAKL, CumulativeShift, EMAShift, WindowShift
-from shift_ranks import WINDOWS, shifts
+from support.gloo_ranks import run_ranks
+from support.shift_ranks import WINDOWS, shifts
 
 SHIFTS = {"cumulative": CumulativeShift, "window": WindowShift, "ema": EMAShift}
 every_shift = pytest.mark.parametrize("estimator", SHIFTS.values(), ids=SHIFTS)

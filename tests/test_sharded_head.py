@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import sharded_head_ranks as ranks
-from gloo_ranks import run_ranks
+from support import sharded_head_ranks as ranks
+from support.gloo_ranks import run_ranks
 
 TOLERANCE = 1e-5  # the stated contract in fp32: nats, and a part of a gradient's norm
 

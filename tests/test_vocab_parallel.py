@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import vocab_parallel_ranks as ranks
-from gloo_ranks import run_ranks
-from linear_logprob_testing import Results, check, problem
 from prefopt_kernels import TokenLogprobs, linear_logprob, vocab_parallel_linear_logprob
-from prefopt_kernels.ops.linear_logprob import backend_reference
+from prefopt_kernels.ops.linear_logprob import reference as backend_reference
+from support import vocab_parallel_ranks as ranks
+from support.gloo_ranks import run_ranks
+from support.linear_logprob import Results, check, problem
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@
       - prefopt_kernels.integrations.axolotl.PrefoptPlugin
 
 Axolotl 0.19 pins TRL 1.9, whose KTO trainer builds the logits of every batch; with the plugin it trains with the class
-of :mod:`prefopt_kernels.integrations.trl_kto`. The plugin names that class as ``trainer_cls`` of the configuration. It
+of :mod:`prefopt_kernels.integrations.trl.kto`. The plugin names that class as ``trainer_cls`` of the configuration. It
 does not return it from ``get_trainer_cls``, because Axolotl's builder of preference trainers then leaves out the model
 that it passes to all others (``_get_trainer_cls`` in its core/builders/rl.py returns no positional arguments).
 
@@ -17,7 +17,7 @@ Axolotl's and pydantic's classes, which this package does not need otherwise. Ca
 import difflib
 from functools import cache
 
-from prefopt_kernels.integrations.trl_kto import LOSSES, fused_kto_trainer
+from prefopt_kernels.integrations.trl.kto import LOSSES, fused_kto_trainer
 
 TRAINER = f"{__name__}.FusedKTOTrainer"
 OPTIONS = ("prefopt_loss_type",)

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from prefopt_kernels.integrations.transformers_head import caught_at, lm_head_of
+from prefopt_kernels.integrations.transformers.head import caught_at, lm_head_of
 from prefopt_kernels.integrations.trl import major_minor
-from prefopt_kernels.integrations.trl_kto import refuse_partitioned
+from prefopt_kernels.integrations.trl.kto import refuse_partitioned
 from prefopt_kernels.modules import sequence_logps
 
 MODULE = "prefopt_kernels.integrations.ms_swift"  # also where ms-swift gave this file another name

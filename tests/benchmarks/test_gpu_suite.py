@@ -13,7 +13,7 @@ from benchmarks.gpu_suite import GATE, Gate, environment, main, options, plan, r
 from benchmarks.gpu_worker import work
 from benchmarks.origin import ROOT
 from benchmarks.rows import RESULTS, newest
-from gpu_suite_testing import GPU_ROW, Clock, Device
+from support.gpu_suite import GPU_ROW, Clock, Device
 
 GREEN = Gate(None, "", passed=7, skipped=1)
 GROUP = ["smoke", 256, "random"]

@@ -6,7 +6,7 @@ from benchmarks import table
 from benchmarks.cases import CASES, gpu_memory_target
 from benchmarks.gpu_table import gpu_section
 from benchmarks.rows import keep, newest
-from gpu_suite_testing import GPU_ROW
+from support.gpu_suite import GPU_ROW
 
 CASE, T, DTYPE = "qwen3-0.6b", 4096, "bf16"
 MIB = 2**20

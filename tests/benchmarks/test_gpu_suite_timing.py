@@ -9,7 +9,7 @@ import torch
 from benchmarks import gpu_timing
 from benchmarks.gpu_suite import spawn
 from benchmarks.gpu_timing import Cuda, gpu_origin, nvidia_smi
-from gpu_suite_testing import Clock
+from support.gpu_suite import Clock
 
 PROPERTIES = SimpleNamespace(
     uuid="0a1b",
@@ -144,7 +144,7 @@ def test_the_measuring_process_tells_what_it_measured():
         "import sys\n"
         "sys.path.insert(0, 'tests')\n"
         "from benchmarks import gpu_worker\n"
-        "from gpu_suite_testing import Clock, Device\n"
+        "from support.gpu_suite import Clock, Device\n"
         "class Slow(Device):\n"
         "    def time(self, run):\n"
         "        run()\n"

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu_variants import GRAD_FILTER, PEERS
 from benchmarks.gpu_worker import MAX_ROUNDS, MIN_ROUNDS, work
 from benchmarks.variants import Variant
-from gpu_suite_testing import Clock, Device, Stub, variants
+from support.gpu_suite import Clock, Device, Stub, variants
 
 GROUP = ("smoke", 256, "random")
 PLANTED = ("smoke", 256, "planted")

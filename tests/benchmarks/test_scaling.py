@@ -30,13 +30,13 @@ from transformers import (
 from benchmarks import scaling
 from benchmarks.pages import BEGIN, END
 from benchmarks.scaling import FP32, SHAPES, Shape, Step
-from distributed_testing import (
+from prefopt_kernels import vocab_parallel_linear_logprob
+from support.distributed import (
     launch_environment,
     shard_on_the_cpu,
 )
-from prefopt_kernels import vocab_parallel_linear_logprob
-from rank_scripts import WORLD_SIZE, leave, leave_group, run_as_ranks
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.rank_scripts import WORLD_SIZE, leave, leave_group, run_as_ranks
+from support.trainer import data_for, make_trainer, make_world, train
 
 CONFIG = Path(__file__).parents[2] / "python/prefopt/recipes/distributed/fsdp2.yaml"
 RANK = 4

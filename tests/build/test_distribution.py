@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prefopt_kernels.ops import _extension, _sources
-from trees import ROOT, copy_of_the_tree, tree_with_stand_in
+from support.trees import ROOT, copy_of_the_tree, tree_with_stand_in
 
 needs_compiler = pytest.mark.skipif(
     _sources.why_not_compile() is not None, reason=f"cannot compile: {_sources.why_not_compile()}"

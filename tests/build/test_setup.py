@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 import prefopt
 import prefopt_kernels
-from trees import ROOT, copy_of_the_tree
+from support.trees import ROOT, copy_of_the_tree
 
 
 @pytest.fixture

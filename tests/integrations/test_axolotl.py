@@ -21,11 +21,11 @@ import yaml
 from pydantic import BaseModel
 from transformers import PrinterCallback
 
-from docs_checks import ROOT, code_blocks
 from prefopt_kernels.integrations import axolotl as plugin_module
 from prefopt_kernels.integrations.axolotl import check_configuration
-from prefopt_testing import make_dataset
-from trainer_testing import COMMON, make_world, train
+from support.docs_checks import ROOT, code_blocks
+from support.tiny_models import make_dataset
+from support.trainer import COMMON, make_world, train
 
 PLUGIN = "prefopt_kernels.integrations.axolotl.PrefoptPlugin"
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import prefopt_kernels.integrations.liger as ours
-from liger_testing import CONTRACT, B, Batch, L, V, assert_agree
+from support.liger_batch import CONTRACT, B, Batch, L, V, assert_agree
 
 PAIRED = {
     "DPO": {"use_ref_model": True},

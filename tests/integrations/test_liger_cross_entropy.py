@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss as TheirCrossEntropy
 
 import prefopt_kernels.integrations.liger as ours
-from liger_testing import B, Batch, L, V, assert_agree
+from support.liger_batch import B, Batch, L, V, assert_agree
 
 
 def test_arguments_and_defaults_of_cross_entropy_are_ligers():

@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader
 
-from docs_checks import ROOT
 from prefopt.data import PreferenceCollator
 from prefopt.demo.model import build_model, build_tokenizer
 from prefopt_kernels.integrations import lightning
 from prefopt_kernels.integrations.lightning import PrefoptModule
-from trainer_testing import noisy_copy
+from support.docs_checks import ROOT
+from support.trainer import noisy_copy
 
 RATE = 1e-3
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from causal_lm_testing import make
 from prefopt_kernels.integrations import ms_swift
+from support.causal_lm import make
 
 THEIRS = "swift.rlhf_trainers.KTOTrainer"
 OURS = "prefopt_kernels.integrations.ms_swift.FusedKTOTrainer"

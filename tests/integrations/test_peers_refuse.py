@@ -20,8 +20,8 @@ from trl import KTOConfig, KTOTrainer
 
 from prefopt.data import PreferenceCollator
 from prefopt_kernels.integrations.transformers import patch_forward
-from prefopt_testing import ROWS, make_dataset
-from trainer_testing import COMMON, World, gradients_of_first_step, make_trainer, make_world
+from support.tiny_models import ROWS, make_dataset
+from support.trainer import COMMON, World, gradients_of_first_step, make_trainer, make_world
 
 BETA = 0.1
 TASK = {"task_type": "CAUSAL_LM"}

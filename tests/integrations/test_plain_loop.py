@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from docs_checks import ROOT
 from prefopt.data import PreferenceCollator
 from prefopt.demo.model import build_model, build_tokenizer
+from support.docs_checks import ROOT
 
 EXAMPLE = ROOT / "examples" / "plain_loop.py"
 

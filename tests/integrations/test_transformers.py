@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from causal_lm_testing import (
+from prefopt_kernels.integrations.transformers import (
+    check_lm_head,
+    completion_logprobs,
+    lm_head_of,
+    pack_completions,
+)
+from support.causal_lm import (
     CONFIGS,
     EPS,
     assert_same_gradients,
@@ -12,12 +18,6 @@ from causal_lm_testing import (
     gradients,
     make,
     plain_logprobs,
-)
-from prefopt_kernels.integrations.transformers import (
-    check_lm_head,
-    completion_logprobs,
-    lm_head_of,
-    pack_completions,
 )
 
 

@@ -13,7 +13,14 @@ from peft import (
 )
 from torch import nn
 
-from causal_lm_testing import (
+from prefopt_kernels.integrations.transformers import (
+    check_lm_head,
+    completion_logprobs,
+    lm_head_of,
+    pack_completions,
+    patch_forward,
+)
+from support.causal_lm import (
     EPS,
     assert_same_gradients,
     batch,
@@ -22,14 +29,7 @@ from causal_lm_testing import (
     make,
     plain_logprobs,
 )
-from numerics import assert_as_good_as_torch
-from prefopt_kernels.integrations.transformers import (
-    check_lm_head,
-    completion_logprobs,
-    lm_head_of,
-    pack_completions,
-    patch_forward,
-)
+from support.numerics import assert_as_good_as_torch
 
 ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "r": 4, "lora_alpha": 6}
 TASK = {"task_type": "CAUSAL_LM"}

@@ -9,15 +9,15 @@ import pytest
 from accelerate import ParallelismConfig
 from torch import nn
 
-import parallel_lm_ranks as ranks
-from causal_lm_testing import make
-from gloo_ranks import run_ranks
-from prefopt_kernels.integrations import transformers_adapters
+from prefopt_kernels.integrations.transformers import adapters as transformers_adapters
 from prefopt_kernels.integrations.transformers import (
     completion_logprobs,
     pack_completions,
     patch_forward,
 )
+from support import parallel_lm_ranks as ranks
+from support.causal_lm import make
+from support.gloo_ranks import run_ranks
 
 # The stated contract for fp32, whatever the layout: nats, and a part of each gradient's norm.
 TOLERANCE = 1e-5

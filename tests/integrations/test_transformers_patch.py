@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from causal_lm_testing import CONFIGS, assert_same_gradients, batch, exact_logprobs, gradients, make
-from numerics import assert_as_good_as_torch
 from prefopt_kernels.integrations.transformers import patch_forward
+from support.causal_lm import CONFIGS, assert_same_gradients, batch, exact_logprobs, gradients, make
+from support.numerics import assert_as_good_as_torch
 
 
 def inputs_for(name: str, masked: bool) -> dict:

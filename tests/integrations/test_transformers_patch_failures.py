@@ -5,12 +5,12 @@ import torch
 from peft import AdaptionPromptConfig, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from causal_lm_testing import assert_same_gradients, batch, gradients, make, plain_logprobs
 from prefopt_kernels.integrations.transformers import (
     completion_logprobs,
     pack_completions,
     patch_forward,
 )
+from support.causal_lm import assert_same_gradients, batch, gradients, make, plain_logprobs
 
 ON_HEAD = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
 

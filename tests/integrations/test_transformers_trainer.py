@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from causal_lm_testing import VOCAB, make
-from prefopt_kernels.integrations import transformers_trainer
-from prefopt_kernels.integrations.transformers_trainer import FusedTrainer
-from trainer_testing import steps_of, train
+from prefopt_kernels.integrations.transformers import trainer as transformers_trainer
+from prefopt_kernels.integrations.transformers.trainer import FusedTrainer
+from support.causal_lm import VOCAB, make
+from support.trainer import steps_of, train
 
 
 def rows(count: int) -> list[dict]:

@@ -21,8 +21,8 @@ from transformers import PrinterCallback
 from trl.kernels import ChunkedLogProbFunction
 
 from prefopt_kernels.integrations import trl as ours
-from prefopt_testing import ROWS, make_dataset
-from trainer_testing import COMMON, gradients_of_first_step, make_world, steps_of
+from support.tiny_models import ROWS, make_dataset
+from support.trainer import COMMON, gradients_of_first_step, make_world, steps_of
 
 CONTRACT = 1e-4  # nats of a log-probability, and what is logged of them
 OWN = (utils._ChunkedLogProbFunction, utils._use_triton)

@@ -18,11 +18,11 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig
 from trl import KTOConfig, KTOTrainer
 
-from prefopt_kernels.integrations import trl_kto
 from prefopt_kernels.integrations.transformers import LMHead
-from prefopt_kernels.integrations.trl_kto import fused_kto_trainer
-from prefopt_testing import make_dataset
-from trainer_testing import (
+from prefopt_kernels.integrations.trl import kto as trl_kto
+from prefopt_kernels.integrations.trl.kto import fused_kto_trainer
+from support.tiny_models import make_dataset
+from support.trainer import (
     COMMON,
     World,
     gradients_of_first_step,

@@ -20,8 +20,8 @@ from prefopt.train.checkpoint import MANIFEST
 from prefopt.train.trl_trainer import ENHANCED, FusedKTOTrainer
 from prefopt_kernels import enhanced_kto_loss
 from prefopt_kernels.integrations.trl import FusedHead
-from prefopt_testing import make_dataset
-from trainer_testing import COMMON, gradients_of_first_step, make_world, steps_of, train
+from support.tiny_models import make_dataset
+from support.trainer import COMMON, gradients_of_first_step, make_world, steps_of, train
 
 BETA = 0.1
 TOLERANCES = {"loss": 1e-5}  # the contract, as for our own trainer: 1e-5 on the loss,

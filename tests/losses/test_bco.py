@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import ROWS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import bco_loss
+from support.losses import ROWS, assert_within_rounding, inputs, value_and_gradients
 
 BETA, SHIFT = 0.1, 0.4
 

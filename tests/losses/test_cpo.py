@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from losses_testing import PAIRS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import cpo_loss, dpo_loss
+from support.losses import PAIRS, assert_within_rounding, inputs, value_and_gradients
 
 BETA, ALPHA = 0.1, 0.5
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import PAIRS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import dpo_loss
+from support.losses import PAIRS, assert_within_rounding, inputs, value_and_gradients
 
 BETA, EPSILON = 0.1, 0.2
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import EVERY_COMPONENT, ROWS, assert_within_rounding, inputs
 from prefopt_kernels.losses import decision_weights, enhanced_kto_loss, kto_loss
+from support.losses import EVERY_COMPONENT, ROWS, assert_within_rounding, inputs
 
 GAMMA, PRELEC = 0.61, 0.65
 BETA, Z0 = 0.1, 1.5

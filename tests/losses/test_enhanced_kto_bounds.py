@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from losses_testing import EVERY_COMPONENT, assert_within_rounding, inputs
 from prefopt_kernels.losses import (
     EnhancedKTOComponents,
     enhanced_kto_components,
     enhanced_kto_loss,
 )
+from support.losses import EVERY_COMPONENT, assert_within_rounding, inputs
 
 EPS = torch.finfo(torch.float32).eps
 SLACK = 1 + 16 * EPS  # the factors of a bound round once each

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
 
-from losses_testing import LOSSES, call, inputs, value_and_gradients
+from support.losses import LOSSES, call, inputs, value_and_gradients
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import LENGTHS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import (
     bco_loss,
     cpo_loss,
@@ -16,6 +15,7 @@ from prefopt_kernels.losses import (
     orpo_loss,
     sft_loss,
 )
+from support.losses import LENGTHS, assert_within_rounding, inputs, value_and_gradients
 
 FP64 = torch.float64
 

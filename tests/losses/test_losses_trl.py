@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import assert_within_rounding
 from prefopt_kernels.losses import (
     apo_zero_loss,
     bco_loss,
@@ -24,6 +23,7 @@ from prefopt_kernels.losses import (
     simpo_loss,
 )
 from prefopt_kernels.reference_point import CumulativeShift, MicrobatchKL
+from support.losses import assert_within_rounding
 
 pytest.importorskip("trl", reason="trl is a test dependency")
 

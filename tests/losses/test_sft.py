@@ -2,8 +2,8 @@
 
 import torch
 
-from losses_testing import ROWS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import sft_loss
+from support.losses import ROWS, assert_within_rounding, inputs, value_and_gradients
 
 
 def test_value_and_gradient():

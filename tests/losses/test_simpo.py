@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import tensor
 
-from losses_testing import PAIRS, assert_within_rounding, inputs, value_and_gradients
 from prefopt_kernels.losses import cpo_loss, simpo_loss
+from support.losses import PAIRS, assert_within_rounding, inputs, value_and_gradients
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from linear_logprob_testing import backends
-from prefopt_kernels.ops.linear_logprob import backend_cpu
-from triton_testing import ON_GPU
+from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
+from support.linear_logprob import backends
+from support.triton_backend import ON_GPU
 
 # Test files that also run the Triton kernels in the interpreter, which is too slow for all of them. A test marked
 # `compiled_only` is too slow for it, or is not about Triton; its reason says what covers the kernels instead.

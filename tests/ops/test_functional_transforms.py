@@ -6,10 +6,10 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
-from linear_logprob_testing import backends
 from prefopt_kernels import linear_logprob, vocab_parallel_linear_logprob
 from prefopt_kernels.modules import FusedLinearKTOLoss
 from prefopt_kernels.ops.sequence_loss import sequence_loss
+from support.linear_logprob import backends
 
 T, H, V = 6, 8, 17
 CU, LABELS, REF = torch.tensor([0, 2, 6]), torch.tensor([True, False]), torch.tensor([-5.0, -9.0])

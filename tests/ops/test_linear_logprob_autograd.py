@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from linear_logprob_testing import DIFFERENTIABLE, DTYPES, OPERANDS, check, leaves, ours, problem
 from prefopt_kernels import TokenLogprobs, linear_logprob
-from prefopt_kernels.ops.linear_logprob import backend_reference
+from prefopt_kernels.ops.linear_logprob import reference as backend_reference
 from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.linear_logprob import DIFFERENTIABLE, DTYPES, OPERANDS, check, leaves, ours, problem
 
 T, H, V = 17, 65, 300
 

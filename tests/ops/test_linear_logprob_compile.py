@@ -5,7 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from linear_logprob_testing import (
+from prefopt_kernels import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops import _extension
+from prefopt_kernels.ops.linear_logprob import op
+from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     OPERANDS,
@@ -16,10 +20,6 @@ from linear_logprob_testing import (
     problem,
     through_logp,
 )
-from prefopt_kernels import TokenLogprobs, linear_logprob
-from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.linear_logprob import op
-from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
 
 T, H, V = 17, 34, 150
 LOW = (None, None)  # no adapter on the head

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import DIFFERENTIABLE, DTYPES, OPERANDS, check, ours, problem
 from prefopt_kernels import linear_logprob
+from support.linear_logprob import DIFFERENTIABLE, DTYPES, OPERANDS, check, ours, problem
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

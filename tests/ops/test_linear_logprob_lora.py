@@ -6,7 +6,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from linear_logprob_testing import (
+from prefopt_kernels import linear_logprob
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     LORA_OPERANDS,
@@ -20,8 +21,7 @@ from linear_logprob_testing import (
     problem,
     with_adapter,
 )
-from numerics import FAMILIES
-from prefopt_kernels import linear_logprob
+from support.numerics import FAMILIES
 
 T, V, R = 17, 300, 5  # of `adapted`, beside H 65
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

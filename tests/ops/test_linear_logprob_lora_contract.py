@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from linear_logprob_testing import (
+from prefopt_kernels import linear_logprob
+from prefopt_kernels.ops.linear_logprob import op
+from support.linear_logprob import (
     LORA_OPERANDS,
     adapted,
     arguments_of,
@@ -22,9 +24,7 @@ from linear_logprob_testing import (
     ours,
     through_logp,
 )
-from numerics import assert_as_good_as_torch
-from prefopt_kernels import linear_logprob
-from prefopt_kernels.ops.linear_logprob import op
+from support.numerics import assert_as_good_as_torch
 
 T, R = 17, 5  # of `adapted`
 adapters = pytest.mark.parametrize("adapter", [None, torch.float32], ids=["same", "fp32"])

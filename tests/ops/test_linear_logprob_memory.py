@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from linear_logprob_testing import backends
 from prefopt_kernels.ops import _extension
+from support.linear_logprob import backends
 
 T, H, V = 512, 256, 50_000
 MIB = 2**20
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not SETS, reason=f"no C++ kernels: {_extension.w
 PROGRAM = """
 import ast, sys, torch
 from prefopt_kernels import linear_logprob
-from prefopt_kernels.ops.linear_logprob import backend_cpu
+from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
 
 size, dtype, instruction_set, wanted, outputs, backend = ast.literal_eval(sys.argv[1])
 torch.set_num_threads(2)

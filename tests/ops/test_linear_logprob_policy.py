@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import (
+from prefopt_kernels.ops import _extension, _sources
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     Results,
@@ -16,8 +17,7 @@ from linear_logprob_testing import (
     formula,
     problem,
 )
-from numerics import FAMILIES, assert_as_good_as_torch
-from prefopt_kernels.ops import _extension, _sources
+from support.numerics import FAMILIES, assert_as_good_as_torch
 
 T, H, V, TILE = 40, 65, 3001, 128
 

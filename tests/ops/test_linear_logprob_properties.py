@@ -4,7 +4,9 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from linear_logprob_testing import (
+from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
+from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     OPERANDS,
@@ -14,9 +16,7 @@ from linear_logprob_testing import (
     ours,
     problem,
 )
-from numerics import FAMILIES
-from prefopt_kernels.ops.linear_logprob import backend_cpu
-from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.numerics import FAMILIES
 
 
 def subset(names):

@@ -8,8 +8,10 @@ import torch
 
 from prefopt_kernels import explain, linear_logprob
 from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference, backend_triton
+from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
+from prefopt_kernels.ops.linear_logprob import reference as backend_reference
 from prefopt_kernels.ops.linear_logprob.op import BACKENDS
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
 
 T, H, V = 5, 4, 7
 

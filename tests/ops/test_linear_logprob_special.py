@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import (
+from prefopt_kernels import linear_logprob
+from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     OPERANDS,
@@ -17,10 +19,8 @@ from linear_logprob_testing import (
     ours,
     problem,
 )
-from numerics import assert_as_good_as_torch
-from prefopt_kernels import linear_logprob
-from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
-from triton_testing import ON_GPU
+from support.numerics import assert_as_good_as_torch
+from support.triton_backend import ON_GPU
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

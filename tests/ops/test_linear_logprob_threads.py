@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import DIFFERENTIABLE, OPERANDS, check, ours, problem
+from support.linear_logprob import DIFFERENTIABLE, OPERANDS, check, ours, problem
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

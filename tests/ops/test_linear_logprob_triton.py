@@ -6,17 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import DIFFERENTIABLE, OPERANDS, TRANSFORMS, check, problem
-from numerics import FAMILIES
 from prefopt_kernels import explain, linear_logprob
-from prefopt_kernels.ops.linear_logprob import (
-    backend_triton,
-    backend_triton_choices,
-    backend_triton_unit,
-)
 from prefopt_kernels.ops.linear_logprob.operands import Operands
 from prefopt_kernels.ops.linear_logprob.transform import Transform
-from triton_testing import DEVICE, ON_GPU, TRITON_DTYPES, there, triton_results
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
+from prefopt_kernels.ops.linear_logprob.triton_kernels import config as backend_triton_choices
+from prefopt_kernels.ops.linear_logprob.triton_kernels import frozen as backend_triton_unit
+from support.linear_logprob import DIFFERENTIABLE, OPERANDS, TRANSFORMS, check, problem
+from support.numerics import FAMILIES
+from support.triton_backend import DEVICE, ON_GPU, TRITON_DTYPES, there, triton_results
 
 T, H, V = 33, 72, 1000
 A100 = backend_triton_choices.Target((8, 0), 3, 166_912)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from linear_logprob_testing import exact, problem
-from numerics import assert_as_good_as_torch
-from prefopt_kernels.ops.linear_logprob import backend_triton, backend_triton_choices
 from prefopt_kernels.ops.linear_logprob.operands import FILTER_TILE
-from triton_testing import there, triton_results
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
+from prefopt_kernels.ops.linear_logprob.triton_kernels import config as backend_triton_choices
+from support.linear_logprob import exact, problem
+from support.numerics import assert_as_good_as_torch
+from support.triton_backend import there, triton_results
 
 T, H, V = 150, 64, 1000
 EPS = 2.0**-12

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from linear_logprob_testing import Results, baseline, exact, problem
-from numerics import assert_as_good_as_torch
 from prefopt_kernels import linear_logprob
-from triton_testing import TRITON_DTYPES, there
+from support.linear_logprob import Results, baseline, exact, problem
+from support.numerics import assert_as_good_as_torch
+from support.triton_backend import TRITON_DTYPES, there
 
 T, H, V, SCALE = 33, 72, 1000, 1.5
 

@@ -7,7 +7,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from linear_logprob_testing import (
+from prefopt_kernels import linear_logprob
+from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.linear_logprob import (
     DIFFERENTIABLE,
     DTYPES,
     OPERANDS,
@@ -16,9 +18,7 @@ from linear_logprob_testing import (
     ours,
     problem,
 )
-from numerics import FAMILIES
-from prefopt_kernels import linear_logprob
-from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from support.numerics import FAMILIES
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

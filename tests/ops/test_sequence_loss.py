@@ -15,9 +15,10 @@ from prefopt_kernels.losses import (
 )
 from prefopt_kernels.modules import sequence_logps
 from prefopt_kernels.ops import _extension, _launch, _sources
-from prefopt_kernels.ops.sequence_loss import SUMS, backend_triton, sequence_loss
+from prefopt_kernels.ops.sequence_loss import SUMS, sequence_loss
 from prefopt_kernels.ops.sequence_loss.parameters import OFF, TENSORS, Form, Parameters
-from sequence_loss_testing import (
+from prefopt_kernels.ops.sequence_loss.triton_kernels import backend as backend_triton
+from support.sequence_loss import (
     BETA,
     CASES,
     SETTINGS,

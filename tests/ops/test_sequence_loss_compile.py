@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefopt_kernels.ops.sequence_loss import op, sequence_loss
 from prefopt_kernels.ops.sequence_loss.parameters import OFF, TENSORS, Parameters
-from sequence_loss_testing import SETTINGS, backends, device, ours, problem
+from support.sequence_loss import SETTINGS, backends, device, ours, problem
 
 CASES = ["kto", "bco", "everything"]
 

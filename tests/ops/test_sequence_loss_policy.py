@@ -10,7 +10,7 @@ from prefopt_kernels.losses import (
     decision_weights,
 )
 from prefopt_kernels.modules import sequence_logps
-from sequence_loss_testing import (
+from support.sequence_loss import (
     BETA,
     ENHANCED,
     SETTINGS,

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from prefopt_kernels.ops import _extension
-from prefopt_kernels.ops.sequence_loss import backend_triton, sequence_loss
+from prefopt_kernels.ops.sequence_loss import sequence_loss
 from prefopt_kernels.ops.sequence_loss.op import BACKENDS, select_backend
+from prefopt_kernels.ops.sequence_loss.triton_kernels import backend as backend_triton
 
 ENHANCED = {"method": "enhanced_kto"}
 

@@ -12,7 +12,7 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.use.latency import Timing, bench_inference, distribution, summary, time_runs
 from prefopt.use.load import find_run, load_model
-from use_testing import make_run
+from support.trained_runs import make_run
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.use.chat import Conversation, Stream, chat, talk
 from prefopt.use.load import end_of_turn, find_run, load_model, load_tokenizer, stop_ids
-from use_testing import EOS, make_run
+from support.trained_runs import EOS, make_run
 
 TEMPLATE = (  # that of Qwen3 in small: an empty thought in front of an answer, unless thinking is asked for
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

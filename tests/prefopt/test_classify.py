@@ -14,7 +14,7 @@ from prefopt.errors import UserError
 from prefopt.use.classify import LabelScorer, classify
 from prefopt.use.load import find_run, load_model, load_tokenizer
 from prefopt.use.questions import Question, read_questions
-from use_testing import EOS, make_run
+from support.trained_runs import EOS, make_run
 
 LABELS = ["computer", "computer science", "law"]
 QUESTIONS = ["Which planet is the largest?", "ما هي عاصمة مصر؟", "Name three colours."]

@@ -11,7 +11,7 @@ import prefopt
 import prefopt_kernels
 from prefopt.cli import build_parser, main
 from prefopt.recipe.schema import SECTIONS, options_of
-from prefopt_testing import make_model, make_rows, make_tokenizer
+from support.tiny_models import make_model, make_rows, make_tokenizer
 
 
 @pytest.fixture(scope="module")

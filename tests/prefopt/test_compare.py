@@ -20,8 +20,8 @@ from prefopt.compare.plan import Plan
 from prefopt.compare.summary import TOO_FEW
 from prefopt.errors import RunError, UserError
 from prefopt.recipe import load_recipe
-from prefopt_testing import make_model, make_rows, make_tokenizer
-from trainer_testing import make_pairs
+from support.tiny_models import make_model, make_rows, make_tokenizer
+from support.trainer import make_pairs
 
 STEPS = 4
 

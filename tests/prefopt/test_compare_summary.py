@@ -35,8 +35,8 @@ from prefopt.errors import UserError
 from prefopt.recipe import make_recipe
 from prefopt.report.score import BASE, CHANGE, RUN
 from prefopt.train.methods import METHODS
-from prefopt_testing import make_rows, make_tokenizer
-from trainer_testing import make_pairs
+from support.tiny_models import make_rows, make_tokenizer
+from support.trainer import make_pairs
 
 SEEDS = (42, 43, 44)
 METHODS_HERE = ("kto", "dpo", "sft")

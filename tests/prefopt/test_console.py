@@ -12,7 +12,7 @@ from prefopt.cli import main
 from prefopt.report.read import Run, read_run
 from prefopt.report.words import closing, tell
 from prefopt.train import PreferenceConfig, console
-from prefopt_testing import make_model, make_rows, make_tokenizer
+from support.tiny_models import make_model, make_rows, make_tokenizer
 
 LOG = {"loss": 0.48213, "rewards/margins": 0.1316, "kl": 0.0208, "learning_rate": 4.8e-6}
 

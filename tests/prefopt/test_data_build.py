@@ -7,12 +7,12 @@ import pyarrow.parquet
 import pytest
 from huggingface_hub import HfApi
 
-from data_build_testing import FIXTURES, run, words
 from prefopt.cli import main
 from prefopt.data import DataError, load_rows
 from prefopt.data.build.convert import KINDS
 from prefopt.data.build.plan import make_plan
 from prefopt.data.build.run import build
+from support.data_build import FIXTURES, run, words
 
 SIX = ["ultrafeedback_binarized", "hh-rlhf", "shp", "oasst1", "kto-mix-14k", "mmlu-pro"]
 PREFERENCES = SIX[:5]

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 
-from data_build_testing import FIXTURES, run, words
 from prefopt.cli import main
+from support.data_build import FIXTURES, run, words
 
 
 def left_over(folder):

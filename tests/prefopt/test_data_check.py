@@ -14,7 +14,7 @@ from prefopt.data import DataError, load_rows, tokenize_rows
 from prefopt.data.check import check
 from prefopt.data.overlap import leaks, read_questions, twins, words
 from prefopt.data.scored import not_in_row, scored_tokens, template_notes
-from prefopt_testing import CHATML, EOS, make_rows, make_tokenizer
+from support.tiny_models import CHATML, EOS, make_rows, make_tokenizer
 
 TEMPLATES = importlib.resources.files("trl") / "chat_templates"
 END = "<｜end▁of▁sentence｜>"

@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from prefopt.data import DataError, load_rows, split_by_group
-from prefopt_testing import ROWS, make_dataset, make_rows
+from support.tiny_models import ROWS, make_dataset, make_rows
 
 
 def user(text):

@@ -7,7 +7,7 @@ import pytest
 
 import prefopt.data.template as template
 from prefopt.data import DataError, load_rows, tokenize_rows
-from prefopt_testing import CHATML, make_rows, make_tokenizer
+from support.tiny_models import CHATML, make_rows, make_tokenizer
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 

@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer
 
 from prefopt.data import DataError, PreferenceCollator, load_rows, tokenize_rows
-from prefopt_testing import BOS, CHATML, EOS, ROWS, make_dataset, make_rows, make_tokenizer
+from support.tiny_models import BOS, CHATML, EOS, ROWS, make_dataset, make_rows, make_tokenizer
 
 # A generation prompt that the rendered answer does not repeat, as DeepSeek-R1-Distill's template has it.
 THINKING = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from evaluate_testing import FIXTURES, make_run, write_lines
 from prefopt.data import DataError
 from prefopt.data.build.convert.mmlu_pro import ASK_CATEGORY, CATEGORIES
 from prefopt.data.build.plan import make_plan
@@ -16,6 +15,7 @@ from prefopt.data.build.run import build
 from prefopt.errors import UserError
 from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.classify import judged, read_questions
+from support.evaluate import FIXTURES, make_run, write_lines
 
 QUESTIONS = FIXTURES / "mmlu_pro.jsonl"
 NONE = len(CATEGORIES)

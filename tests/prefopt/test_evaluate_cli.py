@@ -8,8 +8,8 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
-from evaluate_testing import FIXTURES, make_run
 from prefopt.cli import main
+from support.evaluate import FIXTURES, make_run
 
 QUESTIONS = str(FIXTURES / "mmlu_pro.jsonl")
 

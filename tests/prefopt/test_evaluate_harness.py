@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate_testing import CONTEXT, FIXTURES, make_run, write_lines
 from prefopt.data import DataError
 from prefopt.errors import UserError
 from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.harness import MMLU_MINI, ask, prepare
 from prefopt.evaluate.subject import load_subject
+from support.evaluate import CONTEXT, FIXTURES, make_run, write_lines
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness, the extra [eval], is not installed")
 

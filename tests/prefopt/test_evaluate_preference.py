@@ -10,14 +10,14 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluate_testing import BETA, make_run, write_lines
 from prefopt.data import DataError, load_rows, split_by_group
 from prefopt.data.collate import pair_mismatched
 from prefopt.errors import UserError
 from prefopt.evaluate import EvalRequest, evaluate_run
 from prefopt.evaluate.generate import generate
 from prefopt.evaluate.subject import load_subject
-from prefopt_testing import CHATML, ROWS, make_rows, make_tokenizer
+from support.evaluate import BETA, make_run, write_lines
+from support.tiny_models import CHATML, ROWS, make_rows, make_tokenizer
 
 # Two fp32 forward passes of a random two-layer model, summed over up to 60 tokens of about 10 nats each: rounding of some
 # 1e-6 a token. A token more or less would change a sum by nats.

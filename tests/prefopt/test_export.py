@@ -18,7 +18,7 @@ from prefopt.export.merge import merged_model
 from prefopt.export.run import export_run
 from prefopt.four_bits import refuse_broken_blocks
 from prefopt.use.load import find_run, load_tokenizer
-from use_testing import (
+from support.trained_runs import (
     EOS,
     assert_same_function,
     logits_of,

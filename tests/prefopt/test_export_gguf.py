@@ -12,8 +12,8 @@ from prefopt.export import gguf_model, gguf_tokenizer, gguf_write
 from prefopt.export.gguf_readback import rounding_of
 from prefopt.export.gguf_write import write_gguf
 from prefopt.export.run import export_run
-from prefopt_testing import make_model, make_tokenizer
-from use_testing import (
+from support.tiny_models import make_model, make_tokenizer
+from support.trained_runs import (
     EOS,
     TEXTS,
     THINK,

@@ -8,7 +8,7 @@ from transformers import Qwen2Tokenizer
 
 from prefopt.errors import UserError
 from prefopt.export.gguf_tokenizer import read_tokenizer
-from use_testing import LLAMA3, make_split_tokenizer
+from support.trained_runs import LLAMA3, make_split_tokenizer
 
 
 @pytest.mark.parametrize("split", ["qwen2", "llama-bpe", "gpt-2", "smollm"])

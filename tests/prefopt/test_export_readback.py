@@ -18,7 +18,7 @@ from prefopt.export.readback import check_logits, probe_ids, within_nf4
 from prefopt.export.run import export_run
 from prefopt.use.adapter import merge_adapter
 from prefopt.use.load import Source, find_run, load_model
-from use_testing import (
+from support.trained_runs import (
     adapt,
     assert_same_function,
     logits_of,

@@ -9,11 +9,11 @@ import sys
 import pytest
 import yaml
 
-from evaluate_testing import make_run
 from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.folder_lock import LOCK_NAME, is_unused, only_writer
 from prefopt.recipe import make_recipe, run_recipe
+from support.evaluate import make_run
 
 HOLD = """
 import sys, time

@@ -14,7 +14,7 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.pretrained import from_pretrained
 from prefopt.use.load import find_run, load_model
-from prefopt_testing import make_model, make_rows, make_tokenizer
+from support.tiny_models import make_model, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -40,7 +40,7 @@ def test_local_files_need_no_network(tmp_path):
     env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "python", ROOT / "tests")))
     env["HF_HOME"] = str(tmp_path / "empty-cache")
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "no_network.py", tmp_path, *found],
+        [sys.executable, ROOT / "tests" / "support" / "no_network.py", tmp_path, *found],
         capture_output=True,
         text=True,
         env=env,

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from evaluate_testing import write_lines
 from prefopt.cli import main
 from prefopt.paths import absolute_paths, path_from, paths_from
 from prefopt.recipe import load_recipe
 from prefopt.use.load import find_run
-from prefopt_testing import make_model, make_rows, make_tokenizer
+from support.evaluate import write_lines
+from support.tiny_models import make_model, make_rows, make_tokenizer
 
 CONTENT = {
     "model": {"path": "models/x", "ref_path": None, "revision": None},

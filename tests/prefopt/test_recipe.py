@@ -17,8 +17,8 @@ from prefopt.recipe.run import preference_config, write_recipe
 from prefopt.train import PreferenceConfig
 from prefopt.train.checks import CHOICES
 from prefopt.train.methods import METHODS, OPTIONS
-from prefopt_testing import make_model, make_rows, make_tokenizer
-from trainer_testing import make_pairs
+from support.tiny_models import make_model, make_rows, make_tokenizer
+from support.trainer import make_pairs
 
 MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"output_dir": "run"}}
 # Those of the published systems, whose data are a plan, run in test_recipes_tiny*.py.

@@ -6,7 +6,7 @@ import pytest
 
 from prefopt.data import DataError, load_rows
 from prefopt.data.pairs import tokenize_pairs
-from prefopt_testing import make_tokenizer
+from support.tiny_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")

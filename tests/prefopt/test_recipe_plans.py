@@ -14,7 +14,7 @@ from prefopt.recipe.named import recipe_list, recipe_names
 from prefopt.recipe.rows import load_data, with_plan
 from prefopt.recipe.run import preference_config
 from prefopt.tiny import tiny_recipe
-from prefopt_testing import make_tokenizer
+from support.tiny_models import make_tokenizer
 
 PUBLISHED = [name for name in recipe_names() if load_recipe(name).data.plan is not None]
 

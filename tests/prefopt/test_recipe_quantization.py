@@ -17,7 +17,7 @@ from prefopt.recipe.models import load_model, quantize_for
 from prefopt.recipe.run import preference_config
 from prefopt.tiny.families import family_of, save_tiny
 from prefopt.train.prepare import keep_gradients_of_four_bits
-from prefopt_testing import make_model, make_tokenizer
+from support.tiny_models import make_model, make_tokenizer
 
 bitsandbytes = pytest.importorskip(
     "bitsandbytes", reason="bitsandbytes, the extra [quant], is not installed: no 4-bit weights"

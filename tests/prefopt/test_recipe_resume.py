@@ -11,12 +11,12 @@ import yaml
 
 import prefopt.recipe.run
 import prefopt.report.write
-from kill_campaign import make_base, make_recipe_file, result_of
 from prefopt.errors import UserError
 from prefopt.recipe import load_recipe, make_recipe, run_recipe
 from prefopt.train import PreferenceTrainer
 from prefopt.train.checkpoint import CheckpointError
-from prefopt_testing import make_rows
+from support.kill_campaign import make_base, make_recipe_file, result_of
+from support.tiny_models import make_rows
 
 
 @pytest.fixture(scope="module", autouse=True)

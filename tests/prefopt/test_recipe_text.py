@@ -16,7 +16,7 @@ from prefopt.recipe.run import preference_config
 from prefopt.train import TrainingWarning
 from prefopt.use.chat import chat
 from prefopt.use.load import find_run
-from prefopt_testing import ROWS, make_model, make_rows, make_tokenizer
+from support.tiny_models import ROWS, make_model, make_rows, make_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from prefopt.cli import main
 from prefopt.data import load_rows, tokenize_rows
-from recipes_tiny_testing import counts, train_tiny
+from support.recipes_tiny import counts, train_tiny
 
 
 @pytest.fixture(autouse=True)

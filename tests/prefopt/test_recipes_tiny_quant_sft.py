@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from prefopt.cli import main
-from recipes_tiny_testing import counts, train_tiny
+from support.recipes_tiny import counts, train_tiny
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from prefopt.recipe import make_recipe
 from prefopt.redact import is_secret, redacted
 from prefopt.report import write_report
 from prefopt.train import PreferenceConfig
-from prefopt_testing import make_model, make_rows, make_tokenizer
+from support.tiny_models import make_model, make_rows, make_tokenizer
 
 SECRET = "sEcReT-v4lu3"
 

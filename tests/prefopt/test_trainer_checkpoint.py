@@ -12,8 +12,8 @@ import torch
 import prefopt.train.checkpoint as checkpoints
 from prefopt.errors import RunError
 from prefopt.train.checkpoint import MANIFEST, PARTIAL, CheckpointError, newest_whole, problem_of
-from prefopt_testing import make_rows
-from trainer_testing import make_trainer, make_world, train
+from support.tiny_models import make_rows
+from support.trainer import make_trainer, make_world, train
 
 OPTIONS = {
     "per_device_train_batch_size": 4,

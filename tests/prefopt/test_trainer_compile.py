@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.trainer import data_for, make_trainer, make_world, train
 
 OPTIONS = {"per_device_train_batch_size": 4, "max_steps": 2}
 CONTRACT = 1e-5  # relative, on the loss in fp32

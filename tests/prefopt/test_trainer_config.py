@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from prefopt.data import load_rows, tokenize_rows
 from prefopt.train import PreferenceConfig, PreferenceTrainer, TrainingWarning
 from prefopt.train.methods import METHODS, OPTIONS, in_force
-from prefopt_testing import make_dataset, make_rows
-from trainer_testing import make_trainer, make_world, train
+from support.tiny_models import make_dataset, make_rows
+from support.trainer import make_trainer, make_world, train
 
 
 @pytest.fixture(scope="module")

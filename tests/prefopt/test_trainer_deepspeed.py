@@ -12,7 +12,8 @@ if __name__ == "__main__":
 
 import pytest
 
-from distributed_testing import (
+from prefopt.train.spread import ZERO, ZERO_3
+from support.distributed import (
     assert_ends_like,
     assert_same_run,
     assert_saved_whole,
@@ -22,8 +23,7 @@ from distributed_testing import (
     run_case,
     run_resumed,
 )
-from prefopt.train.spread import ZERO, ZERO_3
-from rank_scripts import leave, leave_group, run_as_ranks
+from support.rank_scripts import leave, leave_group, run_as_ranks
 
 CONFIGS = Path(__file__).parents[2] / "python/prefopt/recipes/distributed"
 STAGES = {"zero2": ZERO, "zero3": ZERO_3}

@@ -17,8 +17,8 @@ import torch
 from peft import LoraConfig
 from trl import KTOConfig, KTOTrainer
 
-from prefopt_testing import ROWS, make_rows
-from trainer_testing import (
+from support.tiny_models import ROWS, make_rows
+from support.trainer import (
     COMMON,
     gradients_of_first_step,
     make_trainer,

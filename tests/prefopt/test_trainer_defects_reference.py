@@ -19,8 +19,8 @@ from prefopt_kernels.integrations.transformers import (
     lm_head_of,
     pack_completions,
 )
-from prefopt_testing import make_dataset, make_rows
-from trainer_testing import (
+from support.tiny_models import make_dataset, make_rows
+from support.trainer import (
     make_trainer,
     make_world,
     train,

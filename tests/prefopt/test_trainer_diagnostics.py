@@ -11,8 +11,8 @@ from prefopt.train import NonFiniteError, PreferenceTrainer, TrainingWarning
 from prefopt.train.diagnostics import KL_LOGS, Diagnostics
 from prefopt.train.finite import FiniteWatch
 from prefopt.train.run_folder import RunFolder
-from prefopt_testing import make_dataset, make_rows
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.tiny_models import make_dataset, make_rows
+from support.trainer import data_for, make_trainer, make_world, train
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from distributed_testing import (
+from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
+from support.distributed import (
     CASES,
     STEPS,
     assert_ends_like,
@@ -32,10 +33,9 @@ from distributed_testing import (
     trained,
     whole_weights,
 )
-from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
-from prefopt_testing import make_rows
-from rank_scripts import leave, leave_group, run_as_ranks
-from trainer_testing import make_trainer, train
+from support.rank_scripts import leave, leave_group, run_as_ranks
+from support.tiny_models import make_rows
+from support.trainer import make_trainer, train
 
 CONFIG = Path(__file__).parents[2] / "python/prefopt/recipes/distributed/fsdp2.yaml"
 

@@ -17,14 +17,14 @@ import pytest
 import torch
 from transformers.trainer_utils import get_last_checkpoint
 
-from distributed_testing import (
+from prefopt.train import PreferenceTrainer
+from support.distributed import (
     assert_ends_like,
     drifted_world,
     trained,
 )
-from prefopt.train import PreferenceTrainer
-from rank_scripts import WORLD_SIZE, environment, leave, leave_group
-from trainer_testing import data_for, make_trainer
+from support.rank_scripts import WORLD_SIZE, environment, leave, leave_group
+from support.trainer import data_for, make_trainer
 
 STEPS, SAVED, KILLED = (
     6,

@@ -1,10 +1,11 @@
-"""Kills between the files of a checkpoint, and a disk that is full: the short form of tests/kill_campaign.py."""
+"""Kills between the files of a checkpoint, and a disk that is full: the short form of tests/support/kill_campaign.py."""
 
 import json
 
 import pytest
 
-from kill_campaign import (
+from prefopt.train.checkpoint import PARTIAL, newest_whole
+from support.kill_campaign import (
     killed_at,
     limited,
     make_base,
@@ -13,7 +14,6 @@ from kill_campaign import (
     result_of,
     resumed,
 )
-from prefopt.train.checkpoint import PARTIAL, newest_whole
 
 
 @pytest.fixture(scope="module")

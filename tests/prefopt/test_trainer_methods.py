@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from prefopt.train.diagnostics import TrainingWarning
 from prefopt.train.methods import METHODS, PAIRS
 from prefopt.train.objective import PULLS
-from prefopt_testing import make_rows
-from trainer_testing import (
+from support.tiny_models import make_rows
+from support.trainer import (
     data_for,
     gradients_of_first_step,
     make_pairs,

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import KTOConfig, KTOTrainer
 
-from prefopt_testing import make_dataset
-from trainer_testing import COMMON, World, make_trainer, make_world, train
+from support.tiny_models import make_dataset
+from support.trainer import COMMON, World, make_trainer, make_world, train
 
 TOLERANCES = {"loss": 1e-5}
 OTHERS = 1e-4

@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from prefopt_testing import ROWS
-from trainer_testing import COMMON, make_pairs, make_trainer, make_world, train
+from support.tiny_models import ROWS
+from support.trainer import COMMON, make_pairs, make_trainer, make_world, train
 
 TOLERANCES = {"loss": 1e-5}
 OTHERS = 1e-4

@@ -11,8 +11,8 @@ from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditional
 from prefopt.data import DataError
 from prefopt.errors import UserError
 from prefopt.train.prepare import check_separate
-from prefopt_testing import make_rows
-from trainer_testing import make_trainer, make_world, train
+from support.tiny_models import make_rows
+from support.trainer import make_trainer, make_world, train
 
 LORA = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1, init_lora_weights=False)
 

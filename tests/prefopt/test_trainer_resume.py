@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from prefopt_testing import make_dataset
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.tiny_models import make_dataset
+from support.trainer import data_for, make_trainer, make_world, train
 
 STEPS, CUT = 6, 4
 # 20 rows, 8 a step: steps 1 to 3 are the first epoch, so the cut is inside the second; logs at 2, 4, 6 and, for

@@ -7,8 +7,8 @@ import torch
 
 from prefopt.data import DataError, load_rows, tokenize_rows
 from prefopt.data.pairs import tokenize_pairs
-from prefopt_testing import make_rows
-from trainer_testing import data_for, make_pairs, make_trainer, make_world, train
+from support.tiny_models import make_rows
+from support.trainer import data_for, make_pairs, make_trainer, make_world, train
 
 EPS = torch.finfo(torch.float32).eps
 FP32_ROUNDING = 100 * EPS  # the same sums in another order, of about a hundred tokens

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prefopt.errors import UserError
 from prefopt.use.load import find_run, load_model
-from trainer_testing import World, make_trainer, make_world, train
-from use_testing import make_base, make_split_tokenizer
+from support.trained_runs import make_base, make_split_tokenizer
+from support.trainer import World, make_trainer, make_world, train
 
 ONE_STEP = {"ref": False, "max_steps": 1, "per_device_train_batch_size": 4}
 

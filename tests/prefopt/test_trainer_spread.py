@@ -13,7 +13,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distributed_testing import launch_environment
 from prefopt.train.spread import (
     FSDP2,
     LOADED_IN_SHARDS,
@@ -23,6 +22,7 @@ from prefopt.train.spread import (
     Spread,
     refuse_unsupported,
 )
+from support.distributed import launch_environment
 
 CONFIGS = Path(__file__).parents[2] / "python/prefopt/recipes/distributed"
 

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prefopt.train.prepare import pad_token_id
-from prefopt_testing import make_dataset, make_rows
-from trainer_testing import data_for, gradients_of_first_step, make_trainer, make_world, train
+from support.tiny_models import make_dataset, make_rows
+from support.trainer import data_for, gradients_of_first_step, make_trainer, make_world, train
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -13,9 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from prefopt.train.group import leave_process_group
-from prefopt_testing import make_rows
-from rank_scripts import leave, run_as_ranks
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.rank_scripts import leave, run_as_ranks
+from support.tiny_models import make_rows
+from support.trainer import data_for, make_trainer, make_world, train
 
 COLLECTIVES = (
     "all_reduce",

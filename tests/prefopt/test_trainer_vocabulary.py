@@ -10,8 +10,8 @@ from peft import LoraConfig
 from prefopt.data import DataError, load_rows, tokenize_rows
 from prefopt.errors import UserError
 from prefopt.train.vocabulary import embedding_rows
-from prefopt_testing import make_rows, make_tokenizer
-from trainer_testing import data_for, make_trainer, make_world, train
+from support.tiny_models import make_rows, make_tokenizer
+from support.trainer import data_for, make_trainer, make_world, train
 
 
 @pytest.fixture(scope="module")

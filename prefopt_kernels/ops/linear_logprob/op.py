@@ -1,7 +1,7 @@
 """Per-token log-probabilities under a linear head, without materialising the logits.
 
 Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend is a
-module with ``why_not``, ``forward`` and ``backward``; backend_reference.py is the definition.
+module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt_kernels.ops.linear_logprob import backend_cpu, backend_reference, backend_triton
+from prefopt_kernels.ops.linear_logprob import cpu, reference
 from prefopt_kernels.ops.linear_logprob.checks import (
     OUTPUTS,
     check_call,
@@ -21,11 +21,12 @@ from prefopt_kernels.ops.linear_logprob.checks import (
 )
 from prefopt_kernels.ops.linear_logprob.operands import FILTER_TILE, Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
 
 BACKENDS = {
-    "cpu": backend_cpu,
+    "cpu": cpu,
     "triton": backend_triton,
-    "reference": backend_reference,
+    "reference": reference,
 }  # in the order in which "auto" tries them
 ABSENT = {"cuda": "this version has no cuda kernel for linear_logprob"}
 

@@ -1,7 +1,7 @@
 """Sums of token log-probabilities, the loss of each sequence and its gradient, in one call.
 
 Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend is a
-module with ``why_not``, ``forward`` and ``backward``; backend_reference.py is the definition, which autograd differentiates.
+module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition, which autograd differentiates.
 """
 
 import difflib
@@ -12,14 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt_kernels.ops.sequence_loss import backend_cpu, backend_reference, backend_triton
+from prefopt_kernels.ops.sequence_loss import cpu, reference
 from prefopt_kernels.ops.sequence_loss.checks import check_call, check_values
 from prefopt_kernels.ops.sequence_loss.parameters import TENSORS, Form, Parameters
+from prefopt_kernels.ops.sequence_loss.triton_kernels import backend as backend_triton
 
 BACKENDS = {
-    "cpu": backend_cpu,
+    "cpu": cpu,
     "triton": backend_triton,
-    "reference": backend_reference,
+    "reference": reference,
 }  # in the order in which "auto" tries them
 ABSENT = {"cuda": "this version has no cuda kernel for sequence_loss"}
 
@@ -147,7 +148,7 @@ def sequence_loss(
         form = Form(method, win_weighting, decision_weighting)
         parameters = Parameters(*(numbers[name] for name in Parameters._fields))
         rows = (logp, cu_seqlens, ref_logps, labels, lengths)
-        return SequenceLoss(*backend_reference.forward(*rows, form, parameters))
+        return SequenceLoss(*reference.forward(*rows, form, parameters))
     tensors = [numbers[name].detach().float() if isinstance(numbers[name], Tensor) else None for name in TENSORS]
     *results, _slopes = _sequence_loss(
         logp,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefopt.cli.arguments import (
-    QUANTIZATIONS,
     new_command,
     no_more,
     path_argument,
     text_argument,
     utf8_argument,
 )
+from prefopt.options import QUANTIZATIONS
 
 DEVICES = ("auto", "cpu", "cuda")
 

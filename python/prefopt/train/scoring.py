@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prefopt.data.collate import PreferenceCollator
 from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
-from prefopt_kernels.integrations.transformers_head import own_positions
+from prefopt_kernels.integrations.transformers.head import own_positions
 from prefopt_kernels.modules import sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 
