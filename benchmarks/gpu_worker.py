@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 
 import torch
@@ -215,7 +215,7 @@ class GroupMeasurement:
         variant, reason = self.variants[name], self.reasons[name]
         H, V = self.case.H, self.case.V
         row = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "op": "linear_logprob",
             "case": self.case.name,
             "H": H,

@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ def measure(
         variant = VARIANTS[name]
         row = {
             **origin,
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "op": "linear_logprob",
             "case": case.name,
             "H": case.H,

@@ -3,7 +3,7 @@
 import importlib.metadata
 import re
 import subprocess
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ def origin() -> dict:
     """The fields that all rows of one run share."""
     cpu, extensions = _cpu()
     return {
-        "run": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": "-".join(["cpu", slug(cpu), *extensions[-1:]]),
         "cpu": cpu,
         "instruction_set": extensions,

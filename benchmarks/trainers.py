@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
@@ -172,7 +172,7 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
     return [
         {
             **where,
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "op": f"trl_{name}_step",
             "case": case.name,
             "H": case.H,

@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 from prefopt.cli.arguments import new_command, no_more, text_argument
+from prefopt.cli.recipe_options import add_options, overrides_of, recipe_of
 from prefopt.recipe.named import recipe_list
-from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
 FLAGS = ("--list", "--tiny", "--resume", "--lora")
 

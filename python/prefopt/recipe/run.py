@@ -18,9 +18,10 @@ from prefopt.failure import first_line, traceback_in
 from prefopt.files import write_whole
 from prefopt.folder_lock import only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
+from prefopt.option_values import show
+from prefopt.options import options_of
 from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.extra import checked_extra
-from prefopt.recipe.load import show
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import (
     adapter_config,
@@ -32,7 +33,7 @@ from prefopt.recipe.models import (
 from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
 from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
-from prefopt.recipe.schema import Recipe, options_of
+from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.read import read_run
