@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data import DataError, Tokenized
 from prefopt.data.labels import label_table
 from prefopt.errors import UserError
-from prefopt.failure import first_line, traceback_in
+from prefopt.failure import first_line, is_first_rank, traceback_in
 from prefopt.files import write_whole
 from prefopt.folder_lock import only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
@@ -69,7 +68,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     folder = Path(recipe.training.output_dir).expanduser()
     check_inputs(recipe, folder)
     # The first process of a distributed run holds the lock for all.
-    lock = only_writer(folder, f"{recipe.name}: training.output_dir") if _is_first() else None
+    lock = only_writer(folder, f"{recipe.name}: training.output_dir") if is_first_rank() else None
     with lock or nullcontext():
         return _run(recipe, config, folder, resume)
 
@@ -237,17 +236,13 @@ def _previous(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bo
     """The run to continue; a folder in use is refused unless it is to be resumed."""
     if not resume:
         # The other processes of a distributed run may find what the first has already written.
-        if _is_first():
+        if is_first_rank():
             refuse_used(recipe, folder)
         return None
     previous = previous_run(recipe, _spelled_out(with_validation(recipe), config), folder)
     if previous is None or not previous.has_checkpoint:
         logger.warning("%s has no checkpoint; training starts at the beginning", folder)
     return previous
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:
