@@ -6,7 +6,7 @@ from statistics import median
 
 from prefopt.report.markdown import csv_text
 from prefopt.report.statistics import mean_interval, wilson
-from prefopt.study.grid import Config
+from studies.bco_stability.grid import Config
 
 UNSTABLE = ("not finite", "spike", "collapse")
 Rows = list[dict]

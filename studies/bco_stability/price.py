@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from prefopt.study.grid import COMPONENTS
-from prefopt.study.table import Cell, Rows, cell_of, paired, plain, share_of
+from studies.bco_stability.grid import COMPONENTS
+from studies.bco_stability.table import Cell, Rows, cell_of, paired, plain, share_of
 
 ENOUGH = 200  # runs of the defaults, or of a variant, before it gets a verdict
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefopt.report.statistics import paired_difference
-from prefopt.study.grid import COMPONENTS, MISTAKES, REMEDIES, Config, remedies_of
-from prefopt.study.price import ENOUGH, against, defaults, price
-from prefopt.study.table import Cell, Rows, Share, cell_of, paired, plain, share_of
+from studies.bco_stability.grid import COMPONENTS, MISTAKES, REMEDIES, Config, remedies_of
+from studies.bco_stability.price import ENOUGH, against, defaults, price
+from studies.bco_stability.table import Cell, Rows, Share, cell_of, paired, plain, share_of
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import prefopt_kernels
 from prefopt.errors import UserError
 from prefopt.files import temporary
 from prefopt.folder_lock import is_unused
-from prefopt.study.grid import Config, Plan
-from prefopt.study.policy import Reference, make_reference, pretrain
-from prefopt.study.runs import Outcome, run_cell
+from studies.bco_stability.grid import Config, Plan
+from studies.bco_stability.policy import Reference, make_reference, pretrain
+from studies.bco_stability.runs import Outcome, run_cell
 
 RESULTS, TRACES, SETTINGS, WEIGHTS = (
     "results.jsonl",

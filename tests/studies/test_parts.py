@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from prefopt.study import components as parts
-from prefopt.study.grid import (
+from prefopt_kernels import kto_loss
+from studies.bco_stability import components as parts
+from studies.bco_stability.grid import (
     COMPONENTS,
     MISTAKES,
     REMEDIES,
@@ -17,8 +18,8 @@ from prefopt.study.grid import (
     quick_plan,
     remedies_of,
 )
-from prefopt.study.language import ANSWER, END, PROMPT, SHORTEST, VOCABULARY, make_pairs
-from prefopt.study.policy import (
+from studies.bco_stability.language import ANSWER, END, PROMPT, SHORTEST, VOCABULARY, make_pairs
+from studies.bco_stability.policy import (
     RANK,
     SCALE,
     adapter_size,
@@ -29,9 +30,8 @@ from prefopt.study.policy import (
     pretrain,
     sequence_logps,
 )
-from prefopt.study.runs import FIRST_JUDGED, judge, run_cell
-from prefopt.study.shifts import EMA, Running, schedule_of
-from prefopt_kernels import kto_loss
+from studies.bco_stability.runs import FIRST_JUDGED, judge, run_cell
+from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefopt.report.figures import BAD, GOOD, INK, OWN, STYLE, Picture
-from prefopt.study.grid import COMPONENTS, Config, remedies_of
-from prefopt.study.runs import share_name
-from prefopt.study.table import Share, by_config, cell_of
+from studies.bco_stability.grid import COMPONENTS, Config, remedies_of
+from studies.bco_stability.runs import share_name
+from studies.bco_stability.table import Share, by_config, cell_of
 
 SECOND = "#8a5cc4"  # beside the report's three: to be told apart on white and on near-black
 SHARE_COLOURS = {"kto": INK, "shift": BAD, "value": OWN, "weighting": SECOND, "odds": GOOD}

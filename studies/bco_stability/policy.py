@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.study.language import ANSWER, PROMPT, VOCABULARY, Pairs, make_pairs
+from studies.bco_stability.language import ANSWER, PROMPT, VOCABULARY, Pairs, make_pairs
 
 WIDTH, HEADS, LAYERS, RANK, SCALE = 32, 2, 2, 8, 2.0
 MATRICES = {

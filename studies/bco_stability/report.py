@@ -8,12 +8,12 @@ from prefopt.files import write_whole
 from prefopt.report.figures import Picture, for_page
 from prefopt.report.html import document, section, text
 from prefopt.report.markdown import plain, table
-from prefopt.study.findings import find
-from prefopt.study.grid import Config
-from prefopt.study.plots import draw_all, label
-from prefopt.study.pool import RESULTS, TRACES, read_lines
-from prefopt.study.sections import Table, numbers, sections
-from prefopt.study.table import as_csv, by_config, cell_of
+from studies.bco_stability.findings import find
+from studies.bco_stability.grid import Config
+from studies.bco_stability.plots import draw_all, label
+from studies.bco_stability.pool import RESULTS, TRACES, read_lines
+from studies.bco_stability.sections import Table, numbers, sections
+from studies.bco_stability.table import as_csv, by_config, cell_of
 
 TITLE = "BCO's shift: when it is unstable, and what cures it"
 SCALE = (

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from prefopt.study.components import pair_means
-from prefopt.study.grid import Config
 from prefopt_kernels.reference_point import EMAShift, ShiftSchedule
+from studies.bco_stability.components import pair_means
+from studies.bco_stability.grid import Config
 
 GATE_AT, RAMP = 0.3, 0.1  # of the steps
 DECAY = 0.9

@@ -1,4 +1,4 @@
-"""bench-inference: what is timed and what is not, and the arithmetic from times to the table."""
+"""`python -m benchmarks.inference`: what is timed and what is not, and the arithmetic from times to the table."""
 
 import json
 import shutil
@@ -7,10 +7,9 @@ import pytest
 import torch
 import yaml
 
-import prefopt.use.latency as latency
-from prefopt.cli import main
+from benchmarks import inference
+from benchmarks.inference import Timing, bench_inference, distribution, main, summary, time_runs
 from prefopt.errors import UserError
-from prefopt.use.latency import Timing, bench_inference, distribution, summary, time_runs
 from prefopt.use.load import find_run, load_model
 from support.trained_runs import make_run
 
@@ -51,7 +50,7 @@ class Clock:
 
 def test_prefill_and_decode_are_timed_apart_and_the_warm_up_is_dropped(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(latency.time, "perf_counter", clock.perf_counter)
+    monkeypatch.setattr(inference.time, "perf_counter", clock.perf_counter)
     model = Clockwork(clock)
     timings = time_runs(model, runs=3, warmup=2, prompt_tokens=5, new_tokens=4, batch_size=2)
     assert timings == [Timing(prefill_ms=10_000.0, decode_ms=3_000.0)] * 3
@@ -73,7 +72,7 @@ def test_generation_is_that_of_the_greedy_model(run):
             return model(input_ids=input_ids, **options)
 
     with torch.inference_mode():
-        latency._time_one(Spy(), ids, 6)
+        inference._time_one(Spy(), ids, 6)
     expected = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=6,
         eos_token_id=None, pad_token_id=0,
@@ -106,14 +105,14 @@ def test_the_result_says_what_was_measured_and_on_what(run, tmp_path):
     )  # fmt: skip
     assert json.loads(path.read_text(encoding="utf-8")) == result
     assert result["runs"] == 2 and result["warmup"] == 1 and result["device"].startswith("CPU")
-    assert result["dtype"] == "float32" and result["adapter"] == "beside the weights"
+    assert result["dtype"] == "float32" and result["adapter"] == "not merged"
     assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert 0 < result["prefill_ms"]["min"] <= result["prefill_ms"]["p50"] <= result["prefill_ms"]["max"]
 
 
 def test_the_command_line_prints_a_table_and_writes_the_result(run, capsys):
     words = "--runs 2 --warmup 0 --prompt-tokens 4 --new-tokens 2 --device cpu --merge".split()
-    assert main(["bench-inference", str(run.folder), *words]) == 0
+    assert main([str(run.folder), *words]) == 0
     printed = capsys.readouterr().out
     assert "decode, ms per token" in printed and "adapter merged" in printed
     assert printed.strip().endswith(str(run.folder / "inference.json"))

@@ -8,12 +8,12 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.report.statistics import wilson
-from prefopt.study.findings import effects, find, remedy_cells
-from prefopt.study.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
-from prefopt.study.pool import missing, read_lines
-from prefopt.study.price import variants
-from prefopt.study.report import markdown, write_report
-from prefopt.study.table import Share, as_csv, cell_of, paired
+from studies.bco_stability.findings import effects, find, remedy_cells
+from studies.bco_stability.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
+from studies.bco_stability.pool import missing, read_lines
+from studies.bco_stability.price import variants
+from studies.bco_stability.report import markdown, write_report
+from studies.bco_stability.table import Share, as_csv, cell_of, paired
 
 EVERY = "+".join(COMPONENTS)
 

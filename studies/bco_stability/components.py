@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt.study.grid import COMPONENTS, Config
 from prefopt_kernels.losses import enhanced_kto_loss
 from prefopt_kernels.losses._odds import log_odds
 from prefopt_kernels.losses._prospect import TVERSKY_KAHNEMAN, curved, missed, missed_at_zero
+from studies.bco_stability.grid import COMPONENTS, Config
 
 BETA = 0.1
 LOSS_AVERSION, ALPHA, KAPPA, GAMMA = 2.25, 0.88, 0.1, 0.61

@@ -1,7 +1,12 @@
-"""How fast a run answers: the prompt (prefill) and the tokens after it (decode), timed apart."""
+"""Generation speed of a run: prefill and decode, timed separately.
 
+python -m benchmarks.inference RUN [--runs 100] [--merge]
+"""
+
+import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +19,10 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import UserError
 from prefopt.files import write_whole
-from prefopt.options import WHOLE
+from prefopt.options import QUANTIZATIONS, WHOLE
 from prefopt.train.run_folder import versions
 from prefopt.use.adapter import merge_adapter
-from prefopt.use.load import check_length, choose_device, find_run, load_model
+from prefopt.use.load import check_length, choose_device, device_name, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
 OUT = "inference.json"
@@ -44,28 +49,15 @@ def bench_inference(
     quantization: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
-    out: str | Path | None = None,
+    out: Path | None = None,
 ) -> tuple[dict, Path]:
-    """Time generation over ``runs`` runs after ``warmup`` that do not count.
+    """Time generation; the arguments are the options of the command.
 
-    Greedy, with the key-value cache, over prompts of random tokens, and never stopped by an end-of-sequence token: each
-    run does the same work. The device is synchronised before and after each part and not between the tokens.
-
-    Args:
-        run: run folder.
-        runs: that count.
-        warmup: runs before them.
-        prompt_tokens, new_tokens: of each sequence.
-        batch_size: sequences at once.
-        merge: merge the adapter into the weights first.
-        base: base model, instead of the one that the adapter names.
-        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
-        dtype: of the weights; as in training if not given.
-        device: "auto", "cpu" or "cuda".
-        out: file of the result; inference.json in the run folder if not given.
+    Greedy, with the key-value cache, over prompts of random tokens, and never stopped by an end-of-sequence token: every
+    run does the same work. The device is synchronised before and after each part, not between tokens.
 
     Returns:
-        the result (times in ms, throughput in tokens per second) and the file it was written to.
+        The result (times in ms, throughput in tokens per second) and the file it was written to.
 
     Raises:
         UserError: the run cannot be loaded, or an argument is out of range.
@@ -82,15 +74,15 @@ def bench_inference(
             raise UserError(f"{flag} is {value}; expected at least {least}")
     device = choose_device(device)
     source = find_run(run, base)
-    path = source.folder / OUT if out is None else Path(out).expanduser()
+    path = (source.folder / OUT if out is None else out).expanduser()
     if path.is_dir():
         raise UserError(f"--out {path} is a folder; expected a file")
-    if merge and source.base is None:
-        raise UserError(f"--merge is given, but {source.folder} has no adapter")
     if merge:
+        if source.base is None:
+            raise UserError(f"--merge is given, but {source.folder} has no adapter")
         if quantization not in (None, WHOLE):
             raise UserError(
-                f"--quantization is {quantization} and --merge is given, which would round the adapter; expected one of them"
+                f"--quantization is {quantization} and --merge is given, which would round the adapter; give one of them"
             )
         quantization = WHOLE
     model = load_model(source, dtype=dtype, quantization=quantization, device=device)
@@ -100,7 +92,7 @@ def bench_inference(
     timings = time_runs(model, runs, warmup, prompt_tokens, new_tokens, batch_size)
     result = {
         "run": source.folder.name,
-        "adapter": "none" if source.base is None else "merged" if merge else "beside the weights",
+        "adapter": "none" if source.base is None else "merged" if merge else "not merged",
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization or source.quantization,
         "device": device_name(device),
@@ -126,11 +118,11 @@ def time_runs(
     new_tokens: int,
     batch_size: int,
 ) -> list[Timing]:
-    """``runs`` timings; the ``warmup`` before them are made and dropped."""
+    """Time ``runs`` generations, after ``warmup`` untimed ones."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     timings = []
-    for number in tqdm(range(warmup + runs), desc="bench-inference", unit="run", delay=1):
+    for number in tqdm(range(warmup + runs), desc="generation", unit="run", delay=1):
         ids = torch.randint(vocabulary, (batch_size, prompt_tokens), generator=generator)
         timing = _time_one(model, ids.to(model.device), new_tokens)
         if number >= warmup:
@@ -150,7 +142,7 @@ def _time_one(model: PreTrainedModel | PeftModel, ids: torch.Tensor, new_tokens:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, when everything that was asked of the device is done."""
+    """Seconds, after the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -214,13 +206,36 @@ def table(result: dict) -> str:
     return "\n".join([head, *lines, rates])
 
 
-def device_name(device: str) -> str:
-    """The GPU's or the CPU's name, as the system gives it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inference",
+        description="Time greedy generation of a run over random prompts, prefill and decode separately.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="run folder")
+    add("--runs", type=int, default=100, help="number of timed generations (default: 100)")
+    add("--warmup", type=int, default=5, help="number of untimed generations before them (default: 5)")
+    add("--prompt-tokens", type=int, default=128, help="tokens of each prompt (default: 128)")
+    add("--new-tokens", type=int, default=64, help="tokens generated for each prompt (default: 64)")
+    add("--batch-size", type=int, default=1, help="prompts per generation (default: 1)")
+    add("--merge", action="store_true", help="merge the adapter into the weights first")
+    add("--base", metavar="MODEL", help="base model (default: the one that the adapter names)")
+    add(
+        "--quantization", choices=QUANTIZATIONS, help="of the base's weights under an adapter (default: as in training)"
+    )
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as in training)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)")
+    add("--out", type=Path, metavar="FILE", help=f"JSON file of the result (default: RUN/{OUT})")
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "CPU"
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line]
-    return f"CPU ({names[0]})" if names else "CPU"
+        result, path = bench_inference(**vars(parser.parse_args(arguments)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{table(result)}\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

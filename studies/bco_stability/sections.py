@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-from prefopt.study.findings import effects, find, remedy_cells
-from prefopt.study.plots import label, remedy_label
-from prefopt.study.price import variants
-from prefopt.study.table import Cell
+from studies.bco_stability.findings import effects, find, remedy_cells
+from studies.bco_stability.plots import label, remedy_label
+from studies.bco_stability.price import variants
+from studies.bco_stability.table import Cell
 
 
 class Table(NamedTuple):

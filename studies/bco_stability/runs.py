@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefopt.study.components import BETA, SHARES, Window, coefficients, pair_means, rewards, shares
-from prefopt.study.grid import Config
-from prefopt.study.policy import Reference, new_adapters, preference, score, sequence_logps
-from prefopt.study.shifts import EMA, Running, schedule_of
+from studies.bco_stability.components import BETA, SHARES, Window, coefficients, pair_means, rewards, shares
+from studies.bco_stability.grid import Config
+from studies.bco_stability.policy import Reference, new_adapters, preference, score, sequence_logps
+from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 BATCH = 16  # rows of one optimizer step: 8 micro-batches of 2
 NOISE = 0.15  # share of labels that are wrong
@@ -87,7 +87,7 @@ def run_cell(reference: Reference, config: Config, seeds: list[int], steps: int,
     16 rows are computed at once and only the statistics of a micro-batch are kept apart.
 
     Args:
-        reference: of :func:`prefopt.study.policy.make_reference`.
+        reference: of :func:`studies.bco_stability.policy.make_reference`.
         config: the cell.
         seeds: each decides an adapter's start, the order of the rows and which labels are wrong.
         steps: optimizer steps.
