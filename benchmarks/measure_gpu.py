@@ -57,7 +57,7 @@ Group = tuple[str, int, str]  # case, T, logits
 
 
 class Device:
-    """The first CUDA device, or the CPU to try the command without one: times, memory and clocks."""
+    """The first CUDA device, or the CPU for a trial without one."""
 
     def __init__(self, kind: str):
         self.kind, self.cuda = kind, kind == "cuda"
@@ -83,17 +83,11 @@ class Device:
         return begin.elapsed_time(end) / 1e3, host
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int | None]:
-        """The result of the second of two calls, and its peak memory above what was allocated before the first.
-
-        The first call compiles and tunes. What it keeps allocated counts.
-        """
+        """The result of a second call, and its peak memory above that before the first, which compiles and tunes."""
         if not self.cuda:
-            run()
-            return run(), None
-        torch.cuda.synchronize()
+            return [run(), run()][1], None
         before = torch.cuda.memory_allocated()
         run()
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         result = run()
         torch.cuda.synchronize()
@@ -106,22 +100,21 @@ class Device:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def state(self) -> dict[str, float] | None:
-        """Clocks in MHz, temperature in degrees Celsius, power in W; None without nvidia-smi."""
-        found = nvidia_smi(*STATE) if self.cuda else None
-        return found and {name: float(value) for name, value in found.items() if value[:1].isdigit()}
+    def state(self) -> dict[str, float]:
+        """Clocks in MHz, temperature in degrees Celsius, power in W; empty without nvidia-smi."""
+        found = nvidia_smi(*STATE) if self.cuda else {}
+        return {name: float(value) for name, value in found.items() if value[:1].isdigit()}
 
 
-def nvidia_smi(*names: str) -> dict[str, str] | None:
-    """Properties of torch's first CUDA device as nvidia-smi reports them; None without nvidia-smi."""
+def nvidia_smi(*names: str) -> dict[str, str]:
+    """Properties of torch's first CUDA device as nvidia-smi reports them; empty without nvidia-smi."""
     uuid = torch.cuda.get_device_properties(0).uuid
     command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    values = [value.strip() for value in done.stdout.split(",")]
-    return dict(zip(names, values, strict=True)) if done.returncode == 0 and len(values) == len(names) else None
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, map(str.strip, text.split(",")), strict=False))
 
 
 def gpu_origin(kind: str, commit: str | None) -> dict:
@@ -143,7 +136,7 @@ def gpu_origin(kind: str, commit: str | None) -> dict:
         "architecture": f"sm_{properties.major}{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
-        "driver": (nvidia_smi("driver_version") or {}).get("driver_version"),
+        "driver": nvidia_smi("driver_version").get("driver_version"),
         "cuda": torch.version.cuda,
     }
     return where | {"device": slug(properties.name), "gpu": gpu}
@@ -177,10 +170,13 @@ def run_process(command: Sequence[str], seconds: float, log: Any = None, alive: 
         process.wait()
 
 
-def run_tests(patterns: Sequence[str], seconds: float) -> dict[str, int | bool]:
-    """Run the op tests to their end, whatever fails, and return their counts; failures are printed."""
-    files = [str(path) for pattern in patterns for path in sorted(ROOT.glob(pattern))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+def gate_files() -> list[Path]:
+    return [path for pattern in GATE for path in sorted(ROOT.glob(pattern))]
+
+
+def run_tests(files: Sequence[Path], seconds: float) -> dict[str, int | bool]:
+    """Run tests to their end, whatever fails, and return their counts; the output is printed unless all pass."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(GATE_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -224,8 +220,7 @@ class Run:
 
 
 def label(group: Group) -> str:
-    case, T, logits = group
-    return f"{case}, T {T:,}, {logits}"
+    return "{}, T {:,}, {}".format(*group)
 
 
 # Measuring
@@ -240,7 +235,7 @@ class Measurement:
         # Why a variant is not measured; None for those that are.
         self.reasons = {name: run.reason(self.name, name) or v.why_not(self.case) for name, v in variants.items()}
         self.first: dict[str, dict] = {}
-        self.state: dict[str, dict | None] = {}
+        self.state: dict[str, dict] = {}
         self.samples: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
 
     def rows(self, until: float) -> list[dict]:
@@ -271,8 +266,7 @@ class Measurement:
         try:
             return action()
         except Exception as error:  # of a peer's library, the compiler or the device: the others are still measured
-            first, *_ = str(error).strip().splitlines() or ["no message"]
-            reason = f"{type(error).__name__}: {first}"
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         self.reasons[name] = self.run.reasons[f"{self.name}, {name}"] = reason
         self.run.save()  # before the device is used again, which after some faults ends the process
         print(f"  {name}: not measured, {reason}", flush=True)
@@ -298,34 +292,34 @@ class Measurement:
             "peak_extra_bytes": peak,
             "logp_error": error,
             "grad_filter": GRAD_FILTER if skips else None,
-            "keep_rate": keep_rate(x) if skips and self.device.cuda else None,
+            "keep_rate": self._keep_rate(x) if skips and self.device.cuda else None,
         }
 
+    def _keep_rate(self, x: Inputs) -> float:
+        """Share of the tiles that GRAD_FILTER keeps."""
+        from prefopt_kernels.ops.linear_logprob.triton_kernels import backend
+
+        return backend.keep_rate(x.hidden, x.weight, x.targets, grad_filter=GRAD_FILTER, softcap=x.case.softcap)
+
     def _rounds(self, x: Inputs, until: float) -> bool:
-        """The timed rounds; False if the time ended before MIN_ROUNDS of them."""
+        """Time one sample of each variant per round, in rotating order; False if the time ended too early."""
         self.device.tidy()
         gc.disable()  # else it would run inside a sample now and then
-        try:
-            self._round(x, -1)  # settles the clocks
-            self.state["before"] = self.device.state()
-            started = time.monotonic()
-            for i in range(MAX_ROUNDS):
-                if time.monotonic() >= until or (i >= MIN_ROUNDS and time.monotonic() - started > GROUP_SECONDS):
-                    break
-                self._round(x, i)
-            self.state["after"] = self.device.state()
-        finally:
-            gc.enable()
-        return max(map(len, self.samples.values())) >= MIN_ROUNDS or not self._running()
-
-    def _round(self, x: Inputs, i: int) -> None:
-        """One sample of each variant, starting with another one in each round; round -1 is not kept."""
-        names = self._running()
-        first = i % max(1, len(names))
-        for name in names[first:] + names[:first]:
-            sample = self._attempt(name, partial(self.device.time, partial(self.variants[name].run, x)))
-            if sample is not None and i >= 0:
-                self.samples[name].append(sample)
+        started = math.inf
+        for i in range(-1, MAX_ROUNDS):  # the first settles the clocks and is not kept
+            if time.monotonic() >= until or (i >= MIN_ROUNDS and time.monotonic() - started > GROUP_SECONDS):
+                break
+            if i == 0:
+                self.state["before"], started = self.device.state(), time.monotonic()
+            names = self._running()
+            first = i % max(1, len(names))
+            for name in names[first:] + names[:first]:
+                sample = self._attempt(name, partial(self.device.time, partial(self.variants[name].run, x)))
+                if sample is not None and i >= 0:
+                    self.samples[name].append(sample)
+        gc.enable()
+        self.state["after"] = self.device.state()
+        return not self._running() or len(self.samples["gemm"]) >= MIN_ROUNDS
 
     def _row(self, name: str) -> dict:
         variant, reason = self.variants[name], self.reasons[name]
@@ -350,13 +344,6 @@ class Measurement:
             "state": self.state,
             **self.first[name],
         }
-
-
-def keep_rate(x: Inputs) -> float:
-    """Share of the tiles that GRAD_FILTER keeps."""
-    from prefopt_kernels.ops.linear_logprob.triton_kernels import backend
-
-    return backend.keep_rate(x.hidden, x.weight, x.targets, grad_filter=GRAD_FILTER, softcap=x.case.softcap)
 
 
 def work(options: argparse.Namespace, variants: dict[str, Variant] | None = None) -> int:
@@ -409,8 +396,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.out == RESULTS and (options.device == "cpu" or "smoke" in (options.case or ())):
         parser.error("--case smoke and --device cpu are trials; choose another folder for their rows with --out")
     for T in options.tokens or ():
-        if T < 1:
-            parser.error(f"--tokens is {T}; expected 1 or more")
         try:
             sequences(T)
         except ValueError as error:
@@ -424,17 +409,13 @@ def plan(options: argparse.Namespace) -> list[Group]:
     return [(case, T, logits) for T, case in sizes for logits in options.logits or GPU_LOGITS]
 
 
-WORKER = (sys.executable, "-m", "benchmarks.measure_gpu")
-
-
-def main(arguments: Sequence[str] | None = None, *, gate: Sequence[str] = GATE, worker: Sequence[str] = WORKER) -> int:
-    """Run the command and return 0 if the tests passed and ours was measured, else 1.
-
-    Args:
-        arguments: of the command line.
-        gate: patterns of the op tests' files.
-        worker: command of the measuring process.
-    """
+def main(
+    arguments: Sequence[str] | None = None,
+    *,
+    gate: Sequence[Path] | None = None,
+    worker: Sequence[str] = ("-m", "benchmarks.measure_gpu"),
+) -> int:
+    """Run the command, with other op tests and another measuring process if given; 0 if tests and measurement are good."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     if options.worker is not None:
@@ -452,10 +433,10 @@ def main(arguments: Sequence[str] | None = None, *, gate: Sequence[str] = GATE, 
         run = found
         print(f"continues the run of {run.where['run']}, recorded in {run.path}; delete that file to start again")
     else:
-        run.where["tests"] = run_tests(gate, GATE_SHARE * 60 * options.minutes)
+        run.where["tests"] = run_tests(gate_files() if gate is None else gate, GATE_SHARE * 60 * options.minutes)
     print(f"{where['gpu']['name']}, torch {where['versions']['torch']}; op tests: {run.where['tests']}", flush=True)
     run.save()
-    run = measure(run, plan(options), [*worker, *arguments], deadline)
+    run = measure(run, plan(options), [sys.executable, *worker, *arguments], deadline)
     measured = report(run, options)
     if not run.left(plan(options)):
         run.path.unlink()

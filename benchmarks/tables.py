@@ -162,7 +162,7 @@ def _test_counts(row: dict) -> str:
 
 
 def _clocks(rows: list[dict]) -> str:
-    states = [state for row in rows for state in row.get("state", {}).values() if state is not None]
+    states = [state for row in rows for state in row.get("state", {}).values() if state]
     if not states:
         return "Clocks unknown (no nvidia-smi)."
 

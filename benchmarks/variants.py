@@ -46,8 +46,8 @@ class Inputs:
 def sequences(T: int) -> int:
     """B, the number of sequences that the KTO step makes of T tokens."""
     B = max(2, T // SEQUENCE)
-    if T % B:
-        raise ValueError(f"T is {T}; expected a multiple of {B}, the number of sequences")
+    if T < 1 or T % B:
+        raise ValueError(f"T is {T}; expected a positive multiple of {B}, the number of sequences")
     return B
 
 
