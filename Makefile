@@ -3,7 +3,7 @@
 #   make test    the whole test suite, two files at a time; ARGS="tests/ops -k kto" runs a part of it, JOBS=0 one at a time
 #   make lint    ruff, mypy and clang-format; changes no file
 #   make bench   the benchmarks, then the table in README.md
-#   make static-report   registers, spills and shared memory of the Triton kernels on GPUs that are not here
+#   make static-report   registers, spills and shared memory of the Triton kernels, cross-compiled for sm_80, sm_90 and sm_100
 #   make sanitize   the op tests on C++ kernels with the address and undefined-behaviour sanitizers of g++
 #   make build   the C++ extension, after a change in csrc/
 # PYTHON=python3.12 names another interpreter for .venv (3.11 to 3.13).
@@ -27,8 +27,8 @@ test: .venv/.dev .venv/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(ARGS)
 
 bench: .venv/.dev .venv/.built
-	$(BIN)/python -m pytest benchmarks $(ARGS)
-	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.measure_cpu $(ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 static-report: .venv/.dev
 	$(BIN)/python -m benchmarks.static_report $(ARGS)

@@ -1,8 +1,10 @@
-"""What is measured: heads with their origin, numbers of tokens, and the ratios required of each pass."""
+"""What is measured: language-model heads with their origin, numbers of tokens, and the target ratios of each pass."""
 
 from dataclasses import dataclass
 
 import torch
+
+MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -22,36 +24,29 @@ CASES = {
         Case("smollm2-360m", "HuggingFaceTB/SmolLM2-360M, config.json", 960, 49_152),
         Case("qwen3-0.6b", "Qwen/Qwen3-0.6B, config.json", 1024, 151_936),
         Case("qwen3-1.7b", "Qwen/Qwen3-1.7B, config.json", 2048, 151_936),
-        Case(
-            "deepseek-r1-1.5b",
-            "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, config.json",
-            1536,
-            151_936,
-        ),
+        Case("deepseek-r1-1.5b", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, config.json", 1536, 151_936),
         Case("llama-3.1-8b", "meta-llama/Llama-3.1-8B, config.json", 4096, 128_256),
-        Case(
-            "gemma-2-2b",
-            "google/gemma-2-2b, config.json: final_logit_softcapping",
-            2304,
-            256_000,
-            softcap=30.0,
-        ),
-        Case("smoke", "no model: a shape for trying the harness; its rows are not kept", 64, 1000),
+        Case("gemma-2-2b", "google/gemma-2-2b, config.json: final_logit_softcapping", 2304, 256_000, softcap=30.0),
+        Case("smoke", "no model: a shape to try the commands with; its rows are not kept", 64, 1000),
     )
 }
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PASSES = ("forward", "frozen", "trainable")
+KTO_PASSES = ("kto-frozen", "kto-trainable")
 
-# (case, T, dtype): what `make bench` measures when no option narrows it.
+# (case, T, dtype): what `make bench` measures if no option narrows it.
 GRID = [
     (case, T, dtype)
     for case in ("smollm2-360m", "qwen3-0.6b")
     for T, dtype in ((512, "bf16"), (4096, "bf16"), (512, "fp32"))
 ]
+# (case, T, logits) of the GPU benchmark, the most important first; benchmarks.variants.make_inputs defines the logits.
+GPU_TOKENS = (4096, 8192, 16_384, 1024)
+GPU_CASES = ("qwen3-0.6b", "llama-3.1-8b", "qwen3-1.7b", "smollm2-360m", "deepseek-r1-1.5b", "gemma-2-2b")
+GPU_LOGITS = ("random", "planted")
 
-PASSES = ("forward", "frozen", "trainable", "kto-frozen", "kto-trainable")
-
-# Largest time of ours in units of the bare GEMM of the same rounds.
+# Largest time in units of the bare GEMM of the same rounds.
 TIME_TARGETS = {
     ("forward", "bf16"): 1.0,
     ("frozen", "bf16"): 1.7,
@@ -59,39 +54,16 @@ TIME_TARGETS = {
     ("forward", "fp32"): 1.1,
     ("frozen", "fp32"): 2.1,
 }
+GPU_TIME_TARGETS = {("forward", "bf16"): 1.15, ("frozen", "bf16"): 2.4, ("trainable", "bf16"): 4.0}  # of an H100
+GPU_SKIP_TARGET = 1.5  # frozen head with a grad_filter, if at most this share of the tiles is kept:
+GPU_SKIP_KEEP_RATE = 0.2
+GPU_TRL_TARGET = 1.4  # smallest time of TRL in units of ours, frozen head
 LOGP_ERROR_TARGET = 1e-5  # nats, largest over tokens, against fp64 of the same inputs
 
 
-def memory_target(case: Case, T: int, dtype: str, passed: str) -> int | None:
-    """Bytes above the inputs: 64 MiB and three fp32 (T, H), and the head's gradient where there is one."""
-    if passed.startswith("kto"):
+def memory_target(case: Case, T: int, dtype: str, passed: str, gpu: bool = False) -> int | None:
+    """Bytes above the inputs: 300 MiB on a GPU, else 64 MiB and three fp32 (T, H); and the head's gradient if trained."""
+    if passed in KTO_PASSES:
         return None
     head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0
-    return 64 * 2**20 + 3 * T * case.H * 4 + head_gradient
-
-
-# What the GPU suite measures, the most important first.
-GPU_TOKENS = (4096, 8192, 16_384, 1024)
-GPU_CASES = (
-    "qwen3-0.6b",
-    "llama-3.1-8b",
-    "qwen3-1.7b",
-    "smollm2-360m",
-    "deepseek-r1-1.5b",
-    "gemma-2-2b",
-)
-GPU_LOGITS = ("random", "planted")  # benchmarks.variants.make_inputs says what they are
-
-# Set for an H100 and bf16. Times are in units of the bare GEMM of the same round.
-GPU_TIME_TARGETS = {"forward": 1.15, "frozen": 2.4, "trainable": 4.0}
-GPU_SKIP_TARGET = 1.5  # frozen head with a grad_filter, where no more than this of the tiles is live:
-GPU_SKIP_KEEP_RATE = 0.2
-GPU_TRL_TARGET = 1.4  # smallest time of TRL in units of ours, frozen head
-
-
-def gpu_memory_target(case: Case, dtype: str, passed: str) -> int | None:
-    """Bytes above the inputs: 300 MiB, and the head's gradient where there is one."""
-    if passed.startswith("kto"):
-        return None
-    head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0
-    return 300 * 2**20 + head_gradient
+    return (300 * MIB if gpu else 64 * MIB + 3 * T * case.H * 4) + head_gradient

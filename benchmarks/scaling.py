@@ -12,8 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import Literal
 
-from benchmarks import cells, pages
-from benchmarks.origin import ROOT
+from benchmarks.rows import ROOT
+from benchmarks.tables import check_option, table, write_page
 
 PAGE = ROOT / "docs" / "scaling.md"
 GPUS = (8, 64, 1024)
@@ -230,11 +230,11 @@ def tables() -> str:
         [
             "LoRA of rank 16 on a frozen bf16 model, KTO:",
             "",
-            cells.table(header, lora),
+            table(header, lora),
             "",
             "All weights, fp32 with bf16 products, KTO with a frozen copy as the reference:",
             "",
-            cells.table(header, full),
+            table(header, full),
             "",
         ]
     )
@@ -254,7 +254,8 @@ def _line(name: str, shape: Shape, step: Step) -> list[str]:
 
 
 def main(arguments: list[str] | None = None, page: Path = PAGE) -> int:
-    return pages.run("benchmarks.scaling", arguments, page, tables(), "formulas")
+    check = check_option("benchmarks.scaling", __doc__, arguments)
+    return write_page(page, tables(), "benchmarks.scaling", "formulas", check)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,36 @@
-"""TRL's trainers with and without the patch, and ours: tokens per second of forward and backward of one micro-batch.
+"""Forward and backward of one micro-batch in tokens per second: TRL's trainers, the same patched, and PreferenceTrainer.
 
     python -m benchmarks.trainers                                          the required cases; about an hour on 2 cores
-    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        tries the harness, keeps no row
+    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        a trial, keeps no row
 
-One trainer of TRL, built once, takes the same micro-batch again and again, in interleaved rounds, patched and not patched,
-and PreferenceTrainer takes the same rows with the same weights. The model has a real head on a few random layers, because
-it is the head that differs; its share of a step falls with the number of layers, so a row names it. Tokens are those of
-the matched sequences, prompt and completion. A KTO step runs the policy and the reference on the mismatched ones too.
-Rows go to results/trainers/<device>/.
+One micro-batch is repeated in interleaved rounds by TRL's trainer, by the same trainer patched, and by PreferenceTrainer with
+the same weights. The model has a real head on a few random layers: only the head differs, and its share of a step falls with
+the number of layers, which is part of the row. Tokens are prompt and completion tokens of the matched sequences; a KTO step
+also runs the policy and the reference on the mismatched ones. Rows go to results/trainers/<device>/.
 """
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import CASES, DTYPES, Case
-from benchmarks.measure import interleaved, summary
-from benchmarks.origin import ROOT, origin
-from benchmarks.rows import RESULTS, keep
+from benchmarks.measure_cpu import KEPT_ROUNDS, interleaved, require_green, row_start, summary
+from benchmarks.rows import RESULTS, keep, origin
 from prefopt_kernels.integrations import trl as integration
 
 TRAINERS = ("kto", "dpo")
 WHO = ("trl", "ours", "prefopt")  # TRL as it is, patched, and PreferenceTrainer
 REQUIRED = ("smollm2-360m", "qwen3-0.6b")
-KEPT_ROUNDS = 5  # fewer show a number and keep no row
 GATE = ("tests/ops", "tests/integrations/test_trl.py", "tests/prefopt/test_trainer_parity.py")
 # TRL rounds the logits of bf16 models: .1 nat in a completion's sum, of which the losses take a twentieth.
 LOSS_DIFFERENCE = {"bf16": 1e-2, "fp32": 1e-4}
 
 
 def tokenizer_of(vocabulary: int):
-    """One token for each of the words w0, w1, ...: texts of exactly as many tokens as wanted."""
+    """A tokenizer with one token per word w0, w1, ..., so that texts have exact numbers of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +60,7 @@ def model_of(case: Case, layers: int, dtype: str, seed: int):
 
 
 def rows_of(trainer: str, case: Case, rows: int, tokens: int):
-    """``rows`` sequences of ``tokens`` tokens, half prompt, half completion; a pair counts as two."""
+    """``rows`` random sequences of ``tokens`` tokens, half prompt and half completion; a pair counts as two."""
     from datasets import Dataset
 
     generator = torch.Generator().manual_seed(0)
@@ -166,22 +160,14 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
         seconds, losses = interleaved({"trl": step, "ours": patched, "prefopt": ours}, options.rounds)
     difference = max(abs(losses["trl"] - losses[who]).item() for who in WHO)
     if not difference <= LOSS_DIFFERENCE[options.dtype]:
-        raise RuntimeError(f"the losses differ by {difference:.1e}: no numbers from a wrong kernel")
+        raise RuntimeError(f"the losses differ by {difference:.1e}: nothing is kept")
     T = options.rows * options.tokens
     unit = statistics.median(seconds["trl"])
     return [
-        {
-            **where,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        where
+        | row_start(case, T, options.dtype, f"{who}-{options.head}", None)
+        | {
             "op": f"trl_{name}_step",
-            "case": case.name,
-            "H": case.H,
-            "V": case.V,
-            "T": T,
-            "dtype": options.dtype,
-            "threads": options.threads,
-            "variant": f"{who}-{options.head}",
-            "skipped": None,
             "layers": options.layers,
             "rows": options.rows,
             "rounds": options.rounds,
@@ -192,14 +178,6 @@ def measure(name: str, case: Case, options: argparse.Namespace, where: dict) -> 
         }
         for who in WHO
     ]
-
-
-def green() -> None:
-    """End here unless the op's tests and the patch's pass in this checkout."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *GATE]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{done.stdout}{done.stderr}\n{' '.join(GATE)} failed: no numbers")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -223,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     cases = options.case or REQUIRED
     kept = options.rounds >= KEPT_ROUNDS and "smoke" not in cases
     if kept:
-        green()
+        require_green(*GATE)
     where = origin()
     for case in cases:
         for name in options.trainer or TRAINERS:

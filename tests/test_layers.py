@@ -65,7 +65,7 @@ def violations(module: str, source: str) -> list[str]:
         first = name.split(".")[0]
         if name.startswith("."):
             found.append(f"{module} line {line}: a relative import")
-        elif first in ("tests", "benchmarks"):
+        elif first in ("tests", "benchmarks", "studies"):
             found.append(f"{where}, which no package may")
         elif package == "prefopt_kernels" and first == "prefopt":
             found.append(f"{where}; prefopt imports prefopt_kernels, never the reverse")
@@ -121,6 +121,7 @@ def test_every_import_keeps_the_rules():
         ("prefopt_kernels.integrations.trl", "import trl"),
         ("prefopt.train.trainer", "from tests.support import numerics"),
         ("prefopt.cli", "import benchmarks.cases"),
+        ("prefopt.cli", "from studies.bco_stability import grid"),
         ("prefopt_kernels", "from prefopt_kernels.integrations import trl"),
     ],
 )

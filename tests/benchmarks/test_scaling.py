@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from benchmarks import scaling
-from benchmarks.pages import BEGIN, END
 from benchmarks.scaling import FP32, SHAPES, Shape, Step
+from benchmarks.tables import BEGIN, END
 from prefopt_kernels import vocab_parallel_linear_logprob
 from support.distributed import (
     launch_environment,

@@ -263,7 +263,6 @@ def test_every_command_has_a_line_of_help():
         "train",
         "data",
         "report",
-        "study",
         "eval",
         "export",
         "chat",

@@ -110,11 +110,24 @@ def test_a_long_message_is_bounded(here, capsys):
     assert len(error) < 5_000 and error.endswith("... and 464 more lines\n")
 
 
-@pytest.mark.parametrize("words", [[], ["data"], ["study"]])
+@pytest.mark.parametrize("words", [[], ["data"]])
 def test_a_group_of_commands_alone_prints_its_help(words, capsys):
     assert main(words) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith(" ".join(["usage: prefopt", *words])) and captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["study", "bco-stability", "--quick"], "python -m studies.bco_stability"),
+        (["bench-inference", "--help"], "python -m benchmarks.inference"),
+    ],
+)
+def test_a_moved_command_names_its_successor(words, command, capsys):
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert command in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 def test_python_m_prefopt_is_the_command(monkeypatch, capsys):

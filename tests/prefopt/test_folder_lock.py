@@ -76,7 +76,6 @@ def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
         (["eval", "RUN", "--suite", "preference", "--out", "OUT"], "--out"),
         (["compare", "RECIPE", "--methods", "kto,dpo", "--out", "OUT"], "--out"),
         (["demo", "--out", "OUT"], "--out"),
-        (["study", "bco-stability", "--out", "OUT"], "--out"),
     ],
     ids=lambda words: "-".join(words[:1]) if isinstance(words, list) else "",
 )

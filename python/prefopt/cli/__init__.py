@@ -10,10 +10,15 @@ import sys
 from collections.abc import Sequence
 
 from prefopt import __version__, failure
+from prefopt.errors import UserError
 from prefopt.termination import TERMINATED, Terminated, sigterm_raises
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 BROKEN_PIPE = 141  # as a shell reports SIGPIPE
+MOVED = {
+    "study": "python -m studies.bco_stability",
+    "bench-inference": "python -m benchmarks.inference",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     from prefopt.cli.demo import add_demo_command
     from prefopt.cli.evaluate import add_eval_command
     from prefopt.cli.report import add_report_command
-    from prefopt.cli.study import add_study_commands
     from prefopt.cli.train import add_train_command
     from prefopt.cli.use import add_use_commands
 
@@ -74,13 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_command(commands)
     add_data_commands(commands)
     add_report_command(commands)
-    add_study_commands(commands)
     add_use_commands(commands)
     return parser
 
 
 def _run(words: Sequence[str], given: argparse.Namespace) -> int:
     """Parse ``words`` into ``given`` and run the command."""
+    if words and words[0] in MOVED:
+        raise UserError(f"`prefopt {words[0]}` is now `{MOVED[words[0]]}`, run in a checkout of the repository")
     parser = build_parser()
     from prefopt.cli.arguments import disable_hub_kernels, one_spelling
 

@@ -1,4 +1,4 @@
-"""``prefopt export``, ``chat``, ``classify`` and ``bench-inference`` on the command line; nothing heavy is imported here."""
+"""``prefopt export``, ``chat`` and ``classify`` on the command line; nothing heavy is imported here."""
 
 import argparse
 import sys
@@ -18,8 +18,8 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def add_use_commands(commands: Any) -> None:
-    """Add the four commands."""
-    for add in (_export_command, _chat_command, _classify_command, _bench_command):
+    """Add the three commands."""
+    for add in (_export_command, _chat_command, _classify_command):
         add(commands)
 
 
@@ -156,52 +156,6 @@ def _classify_command(commands: Any) -> None:
     classify.add_argument("--batch-size", type=int, default=16, help="sequences at once (default: 16)")
     _quantization_argument(classify)
     _device_argument(classify)
-
-
-def _bench_command(commands: Any) -> None:
-    def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(
-            rest,
-            "--base --quantization --runs --warmup --prompt-tokens --new-tokens --batch-size --merge --dtype --out --device".split(),
-        )
-        from prefopt.use.latency import bench_inference, table
-
-        result, path = bench_inference(
-            given.run,
-            runs=given.runs,
-            warmup=given.warmup,
-            prompt_tokens=given.prompt_tokens,
-            new_tokens=given.new_tokens,
-            batch_size=given.batch_size,
-            merge=given.merge,
-            base=given.base,
-            quantization=given.quantization,
-            dtype=given.dtype,
-            device=given.device,
-            out=given.out,
-        )
-        print(f"{table(result)}\n{path}")
-        return 0
-
-    bench = new_command(commands, "bench-inference", run, "time a run's answers, prefill and decode apart")
-    _run_argument(bench)
-    for flag, default, text in (
-        ("--runs", 100, "that count"),
-        ("--warmup", 5, "runs before them, that do not"),
-        ("--prompt-tokens", 128, "of each sequence"),
-        ("--new-tokens", 64, "of each sequence"),
-        ("--batch-size", 1, "sequences at once"),
-    ):
-        bench.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
-    bench.add_argument("--merge", action="store_true", help="merge the adapter into the weights first")
-    bench.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: as in training)",
-    )
-    bench.add_argument("--out", type=path_argument, help=".json file (default: RUN/inference.json)")
-    _quantization_argument(bench)
-    _device_argument(bench)
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:

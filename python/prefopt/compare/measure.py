@@ -23,7 +23,7 @@ from prefopt.recipe.run import make_trainer, preference_config
 from prefopt.train import NonFiniteError, PreferenceTrainer
 from prefopt.train.methods import METHODS, PAIRS
 from prefopt.train.run_folder import versions
-from prefopt.use.latency import device_name
+from prefopt.use.load import device_name
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A run folder turned back into tokenizer and model: the one way in for eval, chat, classify, bench-inference and export."""
+"""A run folder turned back into tokenizer and model: the one way in for eval, chat, classify, export and benchmarks.inference."""
 
 import json
 import warnings
@@ -32,6 +32,7 @@ from prefopt.paths import RECIPE_NAME, is_path, path_from, paths_from
 from prefopt.pretrained import from_pretrained
 from prefopt.read_yaml import read_yaml
 from prefopt.use.adapter import vocabulary_rows
+from prefopt_kernels.info import cpu
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -223,6 +224,11 @@ def load_weights(path: str, revision: str | None, dtype: str, **options: Any) ->
     failure = f"cannot load a causal language model from {path}"
     options |= {"revision": revision, "dtype": kind}
     return from_pretrained(AutoModelForCausalLM, path, failure, **options).eval()
+
+
+def device_name(device: str) -> str:
+    """The model name of the GPU or the processor, as the system reports it."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({cpu()[0]})"
 
 
 def choose_device(name: str) -> str:

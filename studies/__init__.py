@@ -1,0 +1,1 @@
+"""Research outside the package: experiments that anyone can run again."""
