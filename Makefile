@@ -1,6 +1,7 @@
 # Every word sets up what it needs, in .venv, at the versions of constraints.txt; a second run finds it done.
 #   make demo    the main job: trains a small model with KTO and writes a report
 #   make test    the whole test suite, two files at a time; ARGS="tests/ops -k kto" runs a part of it, JOBS=0 one at a time
+#   make nightly more seeds and methods of the slowest checks
 #   make lint    ruff, mypy and clang-format; changes no file
 #   make bench   the benchmarks, then the table in README.md
 #   make static-report   registers, spills and shared memory of the Triton kernels, cross-compiled for sm_80, sm_90 and sm_100
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-warn-script
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint bench build sanitize static-report
+.PHONY: demo test nightly lint bench build sanitize static-report
 .DELETE_ON_ERROR:
 
 demo: .venv/.train .venv/.built
@@ -25,6 +26,9 @@ demo: .venv/.train .venv/.built
 
 test: .venv/.dev .venv/.built
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(ARGS)
+
+nightly: .venv/.dev .venv/.built
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m nightly $(ARGS)
 
 bench: .venv/.dev .venv/.built
 	$(BIN)/python -m benchmarks.measure_cpu $(ARGS)

@@ -233,7 +233,7 @@ def shares_of(report) -> tuple[float, float]:
 
 
 @pytest.mark.slow  # about a minute each
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 def test_the_demo_learns(tmp_path, monkeypatch, fine_tune_once, seed, capsys):
     monkeypatch.chdir(tmp_path)
     report = run_demo("demo", seed)
@@ -273,7 +273,7 @@ def test_the_demo_learns(tmp_path, monkeypatch, fine_tune_once, seed, capsys):
 
 
 @pytest.mark.slow  # about twenty seconds each, after the demo of seed 0
-@pytest.mark.parametrize("method", ["dpo", "enhanced_kto", "sft"])
+@pytest.mark.parametrize("method", ["dpo", "sft", pytest.param("enhanced_kto", marks=pytest.mark.nightly)])
 def test_the_demo_learns_by_other_methods(tmp_path, fine_tune_once, method, capsys):
     report = run_demo(tmp_path / "demo", 0, method)
     before, after = shares_of(report)

@@ -41,8 +41,7 @@ class Page(HTMLParser):
         self.texts.append((data, list(self.open)))
 
 
-@pytest.fixture
-def run_dir(tmp_path):
+def make_run(folder):
     """A run with Arabic, an attack in every text, NaN, bad rows and a warning."""
     logs = [
         {
@@ -85,12 +84,30 @@ def run_dir(tmp_path):
         "recipe.yaml": f"# {ATTACK}\n",
     }
     for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    return tmp_path
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
-def test_no_text_becomes_markup(run_dir):
-    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The same with its report, for tests that only read."""
+    folder = make_run(tmp_path_factory.mktemp("run"))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(reported):
+    return (reported / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_text_becomes_markup(text):
+    page = Page(text)
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "iframe", "link", "object"}
     shown = [text for text, _ in page.texts]
@@ -98,8 +115,8 @@ def test_no_text_becomes_markup(run_dir):
     assert sum(ARABIC in text for text in shown) == 12
 
 
-def test_every_text_from_data_finds_its_direction(run_dir):
-    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
+def test_every_text_from_data_finds_its_direction(text):
+    page = Page(text)
     for text, around in page.texts:
         if "الطماطم" in text or "بالطبع" in text or text == ATTACK:
             inside_mark = any("mark" in (at.get("class") or "") for _, at in around)
@@ -107,8 +124,7 @@ def test_every_text_from_data_finds_its_direction(run_dir):
             assert inside_mark or titled or any(at.get("dir") == "auto" for _, at in around), text
 
 
-def test_nothing_is_fetched(run_dir):
-    text = write_report(run_dir).read_text(encoding="utf-8")
+def test_nothing_is_fetched(text):
     for tag, attributes in Page(text).tags:
         for name, value in attributes.items():
             if name in ("src", "srcset", "data", "action"):
@@ -119,16 +135,14 @@ def test_nothing_is_fetched(run_dir):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_ids_are_unique_and_every_reference_is_met(run_dir):
-    text = write_report(run_dir).read_text(encoding="utf-8")
+def test_ids_are_unique_and_every_reference_is_met(text):
     ids = [attributes["id"] for _, attributes in Page(text).tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
     assert used and set(used) <= set(ids)
 
 
-def test_readable_on_a_phone_and_in_the_dark(run_dir):
-    text = write_report(run_dir).read_text(encoding="utf-8")
+def test_readable_on_a_phone_and_in_the_dark(text):
     assert text.startswith("<!doctype html>") and '<meta charset="utf-8">' in text
     assert 'name="viewport" content="width=device-width' in text
     assert "prefers-color-scheme: dark" in text
@@ -138,20 +152,18 @@ def test_readable_on_a_phone_and_in_the_dark(run_dir):
     assert "#1b1f24" not in text.split("</style>")[1]
 
 
-def test_tables_scroll_and_do_not_widen_the_page(run_dir):
-    text = write_report(run_dir).read_text(encoding="utf-8")
+def test_tables_scroll_and_do_not_widen_the_page(text):
     assert text.count("<table>") == text.count('<div class="scroll"><table>') > 3
 
 
-def test_all_plots_as_png_and_svg_without_nan(run_dir):
-    write_report(run_dir)
+def test_all_plots_as_png_and_svg_without_nan(reported):
     names = ["grad_norm", "kl", "learning_rate", "loss", "margin", "rewards"]
-    assert sorted(file.name for file in (run_dir / "plots").iterdir()) == [
+    assert sorted(file.name for file in (reported / "plots").iterdir()) == [
         f"{name}.{kind}" for name in names for kind in ("png", "svg")
     ]
-    assert (run_dir / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not re.search(r"\bnan\b", (run_dir / "plots" / "loss.svg").read_text(encoding="utf-8"))
-    assert "not finite" in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert (reported / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not re.search(r"\bnan\b", (reported / "plots" / "loss.svg").read_text(encoding="utf-8"))
+    assert "not finite" in (reported / "report.html").read_text(encoding="utf-8")
 
 
 def test_written_twice_the_same_bytes(run_dir):
@@ -163,9 +175,8 @@ def test_written_twice_the_same_bytes(run_dir):
     assert contents() == contents()
 
 
-def test_evaluations_as_a_table(run_dir):
-    write_report(run_dir)
-    assert (run_dir / "eval_summary.csv").read_text(encoding="utf-8") == (
+def test_evaluations_as_a_table(reported):
+    assert (reported / "eval_summary.csv").read_text(encoding="utf-8") == (
         "step,epoch,eval_loss,eval_rewards/margins\n8,1.0,0.3,1.5\n"
     )
 
