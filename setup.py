@@ -1,14 +1,13 @@
 """What the distribution is called, needs and builds.
 
 PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler and torch
-are found, ``none`` builds nothing, ``cpu`` and ``cuda`` stop where they cannot build. Kernels that are
+are found, ``none`` builds nothing, ``cpu`` stops where it cannot build. Kernels that are
 not built here are built at their first use, from the copy of csrc/ in the package.
 """
 
 import importlib.util
 import os
 import re
-import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -60,11 +59,6 @@ def why_no_cpu_build() -> str | None:
 
 def decide(choice: str) -> bool:
     """Whether to build the C++ kernels; prints the decision, stops where it cannot be kept."""
-    if choice == "cuda":
-        nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME')}/bin")
-        if nvcc is None:
-            raise SystemExit("PREFOPT_BUILD=cuda: nvcc is not on the PATH and not in CUDA_HOME/bin")
-        raise SystemExit(f"PREFOPT_BUILD=cuda: there is no CUDA source in csrc/ yet (nvcc is {nvcc})")
     reason = "PREFOPT_BUILD=none" if choice == "none" else why_no_cpu_build()
     if reason is None:
         print(

@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks.cases import CASES, DTYPES, GRID, KTO_PASSES, PASSES, Case
 from benchmarks.rows import RESULTS, ROOT, keep, now, origin
 from benchmarks.variants import Inputs, Variant, cpu_variants, make_inputs
-from prefopt_kernels.ops.linear_logprob.op import select_backend
+from prefopt_kernels._backends import select_backend
+from prefopt_kernels.ops.linear_logprob.op import BACKENDS
 
 GATE = ("tests/ops", "tests/losses", "tests/test_modules.py")
 EXACT_ROWS = 512  # tokens whose log-probability is computed in fp64, evenly spread over T
@@ -126,7 +127,7 @@ def measure(case: Case, T: int, dtype: str, names: Sequence[str], rounds: int, w
         if skipped[name] is None:
             logp = last[name] if variant.passed in PASSES else None
             row |= {
-                "backend": select_backend(x.hidden, x.weight) if variant.who == "ours" else None,
+                "backend": select_backend(BACKENDS, "auto", x.hidden, x.weight) if variant.who == "ours" else None,
                 "rounds": rounds,
                 **summary(seconds[name]),
                 "ratio": statistics.median(seconds[name]) / unit,

@@ -11,7 +11,7 @@ import struct
 import sys
 from pathlib import Path
 
-BUILD_CHOICES = ("auto", "none", "cpu", "cuda")  # values of PREFOPT_BUILD
+BUILD_CHOICES = ("auto", "none", "cpu")  # values of PREFOPT_BUILD
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # inside the package where it is installed, beside it in a checkout

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prefopt_kernels.ops._forward_mode import refuse_tangents
-from prefopt_kernels.ops.linear_logprob import TokenLogprobs
-from prefopt_kernels.ops.linear_logprob.op import score
+from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -89,7 +88,7 @@ def vocab_parallel_linear_logprob(
         A, B, scale = lora
         hidden, A = SumGradients.apply(group, hidden, A)
         lora = (A, B, scale)
-    own = score(
+    own = linear_logprob(
         hidden,
         weight_shard,
         torch.where(inside, local, torch.where(counts, 0, -1)),  # elsewhere any row will do

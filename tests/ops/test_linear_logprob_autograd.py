@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from prefopt_kernels import TokenLogprobs, linear_logprob
 from prefopt_kernels.ops.linear_logprob import reference as backend_reference
 from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
+from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
 from support.linear_logprob import DIFFERENTIABLE, DTYPES, OPERANDS, check, leaves, ours, problem
 
 T, H, V = 17, 65, 300
@@ -240,10 +241,11 @@ def test_the_environment_chooses_the_backend(monkeypatch, kernels):
     monkeypatch.setenv("PREFOPT_BACKEND", "auto")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 2
-    monkeypatch.setenv("PREFOPT_BACKEND", "cuda")
+    monkeypatch.setenv("PREFOPT_BACKEND", "triton")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 3, "a named backend comes before the environment"
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: .*no cuda"):
+    monkeypatch.setattr(backend_triton, "why_not", lambda hidden, weight: "no GPU")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call: no GPU"):
         linear_logprob(*arguments)
     monkeypatch.setenv("PREFOPT_BACKEND", "refrence")
     with pytest.raises(ValueError, match="'refrence'; expected one of .*'reference'"):

@@ -19,11 +19,12 @@ from support.linear_logprob import (
     ours,
     problem,
     through_logp,
+    want_of,
 )
 
 T, H, V = 17, 34, 150
 LOW = (None, None)  # no adapter on the head
-FILTERS = (0.0, 0.0)
+PLAIN = [1.0, 0.0, 1.0, 0.0, 0.0]  # scale, no softcap, temperature, filters
 WANTED = [(), ("hidden",), ("weight",), OPERANDS]
 
 
@@ -48,11 +49,10 @@ def test_opcheck_of_the_forward(wanted, dtype, backend):
     unit = wanted == ("hidden",)
     for optional in (False, True):
         arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
-        wants = (optional, optional, optional, unit, False)
-        torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, 1.2, 7.5, 0.6, *wants, *FILTERS, backend))
-    plain = (x["hidden"], x["weight"], made.targets, None, *LOW, 1.0, None, 1.0)
-    wants = (False, False, False, unit, False)
-    torch.library.opcheck(op._linear_logprob, (*plain, *wants, *FILTERS, backend))
+        want = want_of(optional, optional, optional, unit)
+        torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, [1.2, 7.5, 0.6, 0.0, 0.0], want, backend))
+    arguments = (x["hidden"], x["weight"], made.targets, None, *LOW, PLAIN, want_of(unit=unit), backend)
+    torch.library.opcheck(op._linear_logprob, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,10 +74,8 @@ def test_opcheck_of_the_backward(needed, through, dtype, backend):
             forward.entropy,
             None,
             None,
-            *(1.0, None, 1.0),
-            *FILTERS,
-            *(name in needed for name in OPERANDS),
-            *(False, False),
+            PLAIN,
+            " ".join(needed),
             backend,
         ),
     )
@@ -95,9 +93,8 @@ def test_opcheck_of_the_backward_of_a_frozen_head(backend):
             made.weight,
             made.targets,
             *(None, *LOW, lse, None, unit, None),
-            *(1.0, None, 1.0),
-            *FILTERS,
-            *(True, False, False, False, False),
+            PLAIN,
+            "hidden",
             backend,
         ),
     )
@@ -250,8 +247,8 @@ def test_fake_gradients_are_laid_out_as_real_ones(backend):
         x["weight"] = x["weight"].detach().T.contiguous().T.requires_grad_("weight" in wanted)
         for optional in (False, True):
             arguments = (x["hidden"], x["weight"], made.targets, x["bias"])
-            wants = (optional, optional, optional, wanted == ("hidden",), False)
-            torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, 1.0, None, 1.0, *wants, *FILTERS, backend))
+            want = want_of(optional, optional, optional, wanted == ("hidden",))
+            torch.library.opcheck(op._linear_logprob, (*arguments, *LOW, PLAIN, want, backend))
 
 
 def test_an_exported_graph(backend):

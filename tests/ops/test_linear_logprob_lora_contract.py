@@ -23,6 +23,7 @@ from support.linear_logprob import (
     formula,
     ours,
     through_logp,
+    want_of,
 )
 from support.numerics import assert_as_good_as_torch
 
@@ -46,21 +47,20 @@ def test_opcheck(adapter, name):
     """The low-rank operand of both custom ops, with and without gradients."""
     made = adapted(T=9, H=6, V=40, R=3, dtype=torch.bfloat16, adapter=adapter)
     low_hidden = made.lora_scale * (made.hidden.float() @ made.A.float().T)
-    numbers = (1.2, 7.5, 0.6)
+    numbers = [1.2, 7.5, 0.6, 0.0, 0.0]
     for trained in (False, True):
         operands = (made.hidden, made.weight, made.targets, made.bias, low_hidden, made.B)
         leaf = [x.clone().requires_grad_(trained and x.is_floating_point()) for x in operands]
-        wants = (True, True, True, False, False)
-        torch.library.opcheck(op._linear_logprob, (*leaf, *numbers, *wants, 0.0, 0.0, name))
+        want = want_of(entropy=True, mean_logit=True, is_top1=True)
+        torch.library.opcheck(op._linear_logprob, (*leaf, numbers, want, name))
     # nothing of the head is trained, and low_hidden comes without a graph: a unit gradient may be asked for
     leaf = [made.hidden.clone().requires_grad_(), *operands[1:]]
-    wants = (False, False, False, True, False)
-    torch.library.opcheck(op._linear_logprob, (*leaf, *numbers, *wants, 0.0, 0.0, name))
+    torch.library.opcheck(op._linear_logprob, (*leaf, numbers, want_of(unit=True), name))
     outputs = ours(made, (), name).outputs
-    for needed in ((False, False, False, True, True), (True,) * 5):
+    for need in ("low_hidden low_weight", " ".join(op.DIFFERENTIABLE)):
         arguments = (made.upstream["logp"], None, made.upstream["entropy"], *operands)
         saved = (outputs.lse, outputs.entropy, None, None)
-        torch.library.opcheck(op._linear_logprob_backward, (*arguments, *saved, *numbers, 0.0, 0.0, *needed, name))
+        torch.library.opcheck(op._linear_logprob_backward, (*arguments, *saved, numbers, need, name))
 
 
 @one_of_each
@@ -79,11 +79,8 @@ def test_a_given_low_hidden_has_a_unit_gradient(backend):
     """What the custom op takes is independent of hidden: d logp / d hidden is then through the head alone."""
     made = adapted(dtype=torch.bfloat16, through=("logp",))
     low_hidden = made.lora_scale * (made.hidden.float() @ made.A.float().T)
-    wants = (False, False, False, True, False)
-    *_, unit, _ = op._linear_logprob(
-        *(made.hidden, made.weight, made.targets, made.bias, low_hidden, made.B),
-        *(1.0, None, 1.0, *wants, 0.0, 0.0, backend),
-    )
+    operands = (made.hidden, made.weight, made.targets, made.bias, low_hidden, made.B)
+    *_, unit, _ = op._linear_logprob(*operands, [1.0, 0.0, 1.0, 0.0, 0.0], want_of(unit=True), backend)
     results = {}
     for dtype in (torch.float32, torch.float64):
         x = {name: x.to(dtype) for name, x in made.operands.items()}

@@ -10,6 +10,7 @@ from prefopt_kernels import TokenLogprobs, linear_logprob
 from prefopt_kernels.ops import _extension
 from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
 from prefopt_kernels.ops.linear_logprob.checks import FLOATS, OUTPUTS
+from prefopt_kernels.ops.linear_logprob.op import RESULTS
 from support.numerics import FAMILIES, assert_as_good_as_torch
 
 DTYPES = FLOATS
@@ -23,6 +24,12 @@ TRANSFORMS = {
     "softcap": {"softcap": 30.0},
     "all": {"logit_scale": 1.2, "softcap": 7.5, "temperature": 0.6},
 }
+
+
+def want_of(entropy=False, mean_logit=False, is_top1=False, unit=False, tile_max=False) -> str:
+    """The custom op's ``want``."""
+    flags = (True, True, entropy, mean_logit, is_top1, unit, tile_max)
+    return " ".join(name for name, flag in zip(RESULTS, flags, strict=True) if flag)
 
 
 def backends() -> list[str]:

@@ -9,6 +9,8 @@ from prefopt_kernels.ops import _extension
 from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 
+FILTERS_HEAD = False  # whether the backward uses tile_max
+
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if hidden.device.type != "cpu":

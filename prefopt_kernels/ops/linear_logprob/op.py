@@ -4,13 +4,13 @@ Start here. One public function, one custom op with one fake and one autograd ru
 module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition.
 """
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefopt_kernels._backends import select_backend
 from prefopt_kernels.ops.linear_logprob import cpu, reference
 from prefopt_kernels.ops.linear_logprob.checks import (
     OUTPUTS,
@@ -28,7 +28,6 @@ BACKENDS = {
     "triton": backend_triton,
     "reference": reference,
 }  # in the order in which "auto" tries them
-ABSENT = {"cuda": "this version has no cuda kernel for linear_logprob"}
 
 
 class TokenLogprobs(NamedTuple):
@@ -55,6 +54,7 @@ def linear_logprob(
     grad_filter: float = 0.0,
     head_grad_filter: float = 0.0,
     backend: str = "auto",
+    keep_unit: bool = True,
 ) -> TokenLogprobs:
     r"""Log-probability of every target token under the head ``weight``.
 
@@ -88,8 +88,10 @@ def linear_logprob(
             compute everything, which keeps the bound.
         head_grad_filter: the same for the gradients of ``weight``, ``bias`` and ``lora``'s B; tiles below both are not even
             recomputed. Its error is bounded by e times the sum of the absolute upstream gradients per vocabulary row.
-        backend: "auto" or one of "reference", "cpu", "triton", "cuda". A named backend that cannot run raises with the reason.
-            The environment variable PREFOPT_BACKEND takes the place of "auto".
+        backend: "auto" or one of "reference", "cpu", "triton". A named backend that cannot run raises with the reason.
+            The environment variable PREFOPT_BACKEND replaces "auto".
+        keep_unit: whether a frozen head's forward computes the unit gradient. It serves a backward through ``logp`` alone:
+            set it to False where the loss goes through ``lse`` or ``entropy``.
 
     Returns:
         TokenLogprobs; ``logp`` and ``lse`` (T,) fp32 in nats, exactly 0 where ``targets < 0``, as is every other output.
@@ -107,43 +109,6 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([3, -100])).logp.exp()
         tensor([0.2500, 1.0000])
     """
-    return score(
-        hidden,
-        weight,
-        targets,
-        bias,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        temperature=temperature,
-        outputs=outputs,
-        lora=lora,
-        grad_filter=grad_filter,
-        head_grad_filter=head_grad_filter,
-        backend=backend,
-        keep_unit=True,
-    )
-
-
-def score(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    outputs: Sequence[str],
-    lora: tuple[Tensor, Tensor, float] | None,
-    grad_filter: float,
-    head_grad_filter: float,
-    backend: str,
-    keep_unit: bool,
-) -> TokenLogprobs:
-    """``linear_logprob``; without ``keep_unit`` a frozen head's forward leaves out the unit gradient.
-
-    That gradient serves a backward through ``logp`` alone; who goes on from ``lse`` would pay for it in vain.
-    """
     device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
     # meta has no autocast; torch.amp.is_autocast_available would say so, but torch 2.11 cannot trace it
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -157,21 +122,17 @@ def score(
         with torch.autocast(device, enabled=False):
             low_hidden = lora_scale * (hidden.float() @ A.float().T)  # (T, R), autograd's to differentiate
     operands = Operands(hidden, weight, targets, bias, low_hidden, B)
-    heads = (weight, bias, low_hidden, B)
-    frozen_head = not any(operand is not None and operand.requires_grad for operand in heads)
-    backend = select_backend(hidden, weight, backend)
-    logp, lse, entropy, mean_logit, is_top1, _unit, _tile_max = _linear_logprob(
-        *operands,
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        float(temperature),
-        *(name in outputs for name in OUTPUTS),
-        keep_unit and torch.is_grad_enabled() and frozen_head and hidden.requires_grad,
-        torch.is_grad_enabled() and not frozen_head and filters_head(backend, head_grad_filter),
-        float(grad_filter),
-        float(head_grad_filter),
-        backend,
-    )
+    trainable_head = any(operand is not None and operand.requires_grad for operand in (weight, bias, low_hidden, B))
+    backend = select_backend(BACKENDS, backend, hidden, weight)
+    want = ["logp", "lse", *(name for name in OUTPUTS if name in outputs)]
+    if torch.is_grad_enabled():
+        if keep_unit and hidden.requires_grad and not trainable_head:
+            want.append("unit")
+        if trainable_head and head_grad_filter > 0 and BACKENDS[backend].FILTERS_HEAD:
+            want.append("tile_max")
+    numbers = Numbers(logit_scale, 0.0 if softcap is None else softcap, temperature, grad_filter, head_grad_filter)
+    found = _linear_logprob(*operands, [float(number) for number in numbers], " ".join(want), backend)
+    logp, lse, entropy, mean_logit, is_top1, _unit, _tile_max = found
     optional = {"entropy": entropy, "mean_logit": mean_logit, "is_top1": is_top1}
     return TokenLogprobs(logp, lse, **{name: optional[name] for name in OUTPUTS if name in outputs})
 
@@ -185,30 +146,28 @@ def explain(hidden: Tensor, weight: Tensor) -> dict[str, str | None]:
         >>> explain(torch.eye(2), torch.zeros(4, 2))["reference"] is None
         True
     """
-    return {name: module.why_not(hidden, weight) for name, module in BACKENDS.items()} | ABSENT
-
-
-def select_backend(hidden: Tensor, weight: Tensor, backend: str = "auto") -> str:
-    """The backend that runs this call: the named one, or for "auto" the first that can."""
-    if backend == "auto":
-        backend = os.environ.get("PREFOPT_BACKEND", "auto")
-    if backend == "auto":
-        return next(name for name, module in BACKENDS.items() if module.why_not(hidden, weight) is None)
-    if backend not in BACKENDS and backend not in ABSENT:
-        raise ValueError(f"backend is {backend!r}; expected one of {['auto', *BACKENDS, *ABSENT]}")
-    reason = ABSENT[backend] if backend in ABSENT else BACKENDS[backend].why_not(hidden, weight)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
-    return backend
-
-
-def filters_head(backend: str, head_grad_filter: float) -> bool:
-    """Whether the forward must keep the largest logit of every tile for the backward."""
-    return backend == "triton" and head_grad_filter > 0
+    return {name: module.why_not(hidden, weight) for name, module in BACKENDS.items()}
 
 
 def _autocast(operand: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return operand.to(dtype) if isinstance(operand, Tensor) and operand.is_floating_point() else operand
+
+
+RESULTS = ("logp", "lse", *OUTPUTS, "unit", "tile_max")  # of the custom op, in order; the first two are always wanted
+
+
+class Numbers(NamedTuple):
+    """The numbers of a call, which the custom ops take as one list."""
+
+    scale: float
+    softcap: float  # 0 for none
+    temperature: float
+    grad_filter: float
+    head_grad_filter: float
+
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.scale, self.softcap or None, self.temperature)
 
 
 @torch.library.custom_op("prefopt_kernels::linear_logprob", mutates_args=())
@@ -219,97 +178,65 @@ def _linear_logprob(
     bias: Tensor | None,
     low_hidden: Tensor | None,
     low_weight: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    want_entropy: bool,
-    want_mean_logit: bool,
-    want_is_top1: bool,
-    want_unit: bool,
-    want_tile_max: bool,
-    grad_filter: float,
-    head_grad_filter: float,
+    numbers: list[float],  # Numbers
+    want: str,  # names out of RESULTS, separated by spaces
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if targets.device.type == "cpu":
         check_targets(targets, weight.shape[0])
-    wanted = {
-        "logp": True,
-        "lse": True,
-        "entropy": want_entropy,
-        "mean_logit": want_mean_logit,
-        "is_top1": want_is_top1,
-        "unit": want_unit,
-        "tile_max": want_tile_max,
-    }
-    want = frozenset(name for name, is_wanted in wanted.items() if is_wanted)
     operands = Operands(hidden, weight, targets, bias, low_hidden, low_weight)
-    transform = Transform(logit_scale, softcap, temperature)
+    given, wanted = Numbers(*numbers), frozenset(want.split())
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
-        out = BACKENDS[backend].forward(operands, transform, want, grad_filter)
-    return tuple(out[name] if name in want else _unwanted(name, hidden) for name in wanted)
+        out = BACKENDS[backend].forward(operands, given.transform, wanted, given.grad_filter)
+    return tuple(out[name] if name in wanted else _empty(name, hidden) for name in RESULTS)
 
 
-def _unwanted(name: str, hidden: Tensor) -> Tensor:
-    """An output must be a tensor of its own even where nobody asked for it."""
-    dtype = {"is_top1": torch.bool, "unit": hidden.dtype}.get(name, torch.float32)
-    return hidden.new_empty(0, dtype=dtype)
+def _empty(name: str, hidden: Tensor) -> Tensor:
+    """An unwanted result. Custom ops cannot return None or aliases, so these are distinct empty tensors."""
+    return hidden.new_empty(0, dtype=_dtype(name, hidden))
+
+
+def _dtype(name: str, hidden: Tensor) -> torch.dtype:
+    return {"is_top1": torch.bool, "unit": hidden.dtype}.get(name, torch.float32)
 
 
 @_linear_logprob.register_fake
-def _(hidden, weight, targets, bias, low_hidden, low_weight, scale, cap, temperature, *flags):
-    *wants, want_unit, want_tile_max, _grad_filter, _head_grad_filter, _backend = flags
+def _(hidden, weight, targets, bias, low_hidden, low_weight, numbers, want, backend):
     T, H = hidden.shape
-    row = hidden.new_empty(T, dtype=torch.float32)
-    optional = [
-        torch.empty_like(row, dtype=torch.bool if name == "is_top1" else row.dtype)
-        if wanted
-        else _unwanted(name, hidden)
-        for name, wanted in zip(OUTPUTS, wants, strict=True)
-    ]
-    unit = hidden.new_empty(T, H) if want_unit else _unwanted("unit", hidden)
-    tiles = -(-weight.shape[0] // FILTER_TILE)
-    tile_max = hidden.new_empty(tiles, T, dtype=torch.float32) if want_tile_max else None
-    return (
-        row,
-        torch.empty_like(row),
-        *optional,
-        unit,
-        _unwanted("tile_max", hidden) if tile_max is None else tile_max,
+    wanted = want.split()
+    shapes = {"unit": (T, H), "tile_max": (-(-weight.shape[0] // FILTER_TILE), T)}
+    return tuple(
+        hidden.new_empty(shapes.get(name, (T,)), dtype=_dtype(name, hidden)) if name in wanted else _empty(name, hidden)
+        for name in RESULTS
     )
 
 
 def _setup_context(ctx, inputs, output):
-    operands, transform, flags = inputs[:6], inputs[6:9], inputs[9:]
-    want_entropy, _mean, _top1, want_unit, want_tile_max, *filters, backend = flags
-    _logp, lse, entropy, mean_logit, is_top1, unit, tile_max = output
-    ctx.numbers = (*transform, *filters)
-    ctx.backend = backend
-    without = () if want_entropy else (entropy,)
-    ctx.mark_non_differentiable(mean_logit, is_top1, unit, tile_max, *without)
+    *operands, numbers, want, backend = inputs
+    results, wanted = dict(zip(RESULTS, output, strict=True)), want.split()
+    ctx.numbers, ctx.backend = numbers, backend
+    differentiable = {"logp", "lse", "entropy"} & set(wanted)
+    ctx.mark_non_differentiable(*(result for name, result in results.items() if name not in differentiable))
     ctx.set_materialize_grads(False)  # None says which of logp, lse and entropy the caller left out
-    ctx.save_for_backward(  # O(T H), never (T, V)
-        *operands,
-        lse,
-        entropy if want_entropy else None,
-        unit if want_unit else None,
-        tile_max if want_tile_max else None,
-    )
+    kept = (results[name] if name in wanted else None for name in ("lse", "entropy", "unit", "tile_max"))
+    ctx.save_for_backward(*operands, *kept)  # O(T H), never (T, V)
 
 
-_INPUTS = 17  # of the custom op
-_DIFFERENTIABLE = {"hidden": 0, "weight": 1, "bias": 3, "low_hidden": 4, "low_weight": 5}
+DIFFERENTIABLE = ("hidden", "weight", "bias", "low_hidden", "low_weight")  # those of the operands that take a gradient
 
 
 def _backward(ctx, dlogp, dlse, dentropy, *_not_differentiable):
-    grads = [None] * _INPUTS
-    need = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE.values()]
-    if (dlogp is None and dlse is None and dentropy is None) or not any(need):
-        return tuple(grads)
-    made = _linear_logprob_backward(dlogp, dlse, dentropy, *ctx.saved_tensors, *ctx.numbers, *need, ctx.backend)
-    for place, needed, grad in zip(_DIFFERENTIABLE.values(), need, made, strict=True):
-        grads[place] = grad if needed else None
-    return tuple(grads)
+    need = [
+        name
+        for name, needed in zip(Operands._fields, ctx.needs_input_grad, strict=False)
+        if needed and name in DIFFERENTIABLE
+    ]
+    grads: dict[str, Tensor] = {}
+    if need and not (dlogp is None and dlse is None and dentropy is None):
+        saved = ctx.saved_tensors
+        made = _linear_logprob_backward(dlogp, dlse, dentropy, *saved, ctx.numbers, " ".join(need), ctx.backend)
+        grads = {name: grad for name, grad in zip(DIFFERENTIABLE, made, strict=True) if name in need}
+    return (*(grads.get(name) for name in Operands._fields), None, None, None)  # none for numbers, want, backend
 
 
 _linear_logprob.register_autograd(_backward, setup_context=_setup_context)
@@ -330,49 +257,32 @@ def _linear_logprob_backward(
     entropy: Tensor | None,
     unit: Tensor | None,
     tile_max: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    grad_filter: float,
-    head_grad_filter: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_low_hidden: bool,
-    need_low_weight: bool,
+    numbers: list[float],  # Numbers
+    need: str,  # names out of DIFFERENTIABLE, separated by spaces
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    flags = (need_hidden, need_weight, need_bias, need_low_hidden, need_low_weight)
-    need = frozenset(name for name, needed in zip(_DIFFERENTIABLE, flags, strict=True) if needed)
+    given, needed = Numbers(*numbers), frozenset(need.split())
     if unit is not None and dlse is None and dentropy is None:
         grads = {"hidden": (dlogp[:, None] * unit).to(unit.dtype)}
     else:
-        saved = Saved(lse, entropy, tile_max, grad_filter, head_grad_filter)
-        # on where the backward runs inside the region
+        saved = Saved(lse, entropy, tile_max, given.grad_filter, given.head_grad_filter)
+        operands = Operands(hidden, weight, targets, bias, low_hidden, low_weight)
+        upstream = Upstream(dlogp, dlse, dentropy)
+        # autocast is still enabled if backward runs inside the context
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = BACKENDS[backend].backward(
-                Operands(hidden, weight, targets, bias, low_hidden, low_weight),
-                Upstream(dlogp, dlse, dentropy),
-                saved,
-                Transform(logit_scale, softcap, temperature),
-                need,
-            )
-    return tuple(grads[name] if name in need else weight.new_empty(0) for name in _DIFFERENTIABLE)
+            grads = BACKENDS[backend].backward(operands, upstream, saved, given.transform, needed)
+    return tuple(grads[name] if name in needed else weight.new_empty(0) for name in DIFFERENTIABLE)
 
 
 @_linear_logprob_backward.register_fake
-def _(dlogp, dlse, dentropy, hidden, weight, targets, bias, low_hidden, low_weight, lse, *rest):
-    need = dict(zip(_DIFFERENTIABLE, rest[-6:-1], strict=True))
-    operands = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "low_hidden": low_hidden,
-        "low_weight": low_weight,
-    }
+def _(
+    dlogp, dlse, dentropy, hidden, weight, targets, bias, low_hidden, low_weight,
+    lse, entropy, unit, tile_max, numbers, need, backend,
+):  # fmt: skip
+    operands = Operands(hidden, weight, targets, bias, low_hidden, low_weight)._asdict()
     return tuple(
-        operands[name].new_empty(operands[name].shape) if needed else weight.new_empty(0)
-        for name, needed in need.items()
+        operands[name].new_empty(operands[name].shape) if name in need.split() else weight.new_empty(0)
+        for name in DIFFERENTIABLE
     )
 
 

@@ -9,6 +9,9 @@ from prefopt_kernels.ops.linear_logprob.transform import Transform, logit_gradie
 CHUNK_BYTES = 64 * 2**20  # one fp32 (tokens, V) tensor of a chunk; a few of them live at a time
 
 
+FILTERS_HEAD = False  # whether the backward uses tile_max
+
+
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 

@@ -4,14 +4,13 @@ Start here. One public function, one custom op with one fake and one autograd ru
 module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition, which autograd differentiates.
 """
 
-import difflib
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prefopt_kernels._backends import select_backend
 from prefopt_kernels.ops.sequence_loss import cpu, reference
 from prefopt_kernels.ops.sequence_loss.checks import check_call, check_values
 from prefopt_kernels.ops.sequence_loss.parameters import TENSORS, Form, Parameters
@@ -22,7 +21,6 @@ BACKENDS = {
     "triton": backend_triton,
     "reference": reference,
 }  # in the order in which "auto" tries them
-ABSENT = {"cuda": "this version has no cuda kernel for sequence_loss"}
 
 SUMS = tuple(
     f"{label}/{name}" for label in ("desirable", "undesirable") for name in ("count", "rewards", "logps", "losses")
@@ -91,8 +89,8 @@ def sequence_loss(
             of ``logp``, a constant to the gradient. Under torch.compile give what changes as a tensor: each number is compiled.
         beta, shift_bound, loss_aversion, alpha, kappa, win_weighting, decision_weighting, decision_clip, odds_weight,
             desirable_weight, undesirable_weight, main_bound, odds_bound: as the loss.
-        backend: "auto" or one of "reference", "cpu", "triton", "cuda". A named backend that cannot run raises with the reason.
-            The environment variable PREFOPT_BACKEND takes the place of "auto".
+        backend: "auto" or one of "reference", "cpu", "triton". A named backend that cannot run raises with the reason.
+            The environment variable PREFOPT_BACKEND replaces "auto".
 
     Returns:
         SequenceLoss. ``losses``, ``logps``, ``log_ratios`` and ``rewards`` are (B,) fp32; ``sums`` is (8,) fp64 on the device
@@ -143,7 +141,7 @@ def sequence_loss(
         "main_bound": math.inf if main_bound is None else main_bound,
         "odds_bound": math.inf if odds_bound is None else odds_bound,
     }
-    name = select_backend(logp, backend)
+    name = select_backend(BACKENDS, backend, logp)
     if name == "reference":  # not an operator, inside of which autograd is off
         form = Form(method, win_weighting, decision_weighting)
         parameters = Parameters(*(numbers[name] for name in Parameters._fields))
@@ -164,23 +162,6 @@ def sequence_loss(
         name,
     )
     return SequenceLoss(*results)
-
-
-def select_backend(logp: Tensor, backend: str = "auto") -> str:
-    """The backend that runs this call: the named one, or for "auto" the first that can."""
-    if backend == "auto":
-        backend = os.environ.get("PREFOPT_BACKEND", "auto")
-    if backend == "auto":
-        return next(name for name, module in BACKENDS.items() if module.why_not(logp) is None)
-    if backend not in BACKENDS and backend not in ABSENT:
-        names = ["auto", *BACKENDS, *ABSENT]
-        near = difflib.get_close_matches(str(backend), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"backend is {backend!r}; expected one of {names}{hint}")
-    reason = ABSENT[backend] if backend in ABSENT else BACKENDS[backend].why_not(logp)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
-    return backend
 
 
 @torch.library.custom_op("prefopt_kernels::sequence_loss", mutates_args=())
@@ -238,7 +219,7 @@ def _backward(ctx, dlosses, dlogps, *_rest):
     dlogp = None
     if ctx.needs_input_grad[0] and (dlosses is not None or dlogps is not None):
         dlogp = _sequence_loss_backward(dlosses, dlogps, *ctx.saved_tensors, ctx.backend)
-    return (dlogp, *(None,) * 14)
+    return (dlogp, *[None] * (len(ctx.needs_input_grad) - 1))  # the other inputs are constants
 
 
 _sequence_loss.register_autograd(_backward, setup_context=_setup_context)

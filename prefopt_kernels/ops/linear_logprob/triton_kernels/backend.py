@@ -19,6 +19,9 @@ else:
     from prefopt_kernels.ops.linear_logprob.triton_kernels.inputs import LOG2_E, Call
 
 
+FILTERS_HEAD = True  # whether the backward uses tile_max
+
+
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     if triton is None:
         return _MISSING
