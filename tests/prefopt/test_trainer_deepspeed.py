@@ -12,7 +12,7 @@ if __name__ == "__main__":
 
 import pytest
 
-from prefopt.train.spread import ZERO, ZERO_3
+from prefopt.train.layout import ZERO, ZERO_3
 from support.distributed import (
     assert_ends_like,
     assert_same_run,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
+from prefopt.train.layout import FSDP2, LOADED_IN_SHARDS, WHOLE
 from support.distributed import (
     CASES,
     STEPS,
@@ -65,7 +65,7 @@ def run_in_layout(world, folder: Path, layout: str) -> dict:
     logs = train(trainer)
     after = whole_weights(trainer)
     return {
-        "kind": trainer.spread.kind,
+        "kind": trainer.layout.kind,
         "logs": logs,
         "weights": after,
         "moved": movements(before, after),

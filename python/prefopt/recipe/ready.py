@@ -17,8 +17,8 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from prefopt.data import DataError
 from prefopt.data.build.plan import make_plan
+from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
 from prefopt.errors import UserError

@@ -7,13 +7,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
 from prefopt.data.build.choose import VALIDATION
 from prefopt.data.build.manifest import MANIFEST, read_manifest
 from prefopt.data.build.plan import Plan, make_plan
 from prefopt.data.build.run import build
 from prefopt.data.pairs import tokenize_pairs
+from prefopt.data.read import LoadedRows, load_rows, split_by_group
+from prefopt.data.rows import DataError
 from prefopt.data.sources import local_file
+from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.data.write import file_digest
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, Tokenized
 from prefopt.data.labels import label_table
+from prefopt.data.rows import DataError
+from prefopt.data.tokenize import Tokenized
 from prefopt.errors import UserError
 from prefopt.failure import first_line, is_first_rank, traceback_in
 from prefopt.files import write_whole

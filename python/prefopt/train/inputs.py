@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import BadRow, LoadedRows, Tokenized, load_rows, tokenize_rows
 from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
-from prefopt.data.rows import CHAT, TEXT
+from prefopt.data.read import LoadedRows, load_rows
+from prefopt.data.rows import CHAT, TEXT, BadRow
+from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import ANSWERS, PAIRS
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefopt.data import pair_mismatched
+from prefopt.data.collate import pair_mismatched
 from prefopt.train.precompute import rotated
 from prefopt.train.scoring import PackingCollator
 from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
@@ -36,7 +36,7 @@ class MismatchedRows:
         log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
         device: where an estimate from no rows lies.
         decay: of "ema".
-        keep_up: called in place of ``log_ratios`` for a piece without sequences; where a pass of the model needs all
+        dummy_pass: called in place of ``log_ratios`` for a piece without sequences; where a pass of the model needs all
             processes, it has to take part.
     """
 
@@ -47,7 +47,7 @@ class MismatchedRows:
         log_ratios: Callable[[dict], Tensor],
         device: torch.device,
         decay: float | None = None,
-        keep_up: Callable[[], object] = lambda: None,
+        dummy_pass: Callable[[], object] = lambda: None,
     ):
         self.pair = PAIRINGS[kl_estimator]
         self.estimator = ESTIMATORS[kl_estimator](**({} if decay is None else {"decay": decay}))
@@ -55,7 +55,7 @@ class MismatchedRows:
         self.collator = collator
         self.log_ratios = log_ratios
         self.device = device
-        self.keep_up = keep_up
+        self.dummy_pass = dummy_pass
 
     def reset(self) -> None:
         """Forget all estimates."""
@@ -81,7 +81,7 @@ class MismatchedRows:
                 batch = self.collator.mismatched(rows, masked)
             start += len(piece)
             if batch is None:
-                self.keep_up()
+                self.dummy_pass()
             else:
                 ratios.append(self.log_ratios(batch))
         log_ratios = torch.cat(ratios)  # (n,)

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prefopt.data import Tokenized, pair_mismatched
+from prefopt.data.collate import pair_mismatched
 from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs
+from prefopt.data.tokenize import Tokenized
 from prefopt.files import temporary
 from prefopt.train.scoring import PackingCollator
 
@@ -95,7 +96,7 @@ def with_reference(
             batch = collator([sequences[name].feature(position) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
         if in_lockstep and len(mine) * accelerator.num_processes < len(passes):
-            score(collator.of_nobody())
+            score(collator.dummy_batch())
         columns = {name: torch.zeros(len(rows)) for name in sequences}
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values

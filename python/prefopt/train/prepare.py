@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -213,11 +214,11 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
         return get_peft_model(model, peft_config)
 
 
-def compile_layers(model: nn.Module, options: dict) -> None:
-    """Compile the repeated layers of a model in place, each by itself, with ``options`` of ``torch.compile``.
+def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
+    """Compile the repeated layers of a model in place, each by itself; equal layers share a graph.
 
-    The head stays as it is, as its input is scored in a hook. In place, so that no wrapper changes the names of the weights.
-    Equal layers share a graph. A batch may have any length, so its size is symbolic from the start.
+    The head is not compiled, because a hook scores its input. In place, because a wrapper would rename the weights. Sizes are
+    symbolic from the start, because a batch may have any length.
 
     Raises:
         ValueError: no list of layers is found.
@@ -230,7 +231,7 @@ def compile_layers(model: nn.Module, options: dict) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
     for layer in layers:
-        layer.compile(**{**options, "dynamic": True})
+        layer.compile(backend=plugin.backend.value.lower(), mode=plugin.mode, dynamic=True)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:

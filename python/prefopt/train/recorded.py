@@ -102,12 +102,12 @@ class RecordedTrainer(ResumableTrainer):
         if self.accelerator.scaler is None:
             self._watch.add_gradient(self.state.global_step + 1, grad_norm)
             self._sums["train"].add_gradient(grad_norm)
-        if self._looking_is_free:
+        if self._sync_is_cheap:
             self._watch.check()
         return grad_norm
 
     @property
-    def _looking_is_free(self) -> bool:
+    def _sync_is_cheap(self) -> bool:
         return self.args.device.type == "cpu"
 
     def evaluation_loop(

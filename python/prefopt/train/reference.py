@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from prefopt.train.spread import adapter_off
+from prefopt.train.layout import adapter_off
 
 
 class AdapterOff:
@@ -75,15 +75,7 @@ class TheModelItself:
         return weights_fingerprint(self.model)
 
 
-class NoReference:
-    """For the methods whose loss has none."""
-
-    kind = "none"
-    model = None
-
-    def fingerprint(self) -> None:
-        """Of nothing."""
-        return None
+Reference = AdapterOff | FrozenModel | TheModelItself
 
 
 def choose_reference(
@@ -93,7 +85,7 @@ def choose_reference(
     fresh_adapter: bool,
     precompute: bool,
     may_copy: bool = True,
-) -> AdapterOff | FrozenModel | TheModelItself:
+) -> Reference:
     """What plays the reference.
 
     Args:

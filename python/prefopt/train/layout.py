@@ -20,7 +20,7 @@ WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration
 
 
-class Spread:
+class Layout:
     """How ``trainer``'s model lies on its processes.
 
     Args:
