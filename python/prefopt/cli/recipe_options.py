@@ -144,6 +144,6 @@ def _word(kind: Any) -> str:
 def _help(one: Field) -> str:
     if required(one):
         return f"{one.metadata['help']} (required)"
-    default = one.default if one.default is not MISSING else one.default_factory()
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
     shown = one.metadata["shown"] or (default if isinstance(default, str) else json.dumps(default))
     return f"{one.metadata['help']} (default: {shown})".replace("%", "%%")

@@ -67,7 +67,8 @@ def _typed(value: Any, hint: Any) -> Any:
 
 def _as(value: Any, kind: Any) -> Any:
     if isinstance(kind, enum.EnumMeta):
-        return converted(value, Literal[tuple(one.value for one in kind)])
+        members: Mapping[str, enum.Enum] = kind.__members__
+        return converted(value, Literal[tuple(one.value for one in members.values())])
     if get_origin(kind) is dict:
         kind = dict
     if get_origin(kind) is Literal and get_args(kind) == (False,):

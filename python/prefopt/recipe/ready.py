@@ -4,11 +4,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -99,7 +99,7 @@ def check_inputs(recipe: Recipe, folder: Path) -> None:
     if data.plan is None:
         _with_key("data.path", recipe, lambda: open_rows(data.path, data.split, data.revision))
     else:
-        _with_key("data.plan", recipe, lambda: _check_plan(data.plan, Path(data.path).expanduser()))
+        _with_key("data.plan", recipe, lambda: _check_plan(str(data.plan), Path(data.path).expanduser()))
     if data.eval_path is not None:
         _with_key(
             "data.eval_path",
@@ -162,14 +162,14 @@ def _of_targets(lora: Lora) -> list[str]:
 
 
 def _try_optimizer(config: PreferenceConfig) -> list[str]:
-    name = config.optim.value
+    name = OptimizerNames(config.optim).value
     try:
         optimizer = _optimizer(config, name)
     except Exception as error:  # of torch, transformers or a package of the optimizer
         return [f"training.optim is {name}: {first_line(error)}"]
     if optimizer is None:
         return []
-    name, kwargs = config.lr_scheduler_type.value, config.lr_scheduler_kwargs
+    name, kwargs = SchedulerType(config.lr_scheduler_type).value, cast(dict, config.lr_scheduler_kwargs or {})
     steps = config.max_steps if config.max_steps > 0 else UNKNOWN_LENGTH
     try:
         get_scheduler(name, optimizer, 0, steps, kwargs)  # computes the first learning rate
@@ -187,7 +187,7 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
 def _try_loader(config: PreferenceConfig) -> list[str]:
     try:
         DataLoader(
-            [0],
+            cast(Dataset, [0]),
             num_workers=config.dataloader_num_workers,
             prefetch_factor=config.dataloader_prefetch_factor,
             persistent_workers=config.dataloader_persistent_workers,
@@ -199,7 +199,7 @@ def _try_loader(config: PreferenceConfig) -> list[str]:
 
 
 def _try_checkpointing(config: PreferenceConfig) -> list[str]:
-    kwargs = config.activation_checkpointing_kwargs
+    kwargs = cast(dict, config.activation_checkpointing_kwargs)  # __post_init__ parses text
     if not config.activation_checkpointing or not kwargs:
         return []
     try:

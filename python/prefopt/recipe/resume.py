@@ -127,7 +127,7 @@ def differences(before: dict, now: dict) -> dict[str, list]:
         >>> differences({"loss": {"beta": 0.1}, "lora": None}, {"loss": {"beta": 0.2}, "lora": {"r": 8}})
         {'loss.beta': [0.1, 0.2], 'lora': [None, {'r': 8}]}
     """
-    found = {}
+    found: dict[str, list] = {}
     before, now = json.loads(json.dumps([before, now]))  # tuples become the lists that YAML has
     for section, options in now.items():
         if options is None or before[section] is None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -28,7 +29,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Token
     """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
     data = recipe.data
     refuse_missing_rows(recipe)
-    options = {
+    options: dict[str, Any] = {
         "on_bad_row": data.on_bad_row,
         "label_map": data.label_map,
         "as_chat": data.as_chat,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +229,8 @@ def _spelled_out(recipe: Recipe, config: PreferenceConfig) -> dict:
     Where null stood for the method's default, that is in its place; what is still null has no place in the method.
     """
     content = sections_of(recipe)
-    content["loss"] = {name: getattr(config, name) for name in content["loss"]}
-    content["training"]["sampler"] = config.sampler
+    content["loss"] = {name: getattr(config, name) for name in options_of("loss")}
+    content["training"] = asdict(recipe.training) | {"sampler": config.sampler}
     return absolute_paths(redacted(content))
 
 

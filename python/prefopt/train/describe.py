@@ -4,10 +4,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from prefopt.train.config import PreferenceConfig
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.inputs import Prepared
-from prefopt.train.methods import RATED
+from prefopt.train.methods import RATED, Options
 
 if TYPE_CHECKING:
     from prefopt.train.trainer import PreferenceTrainer
@@ -69,9 +68,9 @@ def _numbers(parameter: Tensor) -> int:
     return parameter.numel() if packed is None else packed.shape.numel()
 
 
-def _observe_labels(diagnostics: Diagnostics, args: PreferenceConfig, counts: dict[str, int]) -> None:
+def _observe_labels(diagnostics: Diagnostics, args: Options, counts: dict[str, int]) -> None:
     labels = counts["desirable"], counts["undesirable"]
     if args.needs_kl:  # the advice on weights is KTO's
-        diagnostics.observe_data(*labels, args.desirable_weight or 0.0, args.undesirable_weight or 0.0)
+        diagnostics.observe_data(*labels, args.desirable_weight, args.undesirable_weight)
     elif not all(labels):
         diagnostics.observe_data(*labels, 1.0, 1.0)

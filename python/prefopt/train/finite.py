@@ -59,8 +59,8 @@ class FiniteWatch:
         if found:
             step, _, value = found[0]
             self._stop(step, "loss", value, [row for at, row, _ in found if at == step])
-        values = torch.stack([norm for _, norm in norms]).tolist() if norms else []
-        for (step, _), value in zip(norms, values, strict=True):
+        sizes = torch.stack([norm for _, norm in norms]).tolist() if norms else []
+        for (step, _), value in zip(norms, sizes, strict=True):
             if not math.isfinite(value):
                 rows = [row for at, window, _ in losses if at == step for row in window]
                 self._stop(step, "gradient norm", value, rows)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -50,9 +51,7 @@ class Prepared:
         }
 
 
-def prepare_rows(
-    data: object, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str
-) -> Prepared:
+def prepare_rows(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str) -> Prepared:
     """Bring data into the form that ``args.method`` learns from, and tokenise what is not yet tokenised.
 
     Args:

@@ -3,12 +3,13 @@
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
     "whole on each process",
@@ -119,7 +120,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
 
 
 def _why_not(trainer: Trainer) -> str | None:
-    parallel, model = trainer.accelerator.parallelism_config, trainer.model
+    parallel, model = trainer.accelerator.parallelism_config, cast(PreTrainedModel, trainer.model)
     loaded = trainer.is_distributed_loading_by_transformers
     layout = getattr(model.config, "distributed_config", None) if loaded else None
     for sizes, name, what in (
@@ -178,7 +179,7 @@ def _settled(config: dict) -> dict:
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: Any) -> Iterator[None]:
     """PEFT's ``disable_adapter``, also for a model sharded by FSDP2.
 
     PEFT switches the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, a whole
@@ -187,7 +188,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     sharded = [
         module
         for module in model.modules()
-        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters())
+        if isinstance(module, FSDPModule) and any(p.requires_grad for p in cast(nn.Module, module).parameters())
     ]
     with model.disable_adapter():
         yield

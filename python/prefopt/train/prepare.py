@@ -12,6 +12,7 @@ Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits,
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
@@ -30,15 +31,18 @@ from prefopt.train.config import PreferenceConfig
 from prefopt.train.vocabulary import check_token_indices
 from prefopt_kernels.integrations.transformers import lm_head_of
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 # Training and evaluation, with and without gradient, adapter on and off, and each of them checkpointed or not.
 COMPILED_VARIANTS = 16
 
 
-def check_arguments(model: object, args: object, train_dataset: object, ref_model: object, peft_config: object) -> None:
+def check_arguments(model: Any, args: object, train_dataset: object, ref_model: object, peft_config: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` for arguments that do not fit; changes nothing."""
     if not isinstance(args, PreferenceConfig):
         raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; expected a PreTrainedModel, loaded, or a PeftModel of one")
     if train_dataset is None:
@@ -56,7 +60,7 @@ def check_arguments(model: object, args: object, train_dataset: object, ref_mode
     check_separate(model, ref_model, adapted_later=peft_config is not None)
 
 
-def _check_adapter(model: nn.Module, peft_config: object) -> None:
+def _check_adapter(model: PreTrainedModel, peft_config: object) -> None:
     if peft_config is None:
         return
     from peft import PeftConfig, PeftModel
@@ -69,6 +73,11 @@ def _check_adapter(model: nn.Module, peft_config: object) -> None:
             "leave peft_config out"
         )
     check_token_indices(model, peft_config)
+
+
+def _base(model: Any) -> Any:
+    """The model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_best(args: PreferenceConfig, eval_sets: Iterable[str]) -> None:
@@ -134,13 +143,13 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, pointer or id(tensor)
 
 
-def load_reference(path: str, model: nn.Module) -> PreTrainedModel:
+def load_reference(path: str, model: PreTrainedModel) -> PreTrainedModel:
     """The reference from a folder or the hub, in the dtype and with the attention of ``model``.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     return from_pretrained(
         AutoModelForCausalLM,
         path,
@@ -165,15 +174,15 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
         ...     model[0].p
         0.1
     """
-    models = [model for model in models if model is not None]
-    fields = [vars(module) for model in models for module in model.modules()]
+    present = [model for model in models if model is not None]
+    fields = [vars(module) for model in present for module in model.modules()]
     for name in ("config", "generation_config"):
-        fields += [vars(getattr(model, name)) for model in models if getattr(model, name, None)]
+        fields += [vars(getattr(model, name)) for model in present if getattr(model, name, None)]
     inner = [  # but not buffers, which a move to another device replaces
         value for each in fields for name, value in each.items() if isinstance(value, dict) and name != "_buffers"
     ]
     kept = [(each, dict(each)) for each in [*fields, *inner]]
-    trained = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    trained = [(p, p.requires_grad) for model in present for p in model.parameters()]
     try:
         yield
     except BaseException:
@@ -185,7 +194,9 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
         raise
 
 
-def ready(model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object) -> nn.Module:
+def ready(
+    model: PreTrainedModel, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: "PeftConfig | None"
+) -> PreTrainedModel:
     """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
     keep_gradients_of_four_bits(model)
     if peft_config is not None:
@@ -203,7 +214,7 @@ def ready(model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig,
     return model
 
 
-def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
+def with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -> PreTrainedModel:
     """The model inside a new adapter; the same seed gives the same one."""
     from peft import get_peft_model
 
@@ -211,7 +222,7 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks transformers for an attribute by its former name; nothing a user could act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        return get_peft_model(model, peft_config)
+        return cast(PreTrainedModel, get_peft_model(model, peft_config))
 
 
 def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
@@ -279,7 +290,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: nn.Module) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
     """The id to fill rows up with: masked everywhere, so the end of sequence does if there is no other."""
     config = model.config.get_text_config()
     for source in (tokenizer, config):

@@ -8,10 +8,12 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from prefopt.train.layout import adapter_off
 
@@ -21,12 +23,12 @@ class AdapterOff:
 
     kind = "adapter off"
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):  # a PeftModel
         self.model = model
 
     @contextmanager
     def running(self, training: bool) -> Iterator[nn.Module]:
-        """The reference, in the mode of the policy: the same modules are."""
+        """The model in the policy's mode, with its adapters off."""
         with adapter_off(self.model):
             yield self.model
 
@@ -79,7 +81,7 @@ Reference = AdapterOff | FrozenModel | TheModelItself
 
 
 def choose_reference(
-    model: nn.Module,
+    model: PreTrainedModel,
     ref_model: nn.Module | None,
     *,
     fresh_adapter: bool,
@@ -119,7 +121,7 @@ def choose_reference(
 
 
 @torch.no_grad()
-def _adapter_changes(model: nn.Module) -> bool:
+def _adapter_changes(model: Any) -> bool:
     """Whether a few tokens come out differently without the adapter."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     was_training = model.training
@@ -157,5 +159,5 @@ def weights_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

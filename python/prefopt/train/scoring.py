@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.collate import PreferenceCollator
+from prefopt.data.collate_pairs import PairCollator
 from prefopt.train.methods import Sequences
 from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
 from prefopt_kernels.integrations.transformers.head import own_positions
@@ -28,7 +29,7 @@ class PackingCollator:
     They are computed here, on the CPU and possibly in a worker process, so that no step waits for the device.
     """
 
-    def __init__(self, collator: PreferenceCollator):
+    def __init__(self, collator: PreferenceCollator | PairCollator):
         self.collator = collator
 
     def __call__(self, features: Sequence[dict]) -> dict:
@@ -40,6 +41,7 @@ class PackingCollator:
 
         ``index`` (n,) names the row of ``features`` that each sequence stands for.
         """
+        assert isinstance(self.collator, PreferenceCollator)
         batch = self.collator.build_mismatched(features, partners)
         batch = {name.removeprefix("kl_"): value for name, value in batch.items()}
         return self._packed(batch) if len(batch["index"]) else None

@@ -7,13 +7,14 @@ the device. recorded.py writes logs, checkpoints and the run folder.
 """
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt.data.collate import PreferenceCollator
 from prefopt.data.collate_pairs import PairCollator
@@ -36,6 +37,9 @@ from prefopt.train.scorer import Scorer
 from prefopt.train.scoring import PackingCollator, Scores, outputs, per_row, sequences, to_device
 from prefopt.train.vocabulary import check_token_ids
 from prefopt.train.window import drop_repeats, set_row_weights
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 class PreferenceTrainer(RecordedTrainer):
@@ -70,13 +74,13 @@ class PreferenceTrainer(RecordedTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: PreferenceConfig,
         train_dataset: object = None,
         eval_dataset: object = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        ref_model: nn.Module | str | None = None,
-        peft_config: object = None,
+        ref_model: PreTrainedModel | str | None = None,
+        peft_config: "PeftConfig | None" = None,
         *,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
@@ -104,7 +108,7 @@ class PreferenceTrainer(RecordedTrainer):
 
     def _build(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         args: PreferenceConfig,
         train: Prepared,
         evals: dict[str, Prepared],
@@ -112,7 +116,7 @@ class PreferenceTrainer(RecordedTrainer):
         processing_class: PreTrainedTokenizerBase | None,
         callbacks: list[TrainerCallback] | None,
         optimizers: tuple,
-        ref_model: nn.Module | None,
+        ref_model: PreTrainedModel | None,
         fresh_adapter: bool,
     ) -> None:
         pad_token_id = prepare.pad_token_id(processing_class, model)
@@ -152,7 +156,7 @@ class PreferenceTrainer(RecordedTrainer):
         self.mismatched = None
         if args.needs_kl:
             self.mismatched = MismatchedRows(
-                args.kl_estimator,
+                str(args.kl_estimator),
                 rows_collator,
                 self.scorer.log_ratios,
                 args.device,
@@ -165,7 +169,7 @@ class PreferenceTrainer(RecordedTrainer):
         self._sampler: LabelBalancedSampler | None = None
         self.add_callback(_SamplerEpoch(self))
         self._reset_state()
-        self.run_folder = RunFolder(args.output_dir, active=self.is_world_process_zero())
+        self.run_folder = RunFolder(str(args.output_dir), active=self.is_world_process_zero())
         describe(self, reference_kind, train, evals)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
@@ -182,13 +186,13 @@ class PreferenceTrainer(RecordedTrainer):
     # ---- data and reference ----
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(COLUMNS)
+        vars(self)["_signature_columns"] = list(COLUMNS)  # Trainer declares it as None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         args = self.args
         if args.sampler != "label_balanced":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows = cast(Dataset, self.train_dataset if train_dataset is None else train_dataset)
         # The whole step is balanced, so that its rows do not depend on how it is cut into micro-batches; a reference
         # point of the micro-batch alone wants the micro-batches balanced instead.
         batch_size = self._train_batch_size
@@ -321,8 +325,9 @@ class PreferenceTrainer(RecordedTrainer):
         return super().predict(rows, ignore_keys, metric_key_prefix)
 
     def _prepared_later(self, data: object, name: str) -> Dataset:
-        rows = prepare_rows(data, self.processing_class, self.args, name)
-        check_token_ids([self.model], self.processing_class, [rows])
+        tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+        rows = prepare_rows(data, tokenizer, self.args, name)
+        check_token_ids([self.model], tokenizer, [rows])
         return self.scorer.scored(rows, self.args.per_device_eval_batch_size)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
