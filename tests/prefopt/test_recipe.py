@@ -59,7 +59,8 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
         "r.yaml: data.max_length is 'long'; expected a whole number or null",
         "r.yaml: data.on_bad_row is True; expected one of stop, skip",
         "r.yaml: data.eval_fraction is 'a bit'; expected a number",
-        "r.yaml: data.path is missing: a .jsonl or .parquet file (relative to the current folder), a folder from `prefopt data build`, or a hub id",
+        "r.yaml: data.path is missing: a .jsonl or .parquet file (relative to the current folder), a folder from "
+        "`prefopt data build`, or a hub id",
         "r.yaml: loss.beta is True; expected a number or null",
         "r.yaml: loss.desirable_weight is nan; expected a number or null",
         "r.yaml: loss.learning_rate is unknown; did you mean training.learning_rate?",

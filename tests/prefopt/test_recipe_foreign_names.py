@@ -1,4 +1,4 @@
-"""Keys of older and other configurations: translated with a warning, or refused with a reason, and never silently both."""
+"""Option names of TRL and older transformers: translated with a warning, or refused with a reason."""
 
 import logging
 from pathlib import Path

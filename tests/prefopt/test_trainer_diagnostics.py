@@ -1,4 +1,4 @@
-"""Defect 15: a run that goes wrong says so, with the reason and the remedy; one that is not finite stops and says where."""
+"""Warnings with their reason and remedy; a run that is not finite stops and names the rows (defect 15)."""
 
 import json
 import warnings

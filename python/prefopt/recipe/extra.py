@@ -1,4 +1,4 @@
-"""``training.extra``: options of transformers.TrainingArguments without a key of their own, checked as the others are."""
+"""``training.extra``: options of transformers.TrainingArguments without a key of their own, and their checks."""
 
 import dataclasses
 import enum

@@ -1,7 +1,7 @@
-"""Keys of older or other configurations: what they are called here, or why they are refused. One table.
+"""Option names of TRL and older versions of transformers: the option that replaces each, or the reason for its refusal.
 
-A key is looked up by its last part, wherever it stands: in a section, at the top level as in the flat files of transformers
-and TRL, or on the command line.
+A key is looked up by its last part: in a section, at the top level as in the flat files of transformers and TRL, or on
+the command line.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What would stop a run later, found before any model or data is loaded: missing files, packages and devices, bad options."""
+"""Checks before any model or data is loaded: missing files, packages and devices, and bad options."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def check_device(recipe: Recipe, config: PreferenceConfig) -> None:
 
 
 def check_inputs(recipe: Recipe, folder: Path) -> None:
-    """Raise ``UserError`` or ``DataError`` for a file or folder that is not there, or a run folder that cannot be written."""
+    """Raise ``UserError`` or ``DataError`` for a missing file or folder, or a run folder that cannot be written."""
     if not str(folder).isprintable():  # transformers does not find checkpoints in such a folder
         raise UserError(
             f"{recipe.name}: training.output_dir is {str(folder)!r}, which has characters that cannot be printed"

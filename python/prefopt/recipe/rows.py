@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenized, Tokenized | None]:
-    """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
+    """Training rows and, if the recipe has any, evaluation rows; ``with_plan`` builds those of a plan first."""
     data = recipe.data
     refuse_missing_rows(recipe)
     options: dict[str, Any] = {
@@ -69,7 +69,7 @@ def with_plan(recipe: Recipe) -> Recipe:
     """The recipe with the rows of its plan in place: built into ``data.path``, or found there.
 
     A folder that is there is used as it is if it was built with the same arguments from the same files. The plan's
-    validation split becomes ``data.eval_path`` where the recipe names no other rows to evaluate on.
+    validation split becomes ``data.eval_path`` if the recipe names no other evaluation rows.
 
     Raises:
         DataError: the folder was built with other arguments or from a file that has changed, or is none that was built;

@@ -29,9 +29,9 @@ def describe(trainer: "PreferenceTrainer", reference_kind: str, train: Prepared,
             0,
             "The training rows are plain text and are trained on as they are, but the tokenizer has a chat template, "
             "which is not used",
-            "Either generate from plain text, as `prefopt chat` and `prefopt eval` do for this run, or set data.as_chat: "
-            "true (in Python load_rows(..., as_chat=True)), which makes each prompt a user turn and each completion an "
-            "assistant turn",
+            "Either generate from plain text, as `prefopt chat` and `prefopt eval` do for this run, or set "
+            "data.as_chat: true (in Python load_rows(..., as_chat=True)), which makes each prompt a user turn and each "
+            "completion an assistant turn",
         )
     text = model.config.get_text_config()
     if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):

@@ -1,4 +1,4 @@
-"""What the trainer takes as data, brought into one form, with everything that was left out on the way."""
+"""Tokenised rows from every form of data that the trainer takes, and the rows that were left out."""
 
 import logging
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ def prepare_rows(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: Pre
         name: of the argument, for messages.
 
     Raises:
-        ValueError: no tokenizer for raw rows; rows tokenised for another ``max_length``; rows where pairs are needed, or
-            the reverse.
+        ValueError: no tokenizer for raw rows; rows tokenised for another ``max_length``, or rows for a method of pairs
+            and vice versa.
         DataError: bad rows, or none of the kind that the method learns from.
     """
     kind = args.spec.data

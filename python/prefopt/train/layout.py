@@ -1,4 +1,4 @@
-"""A model spread over processes: the ways that the trainer knows, and what each of them asks of it."""
+"""The distributed layouts that the trainer supports: whole, FSDP2 and DeepSpeed's ZeRO."""
 
 import contextlib
 import copy
@@ -22,13 +22,13 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed'
 
 
 class Layout:
-    """How ``trainer``'s model lies on its processes.
+    """How the model of ``trainer`` is distributed.
 
     Args:
         trainer: built; its model is not wrapped yet.
 
     Raises:
-        ValueError: a way that nobody has tried with this trainer.
+        ValueError: an unsupported layout.
     """
 
     def __init__(self, trainer: Trainer):
@@ -43,7 +43,7 @@ class Layout:
             self.kind = ZERO_3 if stage == 3 else ZERO
         else:
             self.kind = WHOLE
-        # an engine places the policy itself; otherwise Trainer says whether anybody should
+        # an engine places the policy itself; otherwise Trainer decides
         self._moves = trainer.place_model_on_device or self.by_engine
 
     @property
@@ -67,7 +67,7 @@ class Layout:
         return self.kind in (FSDP2, ZERO, ZERO_3)
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is never trained, spread like the policy, or on this process's device."""
+        """A model that is never trained, sharded like the policy, or on the device of this process."""
         if self.kind == FSDP2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -99,8 +99,8 @@ class Layout:
         processes = self.accelerator.num_processes
         if self.kind != WHOLE or processes > 1:
             raise ValueError(
-                f"torch_compile is True with {processes} processes and the model {self.kind}, which is not supported; set "
-                "torch_compile to False, or train on one process"
+                f"torch_compile is True with {processes} processes and the model {self.kind}, which is not supported; "
+                "set torch_compile to False, or train on one process"
             )
 
     def _deepspeed_config(self) -> dict:
@@ -108,7 +108,7 @@ class Layout:
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Ways of spreading a model over devices that nobody has tried with this trainer."""
+    """Raise ``ValueError`` for an unsupported layout."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
             "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
@@ -182,8 +182,8 @@ def _settled(config: dict) -> dict:
 def adapter_off(model: Any) -> Iterator[None]:
     """PEFT's ``disable_adapter``, also for a model sharded by FSDP2.
 
-    PEFT switches the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, a whole
-    one and its shard. Both switches have to meet the same one, or the shard stays without a gradient.
+    PEFT turns the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, the
+    whole one and its shard. Both changes must reach the same one, or the shard stays without a gradient.
     """
     sharded = [
         module

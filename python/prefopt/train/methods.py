@@ -63,7 +63,7 @@ class Sequences:
 
     @property
     def pairs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Log-probabilities, reference log-probabilities (empty without a reference) and lengths: (chosen, rejected), (P,)."""
+        """Log-probabilities, those of the reference (empty without one) and lengths: (chosen, rejected), each (P,)."""
         ref_logps = () if self.ref_logps is None else self.ref_logps.chunk(2)
         return self.logps.chunk(2), ref_logps, self.lengths.chunk(2)
 

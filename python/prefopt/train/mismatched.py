@@ -1,4 +1,4 @@
-"""KTO's reference point: which prompts meet which completions, and how far the policy has drifted on those.
+"""KTO's reference point, from prompts paired with completions of other prompts.
 
 The passes over mismatched completions carry no gradient. Unless ``kl_estimator`` is "microbatch" they run once per
 optimizer step, before its first micro-batch, in pieces of the micro-batches' size.
@@ -33,11 +33,10 @@ class MismatchedRows:
     Args:
         kl_estimator: "window", "microbatch" or "ema": the pairing, the reduction over ranks, and the memory.
         collator: builds the mismatched sequences.
-        log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
-        device: where an estimate from no rows lies.
+        log_ratios: returns (n,) policy minus reference, nats, for a batch, which may contain ``ref_logps``.
+        device: of an estimate from no rows.
         decay: of "ema".
-        dummy_pass: called in place of ``log_ratios`` for a piece without sequences; where a pass of the model needs all
-            processes, it has to take part.
+        dummy_pass: called instead of ``log_ratios`` for a piece without sequences, where a pass needs all processes.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class MismatchedRows:
         self.dummy_pass = dummy_pass
 
     def reset(self) -> None:
-        """Forget all estimates."""
+        """Restart from no estimate."""
         self.estimator.load_state_dict(self._start)
 
     def estimate(self, pieces: Sequence[Sequence[dict]], *, update: bool) -> Estimate:

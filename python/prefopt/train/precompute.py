@@ -1,8 +1,8 @@
 """Reference log-probabilities of a whole dataset, computed once and kept on disk.
 
-The file's name is a hash of what the numbers depend on: the tokenised rows (and through them the tokenizer, its template
-and max_length), the pairing of mismatched completions, the reference's weights, and the precision of the passes. No
-training option is in it, so a sweep over learning rates computes the reference once.
+The file's name is a hash of everything that determines the scores: the tokenised rows (and so the tokenizer, its
+template and max_length), the pairing of mismatched completions, the reference's weights, and the precision of the
+passes. It contains no training option, so a sweep over learning rates computes the scores once.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ def rotated(groups: Sequence[int]) -> list[int]:
 
 
 def fixed_partners(groups: Sequence[int], block: int | None) -> list[int]:
-    """One mismatched partner for every row of a dataset: anywhere (``block`` None), or rotated within blocks of rows."""
+    """A mismatched partner for every row of a dataset: from all rows (``block`` None), or rotated within blocks."""
     if block is None:
         return pair_mismatched(groups)
     partners = []

@@ -1,12 +1,12 @@
-"""What happens to a model before it is trained: checks, its adapter, its dropout, its 4-bit weights.
+"""Checks and changes of a model before training: its adapter, its dropout, its 4-bit weights.
 
-Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits, this much is done here:
+In place of ``peft.prepare_model_for_kbit_training``, for models in 4 bits:
 
-- its weights are frozen: ``get_peft_model`` does that for every model;
-- inputs take a gradient under activation checkpointing: for every model with an adapter;
-- norms, embedding and head are *not* made fp32. Frozen norms gain nothing, as the architectures square and sum in fp32
-  anyway; an fp32 head and embedding cost 4 bytes for each of vocabulary x hidden (0.9 GB each for DeepSeek-R1-Distill-Qwen-1.5B),
-  and hidden states that came out in fp32 would take the fused log-probabilities off the matrix units. The adapter is fp32.
+- ``get_peft_model`` freezes the weights, as for every model;
+- inputs take a gradient under activation checkpointing, as for every model with an adapter;
+- norms, embedding and head are *not* cast to fp32. Frozen norms gain nothing, because the architectures square and sum
+  in fp32. An fp32 head and embedding cost 4 bytes per weight (0.9 GB each for DeepSeek-R1-Distill-Qwen-1.5B), and fp32
+  hidden states would keep the fused log-probabilities off the tensor cores. The adapter is fp32.
 """
 
 import warnings
@@ -88,8 +88,8 @@ def check_best(args: PreferenceConfig, eval_sets: Iterable[str]) -> None:
     if not any(metric.startswith(f"{name}_") for name in names):
         expected = ", ".join(f"eval_{name}_loss" for name in sorted(names))
         raise ValueError(
-            f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, such "
-            f"as {expected}"
+            f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, "
+            f"such as {expected}"
         )
 
 
@@ -98,8 +98,8 @@ def check_steps(args: PreferenceConfig, rows: int) -> None:
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         raise ValueError(
-            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there is "
-            "nothing to train on"
+            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there "
+            "is nothing to train on"
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(
@@ -129,12 +129,13 @@ def check_separate(model: nn.Module, ref_model: nn.Module, *, adapted_later: boo
     for tensor in (*ref_model.parameters(), *ref_model.buffers()):
         if _storage(tensor) in names:
             raise ValueError(
-                f"ref_model shares the memory of {names[_storage(tensor)]} with model, so that training changes both; {hint}"
+                f"ref_model shares the memory of {names[_storage(tensor)]} with model, so that training changes both; "
+                f"{hint}"
             )
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    """What two tensors have in common if they share memory; of a tensor without memory, such as meta, the tensor itself."""
+    """Equal for two tensors that share memory; unique for a tensor without memory, such as one on meta."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     try:
         pointer = local.untyped_storage().data_ptr()
@@ -161,7 +162,7 @@ def load_reference(path: str, model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
-    """Undo on an exception what was done to models: adapters, hooks, dropout, modes, what is trained; not their device.
+    """Undo changes of models on an exception: adapters, hooks, dropout, modes, ``requires_grad``; not their device.
 
     Example:
         >>> from torch import nn
@@ -228,8 +229,8 @@ def with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -
 def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
     """Compile the repeated layers of a model in place, each by itself; equal layers share a graph.
 
-    The head is not compiled, because a hook scores its input. In place, because a wrapper would rename the weights. Sizes are
-    symbolic from the start, because a batch may have any length.
+    The head is not compiled, because a hook scores its input. In place, because a wrapper would rename the weights.
+    Sizes are symbolic from the start, because a batch may have any length.
 
     Raises:
         ValueError: no list of layers is found.
@@ -255,8 +256,8 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, for the packed form has no gradient.
 
-    On CPUs with AVX512-BF16 the first forward pass in evaluation mode packs a layer's weights for good; every later step
-    would train without the gradient that passes through that layer, and without a word.
+    On CPUs with AVX512-BF16 the first forward pass in evaluation mode packs a layer's weights permanently; later steps
+    would silently lose the gradient that passes through the layer.
 
     Raises:
         ValueError: a layer was packed before it came here.
@@ -266,8 +267,8 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
-                f"model was evaluated before, which packed the 4-bit weights of {name} for inference; load it again, and "
-                "train it before it is evaluated"
+                f"model was evaluated before, which packed the 4-bit weights of {name} for inference; load it again, "
+                "and train it before it is evaluated"
             )
         module.support_avx512bf16_for_cpu = False
 
@@ -291,7 +292,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
-    """The id to fill rows up with: masked everywhere, so the end of sequence does if there is no other."""
+    """The padding id; padding is masked, so the end-of-sequence id serves if there is no other."""
     config = model.config.get_text_config()
     for source in (tokenizer, config):
         for name in ("pad_token_id", "eos_token_id"):

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, warnings, the state that a checkpoint holds beside Trainer's, and the run folder."""
+"""What a run writes: metrics, warnings, the state in a checkpoint besides Trainer's, and the run folder."""
 
 import json
 import logging
@@ -99,11 +99,11 @@ class RecordedTrainer(ResumableTrainer):
             self.run_folder.update(diagnostics=self.diagnostics.state_dict()["findings"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None):
-        """Trainer's; on the CPU, where looking is free, the step is checked before the optimizer takes it."""
+        """Trainer's; on the CPU, where synchronising is cheap, the step is checked before the optimizer takes it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        # A gradient scaler (fp16) meets infinite gradients on purpose and skips those steps itself.
+        # A gradient scaler (fp16) produces infinite gradients on purpose and skips those steps itself.
         if self.accelerator.scaler is None:
             self._watch.add_gradient(self.state.global_step + 1, grad_norm)
             self._sums["train"].add_gradient(grad_norm)
@@ -166,8 +166,8 @@ class RecordedTrainer(ResumableTrainer):
         if published is None:
             return
         logger.warning(
-            "the adapter was trained on a vocabulary of %d rows, which are saved with it, and %s has %d: to load it, resize the "
-            "base in the same way (resize_token_embeddings), save it, and name it by --base",
+            "the adapter was trained on a vocabulary of %d rows, which are saved with it, and %s has %d: to load it, "
+            "resize the base in the same way (resize_token_embeddings), save it, and name it by --base",
             embedding_rows(self.model),
             base.name_or_path,
             published,

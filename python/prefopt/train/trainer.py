@@ -1,8 +1,8 @@
 """The trainer: ``transformers.Trainer`` with a preference loss on fused log-probabilities.
 
-Start here. An optimizer step: ``get_batch_samples`` gives every row or pair of the step its weight in the step's mean loss;
-the first ``compute_loss`` estimates the baselines from all rows of the step; every ``compute_loss`` scores its sequences
-under policy and reference (scoring.py), applies the method's loss (methods.py) and accumulates metrics, without waiting for
+Start here. An optimizer step: ``get_batch_samples`` weights every row or pair for the step's mean loss; the first
+``compute_loss`` estimates the baselines from all rows of the step; every ``compute_loss`` scores its sequences under
+policy and reference (scorer.py), applies the method's loss (methods.py) and accumulates metrics, without waiting for
 the device. recorded.py writes logs, checkpoints and the run folder.
 """
 
@@ -60,8 +60,8 @@ class PreferenceTrainer(RecordedTrainer):
         peft_config: wraps ``model``, seeded by ``args.seed``.
         callbacks, optimizers: as for ``Trainer``.
 
-    Models are changed in place, as by ``Trainer``: they get the adapter, lose their dropout and move to the device. If the
-    trainer cannot be built, all but the device is undone.
+    Models are changed in place, as by ``Trainer``: adapter, dropout, device. If the trainer cannot be built, all
+    changes but the device are undone.
 
     Raises:
         ValueError, TypeError: an argument does not fit, found before any training.
@@ -69,7 +69,7 @@ class PreferenceTrainer(RecordedTrainer):
         NonFiniteError: from ``train``; see ``FiniteWatch``.
     """
 
-    # Each row carries its share of the whole window's mean loss: Trainer has nothing left to divide.
+    # Rows are weighted for the mean loss of the whole window, so Trainer must not divide by the accumulation steps.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -173,7 +173,7 @@ class PreferenceTrainer(RecordedTrainer):
         describe(self, reference_kind, train, evals)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
-        """Trainer's, without compilation of the whole model, whose head could then not be hooked; see ``compile_layers``."""
+        """Trainer's, without compilation of the whole model, which would remove the hooks of its head."""
         built = super()._build_accelerator_args(**kwargs)
         self._compilation, built["dynamo_plugin"] = built["dynamo_plugin"], TorchDynamoPlugin(backend="no")
         return built
@@ -208,7 +208,7 @@ class PreferenceTrainer(RecordedTrainer):
         """The window's micro-batches, each row or pair with its weight in the step's mean loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         set_row_weights(batches, self.accelerator, by_tokens=self.objective.nll_weight > 0)
-        # The estimates wait for the first compute_loss: on resume the random state is restored in between.
+        # The first compute_loss makes the estimates: on resume the random state is restored in between.
         self._window, self._z0, self._ahead = batches, None, None
         if batches:
             self._sums["train"].add_step(self.accelerator.num_processes)
@@ -219,7 +219,7 @@ class PreferenceTrainer(RecordedTrainer):
         return None  # Trainer would count label tokens; these labels are of rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The sum of what this micro-batch's rows or pairs add to the step's mean loss, and ``predict``'s values of each."""
+        """The micro-batch's part of the step's mean loss, and on request the values that ``predict`` returns."""
         args, objective, mode = self.args, self.objective, "train" if model.training else "eval"
         z0 = self._reference_point(inputs, mode)
         ahead = self._score_window() if mode == "train" and args.needs_window and len(self._window) > 1 else None
@@ -228,7 +228,7 @@ class PreferenceTrainer(RecordedTrainer):
         rows = sequences(inputs, policy.logps, ref_logps)
         if ahead:
             baselines = ahead[1]
-        else:  # these are all the rows of the step, or of the batch that is evaluated
+        else:  # all rows of the step, or of the evaluation batch
             baselines = self._estimate(rows.first(len(inputs["features"])), mode)
         baselines = replace(baselines, reference_point=z0)
         losses = objective.losses(rows, baselines) * inputs["row_weights"]
@@ -255,7 +255,7 @@ class PreferenceTrainer(RecordedTrainer):
         return estimate.value
 
     def _score_window(self) -> tuple[list[Tensor | None], Baselines]:
-        """The reference's scores of each micro-batch of the window, and the baselines from all its rows; computed once."""
+        """Scores of each micro-batch of the window under the reference, and the baselines from all its rows; cached."""
         if self._ahead is None:
             references, parts = [], []
             for batch in self._window:
@@ -315,10 +315,10 @@ class PreferenceTrainer(RecordedTrainer):
         """Trainer's, for rows in any form that ``train_dataset`` takes.
 
         Returns:
-            PredictionOutput. ``metrics``: those of ``evaluate``, with the prefix. ``predictions``: a dictionary of numpy
-            arrays, one entry a row in the order of the data: ``logps`` and ``ref_logps`` (nats, of the whole completion)
-            and ``rewards``, without those that the method does not have. ``label_ids``: the labels. Of pairs each array is
-            (P, 2), the chosen answer first. The logits are never built.
+            PredictionOutput. ``metrics``: those of ``evaluate``, with the prefix. ``predictions``: a dictionary of
+            numpy arrays with one entry per row, in the order of the data: ``logps`` and ``ref_logps`` (nats, of the
+            whole completion) and ``rewards``, those that the method has. ``label_ids``: the labels. For pairs each
+            array is (P, 2), the chosen answer first. Logits are not materialised.
         """
         self.layout.check_prepared(self.model)
         rows = self._prepared_later(test_dataset, "test_dataset")

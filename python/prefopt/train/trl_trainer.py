@@ -1,10 +1,10 @@
 """TRL's KTOTrainer with our losses and one reference point per optimizer step; needs TRL 1.16.
 
 What TRL does stays TRL's: data, reference model, forward passes, metrics, checkpoints. Its ``_compute_loss`` runs as it
-is, on log-probabilities of the reference that are computed here, and its loss is then left aside for ours. A window's
-micro-batches are scored under the reference, and their mismatched completions under the policy, at its first micro-batch;
-that is the same number of forward passes in another order. BCO's shift needs the policy's scores of the whole window
-too, so with several micro-batches each is scored once more, without gradient.
+is, on reference log-probabilities that are computed here, and its loss is replaced by ours. A window's
+micro-batches are scored under the reference, and their mismatched completions under the policy, at its first
+micro-batch: the same number of forward passes in another order. BCO's shift needs the policy's scores of the whole
+window, so with several micro-batches each is scored once more, without gradient.
 """
 
 import difflib
@@ -47,9 +47,8 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
 
     ``KTOConfig(loss_type=...)`` may also be "enhanced_kto" (:func:`prefopt_kernels.losses.enhanced_kto_loss`) and "bco"
     (arXiv:2404.04656, with one shift per optimizer step, of all its rows and ranks:
-    :class:`prefopt_kernels.reference_point.WindowShift`). Every argument of TRL's trainer and of its configuration keeps
-    its meaning. ``kl_estimator="microbatch"`` with "kto" or
-    "apo_zero_unpaired" logs what TRL's trainer logs.
+    :class:`prefopt_kernels.reference_point.WindowShift`). Every argument of TRL's trainer and of its configuration
+    keeps its meaning. ``kl_estimator="microbatch"`` with "kto" or "apo_zero_unpaired" logs what TRL's trainer logs.
 
     Args:
         model, ref_model, args, and all further ones: as for ``trl.KTOTrainer``.
@@ -134,8 +133,8 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
                 (known,) = self._known(model, [inputs])
             else:
                 if position == 0:
-                    self._knowledge = self._known(model, self._window)
-                known = self._knowledge[position]
+                    self._window_scores = self._known(model, self._window)
+                known = self._window_scores[position]
             return self._loss(model, inputs | known["inputs"], return_outputs, **known["points"])
 
     def _loss(self, model, inputs: dict, return_outputs: bool, z0: Tensor | None, shift: Tensor | None):

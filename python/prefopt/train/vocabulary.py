@@ -58,8 +58,8 @@ def check_token_indices(model: PreTrainedModel, peft_config: object) -> None:
         wrong = [i for i in ids if not 0 <= i < rows]
         if wrong:
             raise ValueError(
-                f"peft_config.{name} has {wrong[0]}, and the vocabulary has {rows} rows; expected ids from 0 to {rows - 1}: "
-                "resize the model first (model.resize_token_embeddings), or correct the ids"
+                f"peft_config.{name} has {wrong[0]}, and the vocabulary has {rows} rows; expected ids from 0 to "
+                f"{rows - 1}: resize the model first (model.resize_token_embeddings), or correct the ids"
             )
 
 

@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step: how much each of their rows counts in the step's loss."""
+"""The weight of each row in the mean loss of an optimizer step."""
 
 import torch
 import torch.distributed as dist
@@ -8,11 +8,10 @@ from prefopt.data.collate import RawFeatures
 
 
 def set_row_weights(batches: list[dict], accelerator: Accelerator, *, by_tokens: bool) -> None:
-    """Number the batches, and give every row its share of the step's mean loss over all ranks.
+    """Number the batches, and weight every row for the step's mean loss over all ranks.
 
-    ``row_weights`` (R,) sum to 1 over all rows or pairs of the step, times the number of processes, which the mean of DDP takes
-    out again. With ``by_tokens`` also ``token_weights`` (R,), the same in proportion to the tokens of the desirable
-    answer: of a mean over tokens.
+    ``row_weights`` (R,) sum to the number of processes over all rows or pairs of the step; DDP's mean divides by that
+    number. With ``by_tokens`` also ``token_weights`` (R,), in proportion to the tokens of the desirable answer.
     """
     last = len(batches) - 1
     total = sum(drop_repeats(batch, accelerator, last=position == last) for position, batch in enumerate(batches))
@@ -34,7 +33,7 @@ def set_row_weights(batches: list[dict], accelerator: Accelerator, *, by_tokens:
 
 
 def drop_repeats(batch: dict, accelerator: Accelerator, *, last: bool) -> int:
-    """Set ``row_weights`` (R,): 1, or 0 for a row that the dataloader repeats to give every rank a full last batch.
+    """Set ``row_weights`` (R,): 1, or 0 for a row that the dataloader repeats to fill the last batch of every rank.
 
     Returns:
         How many rows of all ranks' micro-batches are not repeats; by arithmetic, without a reduction.
