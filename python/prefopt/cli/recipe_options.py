@@ -22,8 +22,8 @@ OVERRIDE = "override "  # before the dotted keys among the parsed arguments
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of every section, with its help and default.
 
-    The bare names are accepted too, without a line of help: --beta is --loss.beta. So are the names of other libraries, which
-    the recipe translates or refuses.
+    The bare names are accepted too, without a line of help: --beta is --loss.beta. So are the names of other
+    libraries, which the recipe translates or refuses.
     """
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)

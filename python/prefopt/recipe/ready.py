@@ -31,6 +31,18 @@ from prefopt.recipe.schema import Recipe
 from prefopt.train import PreferenceConfig
 from prefopt_kernels import explain
 
+# What torch, transformers and the packages of optimizers raise for bad arguments, which they check as they like.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Optimizers that are made from the whole model; here only their package is checked.
 OF_A_MODEL = ("apollo", "galore", "lomo")
 UNKNOWN_LENGTH = 10_000  # steps for a scheduler's trial where the recipe counts epochs
@@ -165,7 +177,7 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
     name = OptimizerNames(config.optim).value
     try:
         optimizer = _optimizer(config, name)
-    except Exception as error:  # of torch, transformers or a package of the optimizer
+    except LIBRARY_ERRORS as error:
         return [f"training.optim is {name}: {first_line(error)}"]
     if optimizer is None:
         return []
@@ -173,7 +185,7 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
     steps = config.max_steps if config.max_steps > 0 else UNKNOWN_LENGTH
     try:
         get_scheduler(name, optimizer, 0, steps, kwargs)  # computes the first learning rate
-    except Exception as error:  # a scheduler checks its arguments as it likes
+    except LIBRARY_ERRORS as error:
         reason = first_line(error)
         if kwargs:
             key = "training.extra.lr_scheduler_kwargs"
@@ -193,7 +205,7 @@ def _try_loader(config: PreferenceConfig) -> list[str]:
             persistent_workers=config.dataloader_persistent_workers,
             multiprocessing_context=config.dataloader_multiprocessing_context,
         )
-    except Exception as error:  # ValueError, TypeError and what multiprocessing raises
+    except LIBRARY_ERRORS as error:
         return [f"training.extra has options of the data loader that it refuses: {first_line(error)}"]
     return []
 
@@ -204,7 +216,7 @@ def _try_checkpointing(config: PreferenceConfig) -> list[str]:
         return []
     try:
         checkpoint(torch.nn.Identity(), torch.zeros(1), **({"use_reentrant": False} | kwargs))
-    except Exception as error:  # the arguments go to torch unchecked
+    except LIBRARY_ERRORS as error:
         key = "training.extra.gradient_checkpointing_kwargs"
         return [f"{key} is {show(kwargs)}: {first_line(error)}"]
     return []

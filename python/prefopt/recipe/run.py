@@ -31,7 +31,7 @@ from prefopt.recipe.models import (
     load_tokenizer,
     quantize_for,
 )
-from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
+from prefopt.recipe.ready import LIBRARY_ERRORS, check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
 from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
 from prefopt.recipe.schema import Recipe
@@ -162,7 +162,7 @@ def _culprit(options: dict[str, Any]) -> str | None:
     for name in reversed(options):  # first those of training.extra
         try:
             PreferenceConfig(**{key: value for key, value in options.items() if key != name})
-        except Exception:  # still refused, for whatever reason
+        except LIBRARY_ERRORS:
             continue
         return name
     return None
