@@ -26,6 +26,7 @@ STEPS = {
     "max_grad_norm": 0.7,  # below most of the norms here
     "per_device_train_batch_size": 2,
 }
+SAVED = {"save_strategy": "steps", "save_steps": 2}
 CASES = {  # method, options, adapter
     "full-kto": ("kto", {"precompute_ref_logps": True}, False),
     "full-dpo": ("dpo", {}, False),
@@ -199,10 +200,8 @@ def run_case(world, folder: Path, name: str, accumulation: int, **further) -> di
 
 
 def run_resumed(world, folder: Path, name: str, **further) -> dict:
-    """Stop after two of the steps, and go on in a new trainer; both on two processes."""
-    further |= {"save_strategy": "steps", "save_steps": 2}
-    train(built(world, folder, name, 2, **further))
-    again = built(world, folder, name, 2, **further)
+    """Resume, in a new trainer, the run that ``run_case`` made in ``folder`` with SAVED, from its second step."""
+    again = built(world, folder, name, 2, **(SAVED | further))
     return trained(again, resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 

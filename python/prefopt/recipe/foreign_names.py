@@ -99,7 +99,7 @@ OLD = {
 def translate(values: dict[str, Entry], problems: list[str]) -> dict[str, Entry]:
     """Old keys replaced by new ones, each with a warning; what is refused is added to ``problems``.
 
-    A training option that stands at the top level, as in a flat file, goes to ``training``.
+    A training option at the top level, as in a flat file, goes to ``training``.
 
     Args:
         values: {dotted key: (value, where it was said)} of one file, or of the command line.

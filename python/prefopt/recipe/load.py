@@ -71,7 +71,7 @@ def make_recipe(content: Any, overrides: Mapping[str, Any] | None = None, name: 
 
 
 def _section(section: str, values: Mapping[str, Entry], name: str, problems: list[str]) -> Any:
-    """The dataclass of one section; None for a lora that is not asked for, or if there are problems."""
+    """The dataclass of one section; None for an absent lora section, or if there are problems."""
     known, hints = options_of(section), get_type_hints(SECTIONS[section])
     given = {key.partition(".")[2]: entry for key, entry in values.items() if key.startswith(f"{section}.")}
     good = {}
@@ -121,7 +121,7 @@ def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, Entr
 
 
 def _elsewhere(option: str) -> str:
-    """A key that stands in the wrong section, or in none."""
+    """A hint for a key in the wrong section, or in none."""
     name = str(option).rpartition(".")[2]
     homes = [f"{section}.{name}" for section in SECTIONS if name in options_of(section)]
     return f"; did you mean {' or '.join(homes)}?" if homes else ""

@@ -125,7 +125,7 @@ def newest_whole(run_dir: str | Path) -> Path | None:
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints are whole or absent, and verified before training resumes from one."""
 
-    _partial: Path | None = None  # the folder that stands in for the run folder during a save
+    _partial: Path | None = None  # replaces the run folder during a save
     _verified: str | None = None  # by a call before ``train``, which need not read it all again
 
     def _checkpoint_files(self) -> dict[str, str]:

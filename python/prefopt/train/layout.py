@@ -140,7 +140,7 @@ def _why_not(trainer: Trainer) -> str | None:
         return _why_not_fsdp(trainer.accelerator.state.fsdp_plugin)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return (
-            "the model's weights were partitioned by DeepSpeed while it was loaded, and the trainer looks at them "
+            "the model's weights were partitioned by DeepSpeed while it was loaded, and the trainer reads them "
             "whole first; set zero3_init_flag: false"
         )
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -155,7 +155,7 @@ def _why_not_fsdp(plugin) -> str | None:
     if plugin.cpu_ram_efficient_loading:
         return (
             "fsdp_cpu_ram_efficient_loading is on, which gives the weights to the first process only, and the trainer "
-            "looks at them on each; set it to false"
+            "reads them on each; set it to false"
         )
     return None
 

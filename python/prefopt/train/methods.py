@@ -120,8 +120,8 @@ def _enhanced_kto(rows: Sequences, baselines: Baselines, args: Options) -> Tenso
 
 
 def _enhanced_kto_gradients(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
-    parts = enhanced_kto_components(*rows.unpaired, rows.lengths, **_enhanced_kto_options(baselines, args))
-    return torch.stack([parts.kto, parts.shift, parts.value, parts.weighting, parts.odds])
+    found = enhanced_kto_components(*rows.unpaired, rows.lengths, **_enhanced_kto_options(baselines, args))
+    return torch.stack([found.kto, found.shift, found.value, found.weighting, found.odds])
 
 
 def _enhanced_kto_options(baselines: Baselines, args: Options) -> dict[str, Any]:

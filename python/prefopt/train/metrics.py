@@ -164,8 +164,8 @@ def quotients(
         ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` as the method defines them, per row; ``entropy``
         (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; of pairs
         ``rewards/accuracies``, the share with the chosen answer ahead; ``rows_without_partner``, a count; ``shift``
-        in reward units and ``shift_gate``; ``grad/*``, the share that each part of the loss has in the sum of the
-        parts' sizes, each summed over rows.
+        in reward units and ``shift_gate``; ``grad/*``, the share of each gradient component in the sum of their
+        absolute values over rows.
     """
     logged = {}
     if loss_count:

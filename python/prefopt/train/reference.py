@@ -92,7 +92,7 @@ def choose_reference(
 
     Args:
         model: the policy, before training.
-        ref_model: the one asked for, or None.
+        ref_model: a given reference, or None.
         fresh_adapter: the trainer made the adapter itself, so the model without it is the starting point.
         precompute: scores are computed before training; no copy is needed for that.
         may_copy: False where the model's weights are in shards already.

@@ -16,7 +16,7 @@ from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 
 
 class Scores(NamedTuple):
-    """Sums over the completion's tokens; the last two only where asked for."""
+    """Sums over the tokens of each completion; the last two are optional."""
 
     logps: Tensor  # (B,) fp32, nats
     entropies: Tensor | None = None  # (B,) fp32, nats
@@ -39,7 +39,7 @@ class PackingCollator:
     def mismatched(self, features: Sequence[dict], partners: Sequence[int]) -> dict | None:
         """Prompts with their partners' completions, in the same form; None if no row has a partner.
 
-        ``index`` (n,) names the row of ``features`` that each sequence stands for.
+        ``index`` (n,) is the row of ``features`` of each sequence.
         """
         assert isinstance(self.collator, PreferenceCollator)
         batch = self.collator.build_mismatched(features, partners)

@@ -218,7 +218,7 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
             for entry in known:
                 entry["inputs"]["ref_KL_logps"] = ratios[0].new_zeros(1)
         shift = None
-        if self._needs_shift and len(window) > 1:  # of one alone, the pass with the gradient tells
+        if self._needs_shift and len(window) > 1:  # for one, the pass with the gradient gives the rewards
             rewards = [
                 self.beta * (self._policy(model, batch) - logps)
                 for batch, (logps, _) in zip(window, references, strict=True)
