@@ -29,7 +29,12 @@ class Scorer:
     """
 
     def __init__(
-        self, trainer: "PreferenceTrainer", collator: PackingCollator, ref_model: nn.Module | None, fresh_adapter: bool
+        self,
+        trainer: "PreferenceTrainer",
+        collator: PackingCollator,
+        ref_model: nn.Module | None,
+        *,
+        fresh_adapter: bool,
     ):
         self.trainer, self.args, self.collator = trainer, trainer.args, collator
         self.head = self.reference_head = _checked_head(trainer.model)

@@ -24,7 +24,7 @@ from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.console import show_lines
 from prefopt.train.describe import describe
-from prefopt.train.inputs import COLUMNS, Prepared, prepare_rows
+from prefopt.train.inputs import COLUMNS, prepare_rows
 from prefopt.train.layout import Layout
 from prefopt.train.methods import PAIRS, Baselines, Sequences
 from prefopt.train.metrics import RowMetrics
@@ -94,83 +94,59 @@ class PreferenceTrainer(RecordedTrainer):
         if isinstance(ref_model, str):
             ref_model = prepare.load_reference(ref_model, model)
         with prepare.unchanged_if_refused(model, ref_model):
-            self._build(
-                prepare.ready(model, ref_model, args, peft_config),
-                args,
-                train,
-                evals,
+            model = prepare.ready(model, ref_model, args, peft_config)
+            pad_token_id = prepare.pad_token_id(processing_class, model)
+            models = [model] if ref_model is None else [model, ref_model]
+            check_token_ids(models, processing_class, [train, *evals.values()], pad_token_id)
+            rows_collator = collator = PackingCollator(PreferenceCollator(pad_token_id, max_length=args.max_length))
+            if args.spec.data == PAIRS:
+                collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
+            prepare.check_best(args, evals)
+            prepare.check_steps(args, len(train.tokenized.dataset))
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collator,
+                train_dataset=train.tokenized.dataset,
+                eval_dataset={name: rows.tokenized.dataset for name, rows in evals.items()} or None,
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                ref_model=ref_model,
-                fresh_adapter=peft_config is not None,
             )
-
-    def _build(
-        self,
-        model: PreTrainedModel,
-        args: PreferenceConfig,
-        train: Prepared,
-        evals: dict[str, Prepared],
-        *,
-        processing_class: PreTrainedTokenizerBase | None,
-        callbacks: list[TrainerCallback] | None,
-        optimizers: tuple,
-        ref_model: PreTrainedModel | None,
-        fresh_adapter: bool,
-    ) -> None:
-        pad_token_id = prepare.pad_token_id(processing_class, model)
-        models = [model] if ref_model is None else [model, ref_model]
-        check_token_ids(models, processing_class, [train, *evals.values()], pad_token_id)
-        rows_collator = collator = PackingCollator(PreferenceCollator(pad_token_id, max_length=args.max_length))
-        if args.spec.data == PAIRS:
-            collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
-        prepare.check_best(args, evals)
-        prepare.check_steps(args, len(train.tokenized.dataset))
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=train.tokenized.dataset,
-            eval_dataset={name: rows.tokenized.dataset for name, rows in evals.items()} or None,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
-        show_lines(self)
-        self.layout = Layout(self)
-        self.scorer = Scorer(self, rows_collator, ref_model, fresh_adapter)
-        reference_kind = "none" if self.reference is None else self.reference.kind
-        self._reference_fingerprint = self.scorer.fingerprint
-        if self._compilation.backend != DynamoBackend.NO:
-            self.layout.check_compilable()
-            for one in filter(None, (self.model, self.scorer.second_model)):
-                prepare.compile_layers(one, self._compilation)
-        self.train_dataset = self.scorer.scored(train, args.per_device_train_batch_size)
-        scored = {name: self.scorer.scored(rows, args.per_device_eval_batch_size) for name, rows in evals.items()}
-        self.eval_dataset = scored.get("", scored or None)
-        if args.precompute_ref_logps:  # the scores are columns of the data now
-            self.scorer.free_reference()
-        self.objective = Objective(args)
-        self.baselines = BaselineEstimators(args)
-        self.mismatched = None
-        if args.needs_kl:
-            self.mismatched = MismatchedRows(
-                str(args.kl_estimator),
-                rows_collator,
-                self.scorer.log_ratios,
-                args.device,
-                decay=args.kl_decay,
-                dummy_pass=self.scorer.dummy_pass if self.layout.in_lockstep else lambda: None,
-            )
-        self._window: list[dict] = []
-        self._z0: Tensor | None = None  # of the window
-        self._ahead: tuple[list[Tensor | None], Baselines] | None = None  # of the window
-        self._sampler: LabelBalancedSampler | None = None
-        self.add_callback(_SamplerEpoch(self))
-        self._reset_state()
-        self.run_folder = RunFolder(str(args.output_dir), active=self.is_world_process_zero())
-        describe(self, reference_kind, train, evals)
+            show_lines(self)
+            self.layout = Layout(self)
+            self.scorer = Scorer(self, rows_collator, ref_model, fresh_adapter=peft_config is not None)
+            reference_kind = "none" if self.reference is None else self.reference.kind
+            self._reference_fingerprint = self.scorer.fingerprint
+            if self._compilation.backend != DynamoBackend.NO:
+                self.layout.check_compilable()
+                for one in filter(None, (self.model, self.scorer.second_model)):
+                    prepare.compile_layers(one, self._compilation)
+            self.train_dataset = self.scorer.scored(train, args.per_device_train_batch_size)
+            scored = {name: self.scorer.scored(rows, args.per_device_eval_batch_size) for name, rows in evals.items()}
+            self.eval_dataset = scored.get("", scored or None)
+            if args.precompute_ref_logps:  # the scores are columns of the data now
+                self.scorer.free_reference()
+            self.objective = Objective(args)
+            self.baselines = BaselineEstimators(args)
+            self.mismatched = None
+            if args.needs_kl:
+                self.mismatched = MismatchedRows(
+                    str(args.kl_estimator),
+                    rows_collator,
+                    self.scorer.log_ratios,
+                    args.device,
+                    decay=args.kl_decay,
+                    dummy_pass=self.scorer.dummy_pass if self.layout.in_lockstep else lambda: None,
+                )
+            self._window: list[dict] = []
+            self._z0: Tensor | None = None  # of the window
+            self._ahead: tuple[list[Tensor | None], Baselines] | None = None  # of the window
+            self._sampler: LabelBalancedSampler | None = None
+            self.add_callback(_SamplerEpoch(self))
+            self._reset_state()
+            self.run_folder = RunFolder(str(args.output_dir), active=self.is_world_process_zero())
+            describe(self, reference_kind, train, evals)
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         """Trainer's, without compilation of the whole model, which would remove the hooks of its head."""
