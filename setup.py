@@ -25,8 +25,8 @@ TRAIN = [
     *("filelock>=3.20", "huggingface_hub>=1", "matplotlib>=3.11", "psutil>=7", "pyyaml>=6"),
 ]
 EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
-# Pinned, because its task definitions determine the scores. Not in constraints.txt: its dependency typepy needs an older
-# python-dateutil than the one pinned there.
+# Pinned, because its task definitions determine the scores. Not in constraints.txt: its dependency typepy needs an
+# older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
 TEST = [
     *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8", "hypothesis>=6"),
