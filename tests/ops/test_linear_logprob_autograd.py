@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from prefopt_kernels import TokenLogprobs, linear_logprob
+from prefopt_kernels.ops import _extension
 from prefopt_kernels.ops.linear_logprob import reference as backend_reference
 from prefopt_kernels.ops.linear_logprob.checks import OUTPUTS
 from support.linear_logprob import DIFFERENTIABLE, DTYPES, OPERANDS, check, leaves, ours, problem
@@ -240,10 +241,11 @@ def test_the_environment_chooses_the_backend(monkeypatch, kernels):
     monkeypatch.setenv("PREFOPT_BACKEND", "auto")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 2
-    monkeypatch.setenv("PREFOPT_BACKEND", "cuda")
+    monkeypatch.setenv("PREFOPT_BACKEND", "cpu")
+    monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
     linear_logprob(*arguments, backend="reference")
     assert len(kernels) == 3, "a named backend comes before the environment"
-    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call: .*no cuda"):
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this call: no C\+\+ compiler"):
         linear_logprob(*arguments)
     monkeypatch.setenv("PREFOPT_BACKEND", "refrence")
     with pytest.raises(ValueError, match="'refrence'; expected one of .*'reference'"):

@@ -176,7 +176,7 @@ VALUES = {
     ),
     "backend unknown": (
         {"backend": "cpp"},
-        r"backend is 'cpp'; expected one of \['auto', 'cpu', 'triton', 'reference', 'cuda'\]",
+        r"backend is 'cpp'; expected one of \['auto', 'cpu', 'triton', 'reference'\]",
     ),
 }
 
@@ -216,12 +216,6 @@ def test_a_number_that_does_not_fit_fp32(name):
         refused(ValueError, f"{name} is .*; expected a finite number above 0", **{name: 1e-46})
 
 
-@pytest.mark.parametrize("name", ["cuda"])
-def test_a_backend_that_this_version_lacks(name):
-    message = f"backend '{name}' cannot run this call: this version has no {name} kernel"
-    refused(RuntimeError, message, backend=name)
-
-
 def test_a_backend_whose_library_is_missing(monkeypatch):
     monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
     refused(RuntimeError, "^backend 'cpu' cannot run this call: no C.. compiler$", backend="cpu")
@@ -252,10 +246,9 @@ def test_operands_without_data_give_outputs_without_data():
 
 def test_explain_names_every_backend():
     found = explain(torch.zeros(T, H), torch.zeros(V, H))
-    assert list(found) == ["cpu", "triton", "reference", "cuda"]
+    assert list(found) == ["cpu", "triton", "reference"]
     assert list(BACKENDS) == ["cpu", "triton", "reference"]
     assert found["cpu"] == _extension.why_not() and found["reference"] is None
-    assert found["cuda"] == "this version has no cuda kernel for linear_logprob"
     assert "on meta" in explain(meta(T, H), meta(V, H))["cpu"]
 
 

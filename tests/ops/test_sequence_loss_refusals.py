@@ -98,7 +98,7 @@ def bad(message, error=ValueError, **changed):
         bad("reference_point is 1.0; expected 0.0, because method 'apo_zero' does not take it", reference_point=1.0, method="apo_zero"),
         bad("reference_point is a tensor; expected 0.0, because method 'bco'", reference_point=torch.tensor(0.0), method="bco"),
         bad("desirable_weight is 2.0; expected 1.0, because method 'bco'", desirable_weight=2.0, method="bco"),
-        bad("backend is 'trition'; expected one of ['auto', 'cpu', 'triton', 'reference', 'cuda']; did you mean 'triton'?", backend="trition"),
+        bad("backend is 'trition'; expected one of ['auto', 'cpu', 'triton', 'reference']; did you mean 'triton'?", backend="trition"),
     ],
 )  # fmt: skip
 def test_refused(changed, error, message):
@@ -115,8 +115,6 @@ def test_what_is_right_is_not_refused():
 
 def test_a_named_backend_that_cannot_run_says_why():
     logp = torch.zeros(5)
-    with pytest.raises(RuntimeError, match="'cuda' cannot run this call: this version has no cuda"):
-        select_backend(logp, "cuda")
     for name in ("cpu", "triton"):
         with pytest.raises(RuntimeError, match=f"'{name}' cannot run this call: logp is on meta"):
             select_backend(logp.to("meta"), name)
@@ -126,8 +124,9 @@ def test_a_named_backend_that_cannot_run_says_why():
 def test_the_environment_forces_a_backend(monkeypatch):
     monkeypatch.setenv("PREFOPT_BACKEND", "reference")
     assert select_backend(torch.zeros(5)) == "reference"
-    monkeypatch.setenv("PREFOPT_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match="no cuda kernel"):
+    monkeypatch.setenv("PREFOPT_BACKEND", "cpu")
+    monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
+    with pytest.raises(RuntimeError, match="no C.. compiler"):
         select_backend(torch.zeros(5))
     assert select_backend(torch.zeros(5), "reference") == "reference", "a name is stronger"
 

@@ -28,7 +28,6 @@ BACKENDS = {
     "triton": backend_triton,
     "reference": reference,
 }  # in the order in which "auto" tries them
-ABSENT = {"cuda": "this version has no cuda kernel for linear_logprob"}
 
 
 class TokenLogprobs(NamedTuple):
@@ -88,7 +87,7 @@ def linear_logprob(
             compute everything, which keeps the bound.
         head_grad_filter: the same for the gradients of ``weight``, ``bias`` and ``lora``'s B; tiles below both are not even
             recomputed. Its error is bounded by e times the sum of the absolute upstream gradients per vocabulary row.
-        backend: "auto" or one of "reference", "cpu", "triton", "cuda". A named backend that cannot run raises with the reason.
+        backend: "auto", "reference", "cpu" or "triton". A named backend that cannot run raises with the reason.
             The environment variable PREFOPT_BACKEND takes the place of "auto".
 
     Returns:
@@ -185,7 +184,7 @@ def explain(hidden: Tensor, weight: Tensor) -> dict[str, str | None]:
         >>> explain(torch.eye(2), torch.zeros(4, 2))["reference"] is None
         True
     """
-    return {name: module.why_not(hidden, weight) for name, module in BACKENDS.items()} | ABSENT
+    return {name: module.why_not(hidden, weight) for name, module in BACKENDS.items()}
 
 
 def select_backend(hidden: Tensor, weight: Tensor, backend: str = "auto") -> str:
@@ -194,9 +193,9 @@ def select_backend(hidden: Tensor, weight: Tensor, backend: str = "auto") -> str
         backend = os.environ.get("PREFOPT_BACKEND", "auto")
     if backend == "auto":
         return next(name for name, module in BACKENDS.items() if module.why_not(hidden, weight) is None)
-    if backend not in BACKENDS and backend not in ABSENT:
-        raise ValueError(f"backend is {backend!r}; expected one of {['auto', *BACKENDS, *ABSENT]}")
-    reason = ABSENT[backend] if backend in ABSENT else BACKENDS[backend].why_not(hidden, weight)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {['auto', *BACKENDS]}")
+    reason = BACKENDS[backend].why_not(hidden, weight)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
     return backend

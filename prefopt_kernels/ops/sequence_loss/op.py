@@ -22,7 +22,6 @@ BACKENDS = {
     "triton": backend_triton,
     "reference": reference,
 }  # in the order in which "auto" tries them
-ABSENT = {"cuda": "this version has no cuda kernel for sequence_loss"}
 
 SUMS = tuple(
     f"{label}/{name}" for label in ("desirable", "undesirable") for name in ("count", "rewards", "logps", "losses")
@@ -91,7 +90,7 @@ def sequence_loss(
             of ``logp``, a constant to the gradient. Under torch.compile give what changes as a tensor: each number is compiled.
         beta, shift_bound, loss_aversion, alpha, kappa, win_weighting, decision_weighting, decision_clip, odds_weight,
             desirable_weight, undesirable_weight, main_bound, odds_bound: as the loss.
-        backend: "auto" or one of "reference", "cpu", "triton", "cuda". A named backend that cannot run raises with the reason.
+        backend: "auto", "reference", "cpu" or "triton". A named backend that cannot run raises with the reason.
             The environment variable PREFOPT_BACKEND takes the place of "auto".
 
     Returns:
@@ -172,12 +171,12 @@ def select_backend(logp: Tensor, backend: str = "auto") -> str:
         backend = os.environ.get("PREFOPT_BACKEND", "auto")
     if backend == "auto":
         return next(name for name, module in BACKENDS.items() if module.why_not(logp) is None)
-    if backend not in BACKENDS and backend not in ABSENT:
-        names = ["auto", *BACKENDS, *ABSENT]
+    if backend not in BACKENDS:
+        names = ["auto", *BACKENDS]
         near = difflib.get_close_matches(str(backend), names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"backend is {backend!r}; expected one of {names}{hint}")
-    reason = ABSENT[backend] if backend in ABSENT else BACKENDS[backend].why_not(logp)
+    reason = BACKENDS[backend].why_not(logp)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")
     return backend
