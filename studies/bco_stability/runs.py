@@ -8,10 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from studies.bco_stability.components import BETA, SHARES, Window, coefficients, pair_means, rewards, shares
+from studies.bco_stability.components import (
+    BETA,
+    EMA,
+    SHARES,
+    Running,
+    Window,
+    coefficients,
+    pair_means,
+    rewards,
+    schedule_of,
+    shares,
+)
 from studies.bco_stability.grid import Config
 from studies.bco_stability.policy import Reference, new_adapters, preference, score, sequence_logps
-from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 BATCH = 16  # rows of one optimizer step: 8 micro-batches of 2
 NOISE = 0.15  # share of labels that are wrong

@@ -8,10 +8,9 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.report.statistics import wilson
-from studies.bco_stability.findings import effects, find, remedy_cells
+from studies.bco_stability.findings import cause, cure, effects, price, remedy_cells, variants, verdict
 from studies.bco_stability.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
 from studies.bco_stability.pool import missing, read_lines
-from studies.bco_stability.price import variants
 from studies.bco_stability.report import markdown, write_report
 from studies.bco_stability.table import Share, as_csv, cell_of, paired
 
@@ -96,18 +95,18 @@ def test_the_cause_is_named_whatever_it_is():
     assert (first.component, first.word) == ("weighting", "raises it")
     assert first.without == Share(0, 24) and first.with_it == Share(16, 24)
     assert {effect.word for effect in rest} == {"no clear effect"}
-    cause = " ".join(find(made_up()).cause)
-    assert "raises it most is the weighting: 16 of 24 (67 %, 47 to 82) with it, 0 of 24" in cause
-    assert "The shift by itself has no clear effect" in cause
-    assert "Nearest to it comes value + weighting + odds + shift in bf16" in cause
-    other = " ".join(find(made_up(shift_is_bad=True)).cause)
+    found = " ".join(cause(made_up()))
+    assert "raises it most is the weighting: 16 of 24 (67 %, 47 to 82) with it, 0 of 24" in found
+    assert "The shift by itself has no clear effect" in found
+    assert "Nearest to it comes value + weighting + odds + shift in bf16" in found
+    other = " ".join(cause(made_up(shift_is_bad=True)))
     assert "raises it most is the shift" in other and "The shift adds to it" in other
 
 
 def test_remedies_that_reach_zero_are_told_from_those_that_do_not():
     cells = remedy_cells(made_up())["bf16", EVERY]
     assert cells[()].unstable == Share(8, 12)
-    (sentence,) = [one for one in find(made_up()).cure if one.startswith("Naive form")]
+    (sentence,) = [one for one in cure(made_up()) if one.startswith("Naive form")]
     zero, others = re.fullmatch(r".*Reaches zero: (.*)\. Does not: (.*)\.", sentence).groups()
     names = [re.sub(r" \d.*", "", one) for one in zero.split("; ")]
     assert names == ["safe weighting", "all together"]
@@ -125,8 +124,8 @@ def test_remedies_that_reach_zero_are_told_from_those_that_do_not():
     ],
 )
 def test_verdict(made, tone, words):
-    findings = find(made_up(**made))
-    assert findings.tone == tone and words in findings.verdict
+    found, text = verdict(made_up(**made))
+    assert found == tone and words in text
 
 
 def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
@@ -146,7 +145,7 @@ def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
         ("no staging",),
     ]
     assert variants(rows)[0].cell.unstable == Share(0, 12)  # on the runs that all of them share
-    said = find(rows).price[-1]
+    said = price(rows)[-1]
     assert "(12 runs each), the one with win weighting and loss aversion 1.5" in said
     # 12 differences of 0.18 and 0.22: 2.201 (Student's t) * 0.02 * sqrt(12 / 11) / sqrt(12) = 0.0133
     assert "+0.200 (+0.187 to +0.213) against KTO's" in said
@@ -156,22 +155,18 @@ def test_a_variant_run_often_enough_gets_its_own_sentence():
     rows = made_up(ours_margin=0.9)
     wide = [Config("ours", COMPONENTS, "fp32", rate, WIDER) for rate in (0.01, 0.02)]
     rows += rows_of(wide[0], ["stable"] * 120, 1.1) + rows_of(wide[1], ["stable"] * 79, 1.1)
-    assert len(find(rows).price) == 5  # two rates, margin, accuracy, the best variant
+    assert len(price(rows)) == 5  # two rates, margin, accuracy, the best variant
     rows += rows_of(wide[1], ["stable"] * 80, 1.1)[-1:]
-    assert (
-        find(rows)
-        .price[-1]
-        .startswith(
-            "In 200 runs, our form with no shift bound and loss aversion 1.5 was unstable in "
-            "0 of 200 (0 %, 0 to 1.9). The margin on held-out pairs is above KTO's: +0.100"
-        )
+    assert price(rows)[-1].startswith(
+        "In 200 runs, our form with no shift bound and loss aversion 1.5 was unstable in "
+        "0 of 200 (0 %, 0 to 1.9). The margin on held-out pairs is above KTO's: +0.100"
     )
 
 
 def test_few_runs_are_no_verdict():
     rows = [row for row in made_up() if row["seed"] < 12]
-    assert find(rows).tone == "unclear"
-    assert find([row for row in rows if row["form"] == "naive"]).verdict == ("The defaults were not run.")
+    assert verdict(rows)[0] == "unclear"
+    assert verdict([row for row in rows if row["form"] == "naive"])[1] == ("The defaults were not run.")
 
 
 def test_the_report_is_one_page_with_every_plot(tmp_path):
@@ -183,7 +178,7 @@ def test_the_report_is_one_page_with_every_plot(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / name).write_text(text, encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert find(rows).verdict.replace("'", "&#x27;") in page
+    assert verdict(rows)[1].replace("'", "&#x27;") in page
     assert page.count("<svg") == 4 and "nan" not in page.lower().replace("tversky", "")
     names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
     assert names == {path.stem for path in (tmp_path / "plots").glob("*.svg")}
@@ -196,7 +191,7 @@ def test_the_report_is_one_page_with_every_plot(tmp_path):
     assert not re.search(r"(?:src|href)=\"(?!#)", page)  # nothing is loaded from elsewhere
     assert (tmp_path / "table.csv").read_text(encoding="utf-8") == as_csv(rows)
     answers = (tmp_path / "answers.md").read_text(encoding="utf-8")
-    assert find(rows).verdict in answers and all(one in answers for one in find(rows).cause)
+    assert verdict(rows)[1] in answers and all(one in answers for one in cause(rows))
     assert "| weighting, bf16 | 0 of 24 (0 %, 0 to 14) | 16 of 24 (67 %, 47 to 82) | +67" in answers
 
 

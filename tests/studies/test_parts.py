@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from prefopt_kernels import kto_loss
 from studies.bco_stability import components as parts
+from studies.bco_stability.components import EMA, Running, schedule_of
 from studies.bco_stability.grid import (
     COMPONENTS,
     MISTAKES,
@@ -31,7 +32,6 @@ from studies.bco_stability.policy import (
     sequence_logps,
 )
 from studies.bco_stability.runs import FIRST_JUDGED, judge, run_cell
-from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 EPS = torch.finfo(torch.float32).eps
 
