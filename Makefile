@@ -1,7 +1,7 @@
 # Every word sets up what it needs, in .venv, at the versions of constraints.txt; a second run finds it done.
 #   make demo    the main job: trains a small model with KTO and writes a report
 #   make test    the whole test suite, two files at a time; ARGS="tests/ops -k kto" runs a part of it, JOBS=0 one at a time
-#   make lint    ruff and clang-format, without changing a file
+#   make lint    ruff, mypy and clang-format; changes no file
 #   make bench   the benchmarks, then the table in README.md
 #   make static-report   registers, spills and shared memory of the Triton kernels, cross-compiled for sm_80, sm_90 and sm_100
 #   make sanitize   the op tests on C++ kernels with the address and undefined-behaviour sanitizers of g++
@@ -43,10 +43,11 @@ sanitize: .venv/.dev
 	  ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -o "pythonpath=$(SANITIZED)/lib tests" \
 	  -p no:cacheprovider -x -k "not triton" $(addprefix tests/ops/test_,$(addsuffix .py,$(CHECKED))) $(ARGS)
 
-lint: .venv/.lint
+lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/mypy
 
 build: .venv/.torch
 	$(BIN)/python setup.py -q build_ext --inplace
@@ -76,8 +77,4 @@ build: .venv/.torch
 
 .venv/.built: .venv/.torch setup.py prefopt_kernels/ops/_sources.py $(CSRC)
 	$(BIN)/python setup.py -q build_ext --inplace
-	@touch $@
-
-.venv/.lint: .venv/.made constraints.txt
-	$(PIP) ruff clang-format
 	@touch $@

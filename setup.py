@@ -34,7 +34,7 @@ TEST = [
     *("trl==1.16.0", "liger-kernel==0.8.5", "kernels==0.17.2", "deepspeed==0.19.8"),
     *("pytorch-lightning>=2.6,<3", *EXPORT, *QUANT),
 ]
-DEV = ["ruff>=0.14", "clang-format==23.1.5", "pre-commit>=4"]
+DEV = ["ruff>=0.14", "mypy>=2", "clang-format==23.1.5", "pre-commit>=4"]
 EXTRAS = dict(train=TRAIN, export=EXPORT, quant=QUANT, eval=EVAL, test=TEST, dev=DEV)
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         choice = SOURCES.build_choice()
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    data = ["**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css", "**/*.md"]
+    data = ["py.typed", "**/*.j2", "**/*.yaml", "**/*.json", "**/*.jsonl", "**/*.html", "**/*.css", "**/*.md"]
     setup(
         name="prefopt-kernels",
         version=VERSION,
@@ -116,7 +116,7 @@ def main() -> None:
         long_description_content_type="text/markdown",
         license_expression="Apache-2.0",
         license_files=["LICENSE"],
-        python_requires=">=3.10",
+        python_requires=">=3.11",
         install_requires=NEEDED,
         extras_require=EXTRAS,
         packages=[

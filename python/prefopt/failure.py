@@ -140,8 +140,7 @@ def _write_traceback(error: Exception) -> Path | None:
     try:
         # a folder with files in it is a run's already; one that is empty stays free for the next start
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
-            rank = os.environ.get("RANK", "0")
-            path = folder / (TRACEBACK_NAME if rank == "0" else f"traceback-rank-{rank}.txt")
+            path = folder / (TRACEBACK_NAME if is_first_rank() else f"traceback-rank-{os.environ['RANK']}.txt")
             path.write_bytes(text)
             return path
     except OSError:  # a full disk, perhaps only that of the run folder
@@ -153,3 +152,8 @@ def _write_traceback(error: Exception) -> Path | None:
         return Path(name)
     except OSError:
         return None
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of a distributed run, or the only one, by torchrun's variable RANK."""
+    return os.environ.get("RANK", "0") == "0"

@@ -10,7 +10,7 @@ import pytest
 import prefopt
 import prefopt_kernels
 from prefopt.cli import build_parser, main
-from prefopt.recipe.schema import SECTIONS, options_of
+from prefopt.options import SECTIONS, options_of
 from support.tiny_models import make_model, make_rows, make_tokenizer
 
 
@@ -67,7 +67,7 @@ def test_help_of_train_names_every_option_and_its_default(capsys):
     for section in SECTIONS:
         for name in options_of(section):
             assert f"--{section}.{name} " in text
-    assert "inverse temperature, 1/nats (default: 0.1)" in text
+    assert "inverse temperature, 1/nats; for ipo the paper's tau (default: 0.1; simpo 2)" in text
     assert "passes over the data (default: 1.0)" in text
     assert "the run folder (required)" in text
 

@@ -107,7 +107,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, capsys, monkeypatc
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("prefopt.data.build.write_rows", full)
+    monkeypatch.setattr("prefopt.data.build.run.write_rows", full)
     code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set", "--validation", 0)
     assert code == 1 and "No space left on device" in error and left_over(tmp_path) == []
 
@@ -124,7 +124,7 @@ def test_a_full_disk_or_an_interrupt_leaves_nothing(tmp_path, capsys, monkeypatc
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefopt.data.build.write_rows", interrupted)
+    monkeypatch.setattr("prefopt.data.build.run.write_rows", interrupted)
     code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "set", "--validation", 0)
     assert code == 130 and error == "prefopt: interrupted" and left_over(tmp_path) == []
 

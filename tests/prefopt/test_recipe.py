@@ -3,20 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 import pytest
 import yaml
 
-import prefopt.recipe.schema
+import prefopt.options
 from prefopt.data import DataError
 from prefopt.errors import UserError
+from prefopt.options import Loss, MethodName
 from prefopt.recipe import Lora, load_recipe, make_recipe, run_recipe
 from prefopt.recipe.named import recipe_names
 from prefopt.recipe.run import preference_config, write_recipe
 from prefopt.train import PreferenceConfig
-from prefopt.train.checks import CHOICES
-from prefopt.train.methods import METHODS, OPTIONS
+from prefopt.train.methods import METHODS
+from support import option_tables
 from support.tiny_models import make_model, make_rows, make_tokenizer
 from support.trainer import make_pairs
 
@@ -130,8 +131,8 @@ def test_yaml_traps(tmp_path):
 
 
 def test_every_option_has_help():
-    for section in prefopt.recipe.schema.SECTIONS:
-        for name, one in prefopt.recipe.schema.options_of(section).items():
+    for section in prefopt.options.SECTIONS:
+        for name, one in prefopt.options.options_of(section).items():
             assert one.metadata["help"], f"{section}.{name}"
 
 
@@ -357,17 +358,16 @@ def test_the_written_recipe_is_plain_yaml_that_says_the_same(method, content, tm
     assert again.loss.method == method and again.training.sampler == config.sampler
 
 
-def test_every_method_and_every_option_of_one_is_in_the_schema():
-    loss = prefopt.recipe.schema.options_of("loss")
-    hints = get_type_hints(prefopt.recipe.schema.Loss)
-    assert get_args(hints["method"]) == tuple(METHODS)
-    assert set(loss) == {"method", *OPTIONS, "precompute_ref_logps"}
-    for name, choices in CHOICES.items():
-        if name in loss and name != "method":
-            assert get_args(get_args(hints[name])[0]) == choices, name
-    own = {option.name: option for option in dataclasses.fields(PreferenceConfig)}
-    for name, option in loss.items():
-        assert option.default == own[name].default, name
+def test_the_table_of_methods_and_the_options_fit():
+    assert get_args(MethodName) == tuple(METHODS)
+    for one in dataclasses.fields(Loss):
+        assert set(one.metadata["methods"] or ()) <= set(METHODS), one.name
+    assert issubclass(PreferenceConfig, Loss)
+
+
+def test_the_tables_of_options_in_the_docs_are_those_of_the_code():
+    page = option_tables.PAGE.read_text(encoding="utf-8")
+    assert option_tables.with_tables(page) == page, "run python tests/support/option_tables.py"
 
 
 def test_off_in_yaml_is_off(tmp_path):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from prefopt.options import in_force
 from prefopt.report.components import MEASURED, components, notes, table
 from prefopt.report.read import Run
-from prefopt.train.methods import in_force
-from prefopt.train.objective import PULLS
+from prefopt.train.methods import COMPONENTS
 
 
 def a_run(logs=(), **options):
@@ -26,7 +26,7 @@ def lines(run):
 
 
 def test_the_parts_are_those_that_the_trainer_logs():
-    assert MEASURED == PULLS
+    assert MEASURED == COMPONENTS
 
 
 def test_the_defaults_of_enhanced_kto():

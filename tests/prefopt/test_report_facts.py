@@ -8,7 +8,7 @@ import pytest
 
 from prefopt.data.build.plan import make_plan
 from prefopt.data.build.run import build
-from prefopt.recipe.schema import options_of
+from prefopt.options import OPTIONS, in_force, options_of
 from prefopt.report import write_report
 from prefopt.report.facts import (
     TRAINING,
@@ -22,7 +22,7 @@ from prefopt.report.facts import (
 )
 from prefopt.report.read import Run, read_run
 from prefopt.train import PreferenceConfig
-from prefopt.train.methods import METHODS, OPTIONS, in_force
+from prefopt.train.methods import METHODS
 
 QUESTIONS = Path(__file__).parents[1] / "fixtures" / "eval" / "mmlu_pro.jsonl"
 

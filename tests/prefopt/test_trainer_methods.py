@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from prefopt.train.diagnostics import TrainingWarning
-from prefopt.train.methods import METHODS, PAIRS
-from prefopt.train.objective import PULLS
+from prefopt.train.methods import COMPONENTS, METHODS, PAIRS
 from support.tiny_models import make_rows
 from support.trainer import (
     data_for,
@@ -235,7 +234,7 @@ def test_enhanced_kto_follows_from_the_formula(world, tmp_path):
     z0 = (mismatched - mismatched_ref).mean().clamp(min=0)
     assert z0 > 0.01
     close(log, kl=z0)
-    shares = [log[f"grad/{part}"] for part in PULLS]
+    shares = [log[f"grad/{part}"] for part in COMPONENTS]
     assert sum(shares) == pytest.approx(1.0) and all(share > 0 for share in shares)
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from prefopt.cli import main
+from prefopt.options import SECTIONS
 from prefopt.recipe import Recipe, load_recipe
-from prefopt.recipe.schema import SECTIONS
 from prefopt.tiny.shrink import shrunk
 
 # What a run writes down in its recipe although nobody changed it: the rows of the plan, the defaults spelled out.

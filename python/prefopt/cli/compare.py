@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.cli.arguments import new_command, path_argument, text_argument
+from prefopt.cli.recipe_options import add_options, overrides_of, recipe_of
 from prefopt.compare import CompareRequest, compare
 from prefopt.compare.request import KNOWN
-from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
 FLAGS = ["--methods", "--runs", "--out", "--tiny", "--lora"]
 

@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 from prefopt.cli.arguments import new_command, no_more, path_argument
 from prefopt.demo import run_demo
-from prefopt.recipe.schema import Loss
+from prefopt.options import Loss
 
 
 def add_demo_command(commands: Any) -> None:

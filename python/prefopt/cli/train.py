@@ -1,12 +1,12 @@
 """`prefopt train` on the command line; nothing heavy is imported before it runs."""
 
 import argparse
-import os
 from typing import Any
 
 from prefopt.cli.arguments import new_command, no_more, text_argument
+from prefopt.cli.recipe_options import add_options, overrides_of, recipe_of
+from prefopt.failure import is_first_rank
 from prefopt.recipe.named import recipe_list
-from prefopt.recipe.options import add_options, overrides_of, recipe_of
 
 FLAGS = ("--list", "--tiny", "--resume", "--lora")
 
@@ -27,7 +27,7 @@ def add_train_command(commands: Any) -> None:
 
         folder = run_recipe(recipe, resume=given.resume)
         leave_process_group()
-        if os.environ.get("RANK", "0") == "0":  # of a distributed run, the first process alone
+        if is_first_rank():
             print(folder / "report.html")
         return 0
 

@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.recipe.schema import SECTIONS, Loss, Recipe
+from prefopt.options import OPTIONS, SECTIONS, Loss, in_force
+from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
-from prefopt.train.methods import METHODS, OPTIONS, PAIRS, RATED, in_force
+from prefopt.train.methods import METHODS, PAIRS, RATED
 
 WARMUP = 10  # steps at the start that are not timed: caches, compilation, the first allocations
 FEWEST_TIMED = 50  # steps; with fewer there is no figure of time

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from prefopt.errors import UserError
-from prefopt.recipe.schema import Loss
+from prefopt.options import Loss
 
 KNOWN = get_args(get_type_hints(Loss)["method"])
 

@@ -13,8 +13,9 @@ from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs, desirable_only
 from prefopt.errors import UserError
 from prefopt.evaluate.held_out import HeldOut
+from prefopt.options import Loss
 from prefopt.recipe.rows import load_data, with_plan
-from prefopt.recipe.schema import Loss, Recipe
+from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
 
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from prefopt.options import Data, Lora, Loss, Model, Training
 from prefopt.recipe.load import load_recipe, make_recipe
-from prefopt.recipe.schema import Data, Lora, Loss, Model, Recipe, Training
+from prefopt.recipe.schema import Recipe
 
 __all__ = [
     "Data",

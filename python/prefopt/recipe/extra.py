@@ -10,8 +10,8 @@ from accelerate.utils import GradientAccumulationPlugin, ParallelismConfig
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
-from prefopt.recipe.load import converted, in_bounds, nearest, show
-from prefopt.recipe.old_keys import OLD
+from prefopt.option_values import converted, in_bounds, nearest, show
+from prefopt.recipe.foreign_names import OLD
 from prefopt.train import PreferenceConfig
 
 BOUNDS = {

@@ -1,22 +1,19 @@
 """From YAML and command line to a ``Recipe``: strict, and everything that is wrong said at once."""
 
-import difflib
-import math
-import re
-import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from prefopt.errors import UserError
+from prefopt.option_values import converted, in_bounds, nearest, show
+from prefopt.options import SECTIONS, options_of, required
 from prefopt.paths import RECIPE_NAME, paths_from
 from prefopt.read_yaml import read_yaml
+from prefopt.recipe.foreign_names import Entry, translate
 from prefopt.recipe.named import RECIPES, find_recipe
-from prefopt.recipe.old_keys import Entry, translate
-from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
+from prefopt.recipe.schema import Recipe
 
 EXTRA = "options of transformers.TrainingArguments without a key here go into training.extra"
-LARGEST = 2**63 - 1  # of an integer that torch and Arrow can hold
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -86,7 +83,7 @@ def _section(section: str, values: Mapping[str, Entry], name: str, problems: lis
             problems.append(f"{where}: {section}.{option} is unknown{near}")
             continue
         try:
-            good[option] = in_bounds(converted(value, hints[option]), known[option].metadata)
+            good[option] = in_bounds(converted(value, hints[option]), known[option].metadata["bounds"])
         except ValueError as error:
             problems.append(f"{where}: {section}.{option} is {show(value)}; expected {error}")
     if section == "lora" and not given and "lora" not in values:
@@ -123,105 +120,8 @@ def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, Entr
     return values
 
 
-def nearest(key: str, known: Any, prefix: str = "", after: str = "") -> str:
-    near = difflib.get_close_matches(str(key), list(known), n=1)
-    return f"; did you mean {prefix}{near[0]}{after}?" if near else ""
-
-
 def _elsewhere(option: str) -> str:
     """A key that stands in the wrong section, or in none."""
     name = str(option).rpartition(".")[2]
     homes = [f"{section}.{name}" for section in SECTIONS if name in options_of(section)]
     return f"; did you mean {' or '.join(homes)}?" if homes else ""
-
-
-def converted(value: Any, hint: Any) -> Any:
-    """The value, if it is of the type; otherwise a ValueError that says what is expected."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        return _one_of(value, get_args(hint))
-    if origin is Literal:
-        if value is False:  # YAML 1.1 reads off and no as false
-            value = next((name for name in ("off", "no") if name in get_args(hint)), value)
-        if isinstance(value, str) and value in get_args(hint):
-            return value
-        raise ValueError(f"one of {', '.join(get_args(hint))}{nearest(value, get_args(hint))}")
-    if origin is list:
-        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
-            return value
-        raise ValueError("a list of names")
-    if origin is tuple:
-        kinds = get_args(hint)
-        if isinstance(value, (list, tuple)) and len(value) == len(kinds):
-            return tuple(converted(one, kind) for one, kind in zip(value, kinds, strict=True))
-        raise ValueError(f"a list of {len(kinds)} numbers")
-    if hint is type(None):
-        if value is None:
-            return None
-        raise ValueError("null")
-    return _plain(value, hint)
-
-
-def in_bounds(value: Any, bounds: Mapping[str, float | None]) -> Any:
-    """The value, if it is not below ``least``, not at ``above`` or below, and not at ``below`` or above."""
-    least, above, below = (bounds.get(bound) for bound in ("least", "above", "below"))
-    words = [
-        f"{word} {bound:g}" if isinstance(bound, float) else f"{word} {bound}"
-        for word, bound in (("at least", least), ("above", above), ("below", below))
-        if bound is not None
-    ]
-    inside = value is None or (
-        (least is None or value >= least) and (above is None or value > above) and (below is None or value < below)
-    )
-    if not inside:
-        raise ValueError(f"a number {' and '.join(words)}")
-    return value
-
-
-def _one_of(value: Any, hints: tuple) -> Any:
-    expected = []
-    for hint in hints:
-        try:
-            return converted(value, hint)
-        except ValueError as error:
-            expected.append(str(error))
-    raise ValueError(" or ".join(expected))
-
-
-def _plain(value: Any, hint: type) -> Any:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > LARGEST:
-            raise ValueError("a whole number of at most 64 bits")
-        return value
-    if hint is float:
-        if isinstance(value, str):  # YAML reads 1e-5, without a dot, as text
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError("a number") from None
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError("a number of at most 64 bits")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    if hint is str and isinstance(value, str) and value.strip():
-        if re.search("[\0\ud800-\udfff]", value):
-            raise ValueError("text in UTF-8 without NUL")
-        return value
-    if hint is dict and isinstance(value, dict):
-        return value
-    names = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "keys with values",
-    }
-    raise ValueError(names[hint])
-
-
-def show(value: Any) -> str:
-    """A value in a message, at most 60 characters."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

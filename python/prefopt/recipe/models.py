@@ -21,10 +21,11 @@ from prefopt.four_bits import (
     quantization_options,
     refuse_without_bitsandbytes,
 )
+from prefopt.option_values import show
+from prefopt.options import Lora
 from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
-from prefopt.recipe.load import show
-from prefopt.recipe.schema import Lora, Recipe
+from prefopt.recipe.schema import Recipe
 
 # Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An answer
 # ends in the EOS token, with nothing behind it.

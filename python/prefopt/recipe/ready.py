@@ -23,10 +23,11 @@ from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
 from prefopt.errors import UserError
 from prefopt.failure import first_line
-from prefopt.recipe.load import nearest, show
+from prefopt.option_values import nearest, show
+from prefopt.options import Lora
 from prefopt.recipe.models import chat_template, located
 from prefopt.recipe.rows import refuse_missing_rows
-from prefopt.recipe.schema import Lora, Recipe
+from prefopt.recipe.schema import Recipe
 from prefopt.train import PreferenceConfig
 from prefopt_kernels import explain
 

@@ -12,10 +12,11 @@ from prefopt.errors import UserError
 from prefopt.failure import TRACEBACK_NAME
 from prefopt.files import TEMPORARY
 from prefopt.folder_lock import LOCK_NAME
+from prefopt.options import SECTIONS, Training
 from prefopt.paths import RECIPE_NAME, SOURCES, absolute_paths, is_missing
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.memory import NAME as MEMORY
-from prefopt.recipe.schema import SECTIONS, Recipe, Training
+from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
 from prefopt.train.checkpoint import PARTIAL
 from prefopt.train.run_folder import RECORD, read_record

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.data import DataError, Tokenized
 from prefopt.data.labels import label_table
 from prefopt.errors import UserError
-from prefopt.failure import first_line, traceback_in
+from prefopt.failure import first_line, is_first_rank, traceback_in
 from prefopt.files import write_whole
 from prefopt.folder_lock import only_writer
 from prefopt.four_bits import refuse_without_bitsandbytes
+from prefopt.option_values import show
+from prefopt.options import options_of
 from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.extra import checked_extra
-from prefopt.recipe.load import show
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import (
     adapter_config,
@@ -32,7 +32,7 @@ from prefopt.recipe.models import (
 from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
 from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
-from prefopt.recipe.schema import Recipe, options_of
+from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.read import read_run
@@ -68,7 +68,7 @@ def run(recipe: Recipe, *, resume: bool = False) -> Path:
     folder = Path(recipe.training.output_dir).expanduser()
     check_inputs(recipe, folder)
     # The first process of a distributed run holds the lock for all.
-    lock = only_writer(folder, f"{recipe.name}: training.output_dir") if _is_first() else None
+    lock = only_writer(folder, f"{recipe.name}: training.output_dir") if is_first_rank() else None
     with lock or nullcontext():
         return _run(recipe, config, folder, resume)
 
@@ -236,17 +236,13 @@ def _previous(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bo
     """The run to continue; a folder in use is refused unless it is to be resumed."""
     if not resume:
         # The other processes of a distributed run may find what the first has already written.
-        if _is_first():
+        if is_first_rank():
             refuse_used(recipe, folder)
         return None
     previous = previous_run(recipe, _spelled_out(with_validation(recipe), config), folder)
     if previous is None or not previous.has_checkpoint:
         logger.warning("%s has no checkpoint; training starts at the beginning", folder)
     return previous
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _write_summary(folder: Path, metrics: dict, held_out: Tokenized) -> None:

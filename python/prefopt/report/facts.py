@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from prefopt.recipe.schema import options_of
+from prefopt.options import options_of
 from prefopt.report.read import Run, is_number
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

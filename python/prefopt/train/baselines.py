@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prefopt.train.config import PreferenceConfig
-from prefopt.train.objective import Baselines, Sequences
+from prefopt.train.methods import Baselines, Sequences
 from prefopt_kernels.losses import decision_weights
 from prefopt_kernels.reference_point import CumulativeShift, EMAShift, ShiftSchedule, WindowShift
 

@@ -1,56 +1,18 @@
 """What is wrong with a configuration: every option out of range or out of place, one sentence each."""
 
-import difflib
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any, Literal, get_type_hints
 
 import torch
 
-from prefopt.train.methods import ANSWERS, METHODS, OPTIONS, PAIRS, RATED, in_force
+from prefopt.option_values import converted, in_bounds, nearest
+from prefopt.options import in_force, options_of
+from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
 
-KL_ESTIMATORS = ("window", "microbatch", "ema")
-SHIFTS = ("off", "cumulative", "window", "ema")
-WEIGHTINGS = ("off", "tversky-kahneman", "prelec")
-SAMPLERS = ("label_balanced", "random", "sequential")
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
-CHOICES = {
-    "method": tuple(METHODS),
-    "kl_estimator": KL_ESTIMATORS,
-    "shift": SHIFTS,
-    "win_weighting": WEIGHTINGS,
-    "decision_weighting": WEIGHTINGS,
-    "sampler": SAMPLERS,
-    "on_bad_row": ("stop", "skip"),
-    "backend": BACKENDS,
-}
-ABOVE_0, FROM_0 = (0.0, math.inf, "above 0"), (0.0, math.inf, ">= 0")
-DECAY, SHARE = (0.0, 1.0, ">= 0 and below 1"), (0.0, 1.0, "from 0 to 1")
-NUMBERS = {  # lowest, highest, in words; the words decide which ends belong to it
-    "beta": ABOVE_0,
-    "desirable_weight": FROM_0,
-    "undesirable_weight": FROM_0,
-    "kl_decay": DECAY,
-    "loss_aversion": ABOVE_0,
-    "alpha": FROM_0,
-    "kappa": ABOVE_0,
-    "odds_weight": FROM_0,
-    "shift_decay": DECAY,
-    "shift_bound": FROM_0,
-    "shift_start": SHARE,
-    "shift_ramp": SHARE,
-    "main_bound": FROM_0,
-    "odds_bound": FROM_0,
-    "label_smoothing": (0.0, 0.5, ">= 0 and below 0.5"),
-    "gamma": FROM_0,
-}
-INTEGERS = (  # lowest, and whether None is allowed
-    ("max_length", 2, True),
-    ("precompute_batch_size", 1, True),
-    ("per_device_train_batch_size", 1, False),
-    ("per_device_eval_batch_size", 1, False),
-    ("gradient_accumulation_steps", 1, False),
-)
+PYTHON = {"null": "None", "true": "True", "false": "False"}  # for the words of YAML
+BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 REFUSED = {  # options of TrainingArguments that are off by default, and why they stay so
     "use_liger_kernel": "log-probabilities are always fused here, without logits; backend chooses the kernels",
     "liger_kernel_config": "log-probabilities are always fused here, without logits; backend chooses the kernels",
@@ -74,81 +36,53 @@ MORE_IS_BETTER = ("rewards/chosen", "rewards/margins", "rewards/accuracies")
 
 def unknown(given: Iterable[str], names: list[str]) -> list[str]:
     """One sentence for each name that is no option, with the nearest one that is."""
-    return [f"{name} is not an option{_nearest(name, names)}" for name in given if name not in names]
+    return [f"{name} is not an option{nearest(name, names)}" for name in given if name not in names]
 
 
-def problems(options: Mapping[str, Any]) -> list[str]:
-    """One sentence for each option out of range, then for each that does not fit the others."""
-    found = [
-        f"{name} is {options[name]!r}; expected one of {', '.join(allowed)}{_nearest(options[name], allowed)}"
-        for name, allowed in CHOICES.items()
-        if options[name] not in allowed and not (options[name] is None and _may_be_left_out(name))
-    ]
-    found += _numbers(options)
+def problems(options: Mapping[str, Any], kind: type) -> list[str]:
+    """One sentence for each option out of range, then for each that does not fit the others.
+
+    Args:
+        options: every option of a configuration, by name.
+        kind: the class of the configuration, which declares the options.
+    """
+    found = [*_out_of_range(options, kind)]
     if options["method"] in METHODS:
-        found += _unused(options)
+        found += _unused(options, kind)
     if not found:
-        found += _of_the_method(options) + _estimates(options) + _of_the_trainer(options)
+        used = in_force(options, kind)
+        found += _of_the_method(options, used) + _estimates(options, used) + _of_the_trainer(options, used)
     return found
 
 
-def _may_be_left_out(name: str) -> bool:
-    return name in OPTIONS or name == "sampler"
+def _out_of_range(options: Mapping[str, Any], kind: type) -> Iterator[str]:
+    hints, declared = get_type_hints(kind), {one.name: one for one in fields(kind) if "bounds" in one.metadata}
+    declared |= {name: options_of("training")[name] for name in BATCH_SIZES}
+    for name, one in declared.items():
+        hint = Literal[tuple(METHODS)] if name == "method" else hints[name]
+        try:
+            in_bounds(converted(options[name], hint), one.metadata["bounds"])
+        except ValueError as error:
+            expected = re.sub("null|true|false", lambda word: PYTHON[word[0]], str(error))
+            yield f"{name} is {options[name]!r}; expected {expected}"
 
 
-def _nearest(got: Any, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(got), list(names), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _numbers(options: Mapping[str, Any]) -> list[str]:
-    found = []
-    for name, (lowest, highest, words) in NUMBERS.items():
-        value = options[name]
-        if value is None or (name == "shift_start" and value == "plateau"):
-            continue
-        inside = _number(value) and (
-            (lowest < value if words.startswith("above") else lowest <= value)
-            and (value < highest if "below" in words else value <= highest)
-        )
-        if not inside:
-            plateau = ", or plateau" if name == "shift_start" else ""
-            found.append(f"{name} is {value!r}; expected a number {words}{plateau}")
-    for name, lowest, or_none in INTEGERS:
-        value = options[name]
-        if value is None and or_none:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            none = ", or None" if or_none else ""
-            found.append(f"{name} is {value!r}; expected an integer >= {lowest}{none}")
-    clip = options["decision_clip"]
-    if clip is not None and not (
-        isinstance(clip, (tuple, list)) and len(clip) == 2 and all(map(_number, clip)) and 0 < clip[0] <= clip[1]
-    ):
-        found.append(f"decision_clip is {clip!r}; expected (low, high) with 0 < low <= high")
-    if options["robust"] is not None and not isinstance(options["robust"], bool):
-        found.append(f"robust is {options['robust']!r}; expected True or False")
-    return found
-
-
-def _unused(options: Mapping[str, Any]) -> list[str]:
+def _unused(options: Mapping[str, Any], kind: type) -> list[str]:
     """Options that the method's formula does not have, or has switched off."""
-    name, used = options["method"], in_force(options)
+    method, used = options["method"], in_force(options, kind)
     takes = ", ".join(used) or "none"
     return [
-        f"{option} is {options[option]!r}; method {name!r} has no use for it here (it takes: {takes})"
-        for option in OPTIONS
-        if options[option] is not None and option not in used
+        f"{one.name} is {options[one.name]!r}; method {method!r} has no use for it here (it takes: {takes})"
+        for one in fields(kind)
+        if one.metadata.get("methods") and options[one.name] is not None and one.name not in used
     ]
 
 
-def _of_the_method(options: Mapping[str, Any]) -> list[str]:
+def _of_the_method(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     found, name = [], options["method"]
-    method, used = METHODS[name], in_force(options)
+    method = METHODS[name]
+    if "decision_clip" in used and not 0 < used["decision_clip"][0] <= used["decision_clip"][1]:
+        found.append(f"decision_clip is {used['decision_clip']!r}; expected (low, high) with 0 < low <= high")
     if name == "enhanced_kto" and not 0 < used["alpha"] <= 1:
         found.append(f"alpha is {used['alpha']!r}; expected a number above 0 and at most 1 for method {name!r}")
     if used.get("robust") and not used["label_smoothing"]:
@@ -163,9 +97,9 @@ def _of_the_method(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _estimates(options: Mapping[str, Any]) -> list[str]:
+def _estimates(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     """Estimates over the rows of a step or of a micro-batch need enough of them."""
-    found, used = [], in_force(options)
+    found = []
     batch = options["per_device_train_batch_size"]
     alone = batch * options["gradient_accumulation_steps"] == 1
     estimator = used.get("kl_estimator")
@@ -193,7 +127,7 @@ def _estimates(options: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
+def _of_the_trainer(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     found = []
     if options["train_sampling_strategy"] not in ("random", options["sampler"]):
         found.append(
@@ -218,7 +152,7 @@ def _of_the_trainer(options: Mapping[str, Any]) -> list[str]:
                 f"accelerator_config has {name} {value}; expected {not value}: each process reads as many batches of its "
                 "own rows as the others"
             )
-    return found + _compilation(options) + _best(options)
+    return found + _compilation(options) + _best(options, used)
 
 
 def _compilation(options: Mapping[str, Any]) -> list[str]:
@@ -233,12 +167,12 @@ def _compilation(options: Mapping[str, Any]) -> list[str]:
         known = torch.compiler.list_backends(())
         if backend not in known:
             found.append(
-                f"torch_compile_backend is {backend!r}; expected one of {', '.join(known)}{_nearest(backend, known)}"
+                f"torch_compile_backend is {backend!r}; expected one of {', '.join(known)}{nearest(backend, known)}"
             )
     return found
 
 
-def _best(options: Mapping[str, Any]) -> list[str]:
+def _best(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     """The metric of the best checkpoint has to be one that is logged, with a known direction."""
     given = options["metric_for_best_model"]
     if given is None:
@@ -246,12 +180,12 @@ def _best(options: Mapping[str, Any]) -> list[str]:
     method = METHODS[options["method"]]
     names = [*LOGGED, *(REWARDS if method.data != ANSWERS else ())]
     names += ["rewards/accuracies"] if method.data == PAIRS else []
-    names += ["kl"] if "kl_estimator" in method.options else []
+    names += ["kl"] if "kl_estimator" in used else []
     # of several evaluation sets a metric has the set's name before it: eval_held_out_loss
     name = next((name for name in names if f"_{given}".endswith(f"_{name}")), None)
     if name is None:
         return [
-            f"metric_for_best_model is {given!r}; method {options['method']!r} logs {', '.join(names)}{_nearest(given, names)}"
+            f"metric_for_best_model is {given!r}; method {options['method']!r} logs {', '.join(names)}{nearest(given, names)}"
         ]
     if options["greater_is_better"] is None and name != "loss" and name not in MORE_IS_BETTER:
         return [

@@ -1,119 +1,222 @@
-"""Every method in one table: what it learns from, whether it needs a reference model, and which options it takes.
+"""Every method in one table: its data, its loss and its rewards. Its options are in prefopt/options.py.
 
-An option that stands nowhere in a method's row is not part of its formula and is refused; so is one whose switch is off.
+CONTRIBUTING.md shows how to add one.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prefopt_kernels.losses import (
+    apo_zero_loss,
+    bco_loss,
+    cpo_loss,
+    dpo_loss,
+    enhanced_kto_components,
+    enhanced_kto_loss,
+    ipo_loss,
+    kto_loss,
+    orpo_loss,
+    simpo_loss,
+)
+
+if TYPE_CHECKING:
+    from prefopt.train.config import PreferenceConfig
 
 RATED, PAIRS, ANSWERS = "rated rows", "pairs", "desirable answers"
+
+# Components of the gradient, in the order in which they are switched on; the first is what remains with all others off.
+COMPONENTS = ("base", "shift", "value", "weighting", "odds")
+NO_BOUND = 1e9  # reward units
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A micro-batch of B sequences; of pairs the chosen ones first, then the rejected ones in the same order."""
+
+    logps: Tensor  # (B,) fp32, nats, policy
+    ref_logps: Tensor | None  # (B,) fp32, nats, reference model; None where the method has none
+    labels: Tensor  # (B,) bool
+    lengths: Tensor  # (B,) int64, tokens of the completion
+
+    def first(self, n: int) -> Sequences:
+        """The first n sequences."""
+        ref_logps = None if self.ref_logps is None else self.ref_logps[:n]
+        return Sequences(self.logps[:n], ref_logps, self.labels[:n], self.lengths[:n])
+
+    @staticmethod
+    def joined(parts: list[Sequences]) -> Sequences:
+        """The concatenation of micro-batches that all have a reference model."""
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(Sequences))
+        return Sequences(*map(torch.cat, columns))
+
+    @property
+    def pairs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Log-probabilities, reference log-probabilities (empty without a reference) and lengths: (chosen, rejected), (P,)."""
+        ref_logps = () if self.ref_logps is None else self.ref_logps.chunk(2)
+        return self.logps.chunk(2), ref_logps, self.lengths.chunk(2)
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What the rows of an optimizer step are compared with: constants to its gradient."""
+
+    reference_point: Tensor | None = None  # 0-dim, nats
+    shift: Tensor | None = None  # 0-dim, reward units, before its bound
+    gate: float = 1.0  # factor on the shift
+    decision_mean: Tensor | None = None  # 0-dim
+
+
+LossFunction = Callable[[Sequences, Baselines, "PreferenceConfig"], Tensor]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table."""
+    """A row of the table.
+
+    ``loss`` returns (R,) fp32, the loss of R unpaired rows or pairs; None for a loss that is a mean over tokens only.
+    ``rewards`` returns (B,) fp32, detached; None for a method without rewards. ``components`` returns
+    (len(COMPONENTS), B) fp32, 1/nats, the components of d loss / d logps; None if there is only one.
+    """
 
     title: str
     data: str  # RATED, PAIRS or ANSWERS
-    options: Mapping[str, Any] = field(default_factory=dict)  # the ones it takes, with its defaults
+    loss: LossFunction | None
+    rewards: Callable[[Sequences, PreferenceConfig], Tensor] | None
     needs_reference: bool = True
-    fades: bool = False  # the pull on a row that is very wrong goes to 0
+    fades: bool = False  # the gradient of a row that is very wrong goes to 0
+    nll_weight: Callable[[PreferenceConfig], float] = lambda args: (
+        0.0
+    )  # of desirable answers, a mean over the step's tokens
+    components: Callable[[Sequences, Baselines, PreferenceConfig], Tensor | None] | None = None
 
 
-_WEIGHTS = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+def _unpaired(rows: Sequences) -> tuple[Tensor, Tensor | None, Tensor]:
+    return rows.logps, rows.ref_logps, rows.labels
+
+
+def _options(args: PreferenceConfig, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names}
+
+
+def _kto(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    options = _options(args, "beta", "desirable_weight", "undesirable_weight")
+    return kto_loss(*_unpaired(rows), reference_point=baselines.reference_point, **options)
+
+
+def _apo_zero(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    return apo_zero_loss(*_unpaired(rows), **_options(args, "beta", "desirable_weight", "undesirable_weight"))
+
+
+def _enhanced_kto(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    return enhanced_kto_loss(*_unpaired(rows), rows.lengths, **_enhanced_kto_options(baselines, args))
+
+
+def _enhanced_kto_gradients(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    parts = enhanced_kto_components(*_unpaired(rows), rows.lengths, **_enhanced_kto_options(baselines, args))
+    return torch.stack([parts.kto, parts.shift, parts.value, parts.weighting, parts.odds])
+
+
+def _enhanced_kto_options(baselines: Baselines, args: PreferenceConfig) -> dict:
+    options = _options(args, "beta", "desirable_weight", "undesirable_weight", "loss_aversion", "alpha", "kappa")
+    options |= {
+        "odds_weight": args.odds_weight,
+        "reference_point": baselines.reference_point,
+        "main_bound": args.main_bound or None,
+        "odds_bound": args.odds_bound or None,
+    }
+    if args.win_weighting != "off":
+        options["win_weighting"] = args.win_weighting
+    if args.decision_weighting != "off":
+        options |= _options(args, "decision_weighting", "decision_clip")
+        options["decision_mean"] = baselines.decision_mean
+    if args.shift != "off":
+        options |= {"shift": baselines.shift, "shift_gate": baselines.gate}
+        options["shift_bound"] = args.shift_bound or NO_BOUND
+    return options
+
+
+def _bco(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    return bco_loss(*_unpaired(rows), beta=args.beta, shift=_gated_shift(baselines, args))
+
+
+def _bco_gradients(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor | None:
+    if baselines.shift is None:
+        return None
+    gradients = []
+    for shift in (torch.zeros_like(baselines.shift), _gated_shift(baselines, args)):
+        with torch.enable_grad():
+            leaf = rows.logps.detach().requires_grad_()
+            loss = bco_loss(leaf, rows.ref_logps, rows.labels, beta=args.beta, shift=shift)
+            gradients += torch.autograd.grad(loss.sum(), leaf)
+    base, whole = gradients
+    return torch.stack([base, whole - base, *[torch.zeros_like(base)] * (len(COMPONENTS) - 2)])
+
+
+def _gated_shift(baselines: Baselines, args: PreferenceConfig) -> Tensor | float:
+    """The shift, clamped to its bound, times its gate."""
+    if baselines.shift is None:
+        return 0.0
+    bound = args.shift_bound
+    return baselines.gate * (baselines.shift.clamp(-bound, bound) if bound else baselines.shift)
+
+
+def _dpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    logps, ref_logps, _ = rows.pairs
+    return dpo_loss(*logps, *ref_logps, **_options(args, "beta", "label_smoothing", "robust"))
+
+
+def _ipo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    logps, ref_logps, lengths = rows.pairs
+    return ipo_loss(*logps, *ref_logps, *lengths, beta=args.beta)
+
+
+def _cpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    logps, _, (length, _) = rows.pairs
+    return cpo_loss(*logps, length, beta=args.beta, alpha=0.0)  # the likelihood term is a mean over tokens: nll_weight
+
+
+def _simpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    logps, _, lengths = rows.pairs
+    return simpo_loss(*logps, *lengths, beta=args.beta, gamma=args.gamma)
+
+
+def _orpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+    logps, _, lengths = rows.pairs
+    return orpo_loss(*logps, *lengths, odds_weight=args.odds_weight)
+
+
+def _log_ratio(rows: Sequences, args: PreferenceConfig) -> Tensor:
+    return args.beta * (rows.logps - rows.ref_logps)
+
+
+def _per_token(factor: Callable[[PreferenceConfig], float]) -> Callable[[Sequences, PreferenceConfig], Tensor]:
+    return lambda rows, args: factor(args) * (rows.logps / rows.lengths.clamp(min=1))
+
 
 METHODS: dict[str, Method] = {
-    "kto": Method("KTO", RATED, {"beta": 0.1, **_WEIGHTS, "kl_estimator": "window"}, fades=True),
-    "apo_zero": Method("APO-zero", RATED, {"beta": 0.1, **_WEIGHTS}, fades=True),
+    "kto": Method("KTO", RATED, _kto, _log_ratio, fades=True),
+    "apo_zero": Method("APO-zero", RATED, _apo_zero, _log_ratio, fades=True),
     "enhanced_kto": Method(
-        "Enhanced KTO",
-        RATED,
-        {
-            "beta": 0.1,
-            **_WEIGHTS,
-            "kl_estimator": "window",
-            "loss_aversion": 2.25,
-            "alpha": 0.88,
-            "kappa": 0.1,
-            "win_weighting": "off",
-            "decision_weighting": "tversky-kahneman",
-            "odds_weight": 0.1,
-            "shift": "off",
-        },
-        fades=True,
+        "Enhanced KTO", RATED, _enhanced_kto, _log_ratio, fades=True, components=_enhanced_kto_gradients
     ),
-    "bco": Method("BCO", RATED, {"beta": 0.1, "shift": "window"}),
-    "dpo": Method("DPO", PAIRS, {"beta": 0.1, "label_smoothing": 0.0, "robust": False}),
-    "ipo": Method("IPO", PAIRS, {"beta": 0.1}),
-    "cpo": Method("CPO", PAIRS, {"beta": 0.1, "alpha": 1.0}, needs_reference=False),
-    "simpo": Method("SimPO", PAIRS, {"beta": 2.0, "gamma": 1.0}, needs_reference=False),
-    "orpo": Method("ORPO", PAIRS, {"odds_weight": 0.1}, needs_reference=False),
-    "sft": Method("SFT", ANSWERS, needs_reference=False),
+    "bco": Method("BCO", RATED, _bco, _log_ratio, components=_bco_gradients),
+    "dpo": Method("DPO", PAIRS, _dpo, _log_ratio),
+    "ipo": Method("IPO", PAIRS, _ipo, _log_ratio),
+    "cpo": Method(
+        "CPO",
+        PAIRS,
+        _cpo,
+        lambda rows, args: args.beta * rows.logps,
+        needs_reference=False,
+        nll_weight=lambda args: args.alpha,
+    ),
+    "simpo": Method("SimPO", PAIRS, _simpo, _per_token(lambda args: args.beta), needs_reference=False),
+    "orpo": Method("ORPO", PAIRS, _orpo, _per_token(lambda args: args.odds_weight), needs_reference=False),
+    "sft": Method("SFT", ANSWERS, None, None, needs_reference=False, nll_weight=lambda args: 1.0),
 }
-
-# Options that another one switches on, with the defaults they have then.
-_KL_DECAY = {"kl_decay": 0.9}
-_DECISION_CLIP = {"decision_clip": (0.5, 2.0)}
-_SHIFT_DECAY = {"shift_decay": 0.9}
-_SHIFT = {  # of the method; a bound of 0 is none
-    "bco": {"shift_bound": 0.0, "shift_start": 0.0, "shift_ramp": 0.0},
-    "enhanced_kto": {"shift_bound": 0.5, "shift_start": 0.3, "shift_ramp": 0.1},
-}
-
-OPTIONS = tuple(
-    dict.fromkeys(
-        name
-        for options in (
-            *(method.options for method in METHODS.values()),
-            *_SHIFT.values(),
-            _SHIFT_DECAY,
-            _KL_DECAY,
-            _DECISION_CLIP,
-            {"main_bound": 0.0, "odds_bound": 0.0},
-        )
-        for name in options
-    )
-)
-
-
-def in_force(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the chosen method uses under these settings, with the values they have.
-
-    Args:
-        options: of a configuration, with a valid ``method``; None, or absent, is the method's default.
-
-    Example:
-        >>> in_force({"method": "simpo", "beta": 2.5})
-        {'beta': 2.5, 'gamma': 1.0}
-        >>> sorted(set(in_force({"method": "bco", "shift": "ema"})) - set(in_force({"method": "bco"})))
-        ['shift_decay']
-    """
-    name = options["method"]
-    values: dict[str, Any] = {}
-
-    def take(defaults: Mapping[str, Any]) -> None:
-        for option, default in defaults.items():
-            given = options.get(option)
-            values[option] = default if given is None else given
-
-    take(METHODS[name].options)
-    if values.get("kl_estimator") == "ema":
-        take(_KL_DECAY)
-    if values.get("decision_weighting", "off") != "off":
-        take(_DECISION_CLIP)
-    shifted = values.get("shift", "off") != "off"
-    if shifted:
-        take(_SHIFT[name])
-        if values["shift"] == "ema":
-            take(_SHIFT_DECAY)
-    if name == "enhanced_kto":
-        # KTO's own pull; and twice what the odds term has at a mean token probability of 0.
-        main, odds = values["beta"], values["odds_weight"]
-        take(
-            {
-                "main_bound": main / 4 if shifted and isinstance(main, (int, float)) else 0.0,
-                "odds_bound": 2 * odds if shifted and isinstance(odds, (int, float)) else 0.0,
-            }
-        )
-    return values

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from prefopt.train.objective import PULLS
+from prefopt.train.methods import COMPONENTS
 
 CLASSES = ("chosen", "rejected")  # desirable, undesirable: the names TRL logs under
 PER_CLASS = ("rows", "rewards", "rewarded", "logps", "logits", "tokens")
@@ -31,7 +31,7 @@ SCALARS = (
     "num_tokens",
     "rows_without_partner",
     "gradient_norms",  # never logged: here so that one look at the sums sees any gradient that is not finite
-    *(f"grad/{pull}" for pull in PULLS),
+    *(f"grad/{component}" for component in COMPONENTS),
 )
 SLOTS = (*SCALARS, *(f"{quantity}/{side}" for side in CLASSES for quantity in PER_CLASS))
 
@@ -49,7 +49,7 @@ class RowMetrics:
     entropies: Tensor  # (B,) fp32, nats, summed likewise
     completion_tokens: Tensor  # (B,) int64
     tokens: Tensor  # (B,) int64, prompt and completion
-    pulls: Tensor | None = None  # (len(PULLS), R) fp32, 1/nats
+    gradient_components: Tensor | None = None  # (len(COMPONENTS), R) fp32, 1/nats
 
 
 class MetricSums:
@@ -99,9 +99,9 @@ class MetricSums:
             chosen, rejected = rewards.chunk(2)  # (P,)
             scalars["pairs"] = counted.sum()
             scalars["accuracies"] = (counted & (chosen > rejected)).sum()
-        if rows.pulls is not None:
-            sizes = torch.where(counted, rows.pulls.abs() * rows.shares, 0).sum(1)
-            scalars |= {f"grad/{pull}": size for pull, size in zip(PULLS, sizes, strict=True)}
+        if rows.gradient_components is not None:
+            sizes = torch.where(counted, rows.gradient_components.abs() * rows.shares, 0).sum(1)
+            scalars |= {f"grad/{component}": size for component, size in zip(COMPONENTS, sizes, strict=True)}
         zero = self.vector.new_zeros(())
         head = torch.stack([scalars[name].to(dtype) if name in scalars else zero for name in SCALARS])
         self.vector += torch.cat([head, per_class.flatten()])
@@ -150,7 +150,7 @@ def quotients(
     sums: dict[str, float],
     loss_count: float,
     nll_weight: float = 0.0,
-    parts: Sequence[str] = (),
+    components: Sequence[str] = (),
 ) -> dict[str, float]:
     """The logged values; a key is left out where nothing was counted for it.
 
@@ -158,7 +158,7 @@ def quotients(
         sums: of ``MetricSums.read``.
         loss_count: what ``loss`` is divided by: the optimizer steps in training, the rows or pairs in evaluation.
         nll_weight: in evaluation, weight of the desirable answers' likelihood per token, which is no sum over rows.
-        parts: those of ``PULLS`` that the method's gradient has.
+        components: those of ``COMPONENTS`` that the method's gradient has.
 
     Returns:
         ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` as the method defines them, per row; ``entropy``
@@ -189,8 +189,8 @@ def quotients(
         logged["rewards/margins"] = logged["rewards/chosen"] - logged["rewards/rejected"]
     if sums["pairs"]:
         logged["rewards/accuracies"] = sums["accuracies"] / sums["pairs"]
-    pulls = {f"grad/{part}": sums[f"grad/{part}"] for part in parts}
-    whole = sum(pulls.values())
+    gradients = {f"grad/{name}": sums[f"grad/{name}"] for name in components}
+    whole = sum(gradients.values())
     if whole:
-        logged |= {name: pull / whole for name, pull in pulls.items()}
+        logged |= {name: size / whole for name, size in gradients.items()}
     return logged

@@ -59,7 +59,7 @@ class RecordedTrainer(ResumableTrainer):
             self._num_tokens += round(sums["num_tokens"])
             if self._loss_sum is not None:
                 self._loss_sum += sums["loss"]
-            metrics = quotients(sums, loss_count=sums["steps"], parts=self.objective.parts)
+            metrics = quotients(sums, loss_count=sums["steps"], components=self.objective.components)
             logs.update(metrics, num_tokens=self._num_tokens)
             self.baselines.step(self.state.global_step, logs.get("rewards/margins"))
             self._diagnose(sums, logs)
@@ -118,7 +118,7 @@ class RecordedTrainer(ResumableTrainer):
         self._sums["eval"].reset()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = self._sums["eval"].read()
-        metrics = quotients(sums, sums["counted"], self.objective.nll_weight, parts=self.objective.parts)
+        metrics = quotients(sums, sums["counted"], self.objective.nll_weight, components=self.objective.components)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
 

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class RunFolder:
         """Write run.json and bad_rows.jsonl, with a row in run.json if this continues the run that is in the folder."""
         if resumed_from is not None or self.changes is not None:
             row = {
-                "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "from_step": step,
                 "checkpoint": None if resumed_from is None else Path(resumed_from).name,
                 "changed": self.changes or {},

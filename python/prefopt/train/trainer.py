@@ -24,10 +24,10 @@ from prefopt.train.config import PreferenceConfig
 from prefopt.train.console import show_lines
 from prefopt.train.describe import describe
 from prefopt.train.inputs import COLUMNS, Prepared, prepare_rows
-from prefopt.train.methods import PAIRS
+from prefopt.train.methods import PAIRS, Baselines, Sequences
 from prefopt.train.metrics import RowMetrics
 from prefopt.train.mismatched import MismatchedRows
-from prefopt.train.objective import Baselines, Objective, Sequences
+from prefopt.train.objective import Objective
 from prefopt.train.precompute import fixed_partners, with_reference
 from prefopt.train.recorded import RecordedTrainer
 from prefopt.train.reference import AdapterOff, NoReference, choose_reference
@@ -386,7 +386,7 @@ class PreferenceTrainer(RecordedTrainer):
             entropies=policy.entropies,
             completion_tokens=rows.lengths,
             tokens=inputs["attention_mask"].sum(1),
-            pulls=self.objective.pulls(detached, baselines),
+            gradient_components=self.objective.gradient_components(detached, baselines),
         )
         self._sums[mode].add_rows(metrics, self.accelerator.num_processes if mode == "train" else 1)
         if mode == "train":

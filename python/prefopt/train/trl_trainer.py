@@ -16,26 +16,25 @@ import torch
 from torch import Tensor, nn
 from trl import KTOConfig, KTOTrainer
 
+from prefopt.options import in_force
 from prefopt.train.checkpoint import ResumableTrainer
 from prefopt_kernels.integrations.trl import patch
 from prefopt_kernels.losses import apo_zero_loss, bco_loss, enhanced_kto_loss, kto_loss
 from prefopt_kernels.reference_point import MicrobatchKL, WindowKL, WindowShift
 
-# The loss type that TRL is told: one with the same data, its mismatched completions above all.
-TOLD = {
+# The loss type that TRL's trainer runs with: one with the same data, above all the same mismatched completions.
+TRL_LOSS_TYPE = {
     "kto": "kto",
     "enhanced_kto": "kto",
     "apo_zero_unpaired": "apo_zero_unpaired",
     "bco": "apo_zero_unpaired",
 }
 KL_ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL}
-ENHANCED = {  # what "enhanced_kto" turns on
-    "loss_aversion": 2.25,
-    "alpha": 0.88,
-    "decision_weighting": "tversky-kahneman",
-    "odds_weight": 0.1,
+ENHANCED_KTO = {  # of prefopt's defaults, those that enhanced_kto_loss does not have itself
+    name: in_force({"method": "enhanced_kto"})[name]
+    for name in ("loss_aversion", "alpha", "decision_weighting", "odds_weight")
 }
-OURS = ("beta", "reference_point", "shift", "desirable_weight", "undesirable_weight")
+LOSS_KWARGS = ("beta", "reference_point", "shift", "desirable_weight", "undesirable_weight")
 POSITION = "prefopt_window_position"
 STATE_NAME = "prefopt_shift.json"
 
@@ -85,13 +84,13 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
         method = "kto" if args is None else args.loss_type
         _check(method, args, kl_estimator, loss_options or {})
         self.method = method
-        self.loss_options = ENHANCED | (loss_options or {})
+        self.loss_options = ENHANCED_KTO | (loss_options or {})
         self.kl_estimator = kl_estimator
         self.backend = backend
         self._z0: Tensor | None = None
         self._window: list[dict] = []
         if args is not None:
-            args.loss_type = TOLD[method]
+            args.loss_type = TRL_LOSS_TYPE[method]
         try:
             with patch(backend=backend):  # the reference may be scored in there
                 super().__init__(model, ref_model, args, *further, **named)
@@ -254,12 +253,12 @@ def _summed(log_probs: Tensor, batch: dict) -> Tensor:
 
 def _check(method: str, args: KTOConfig | None, kl_estimator: str, options: dict) -> None:
     """Raise ValueError for the first thing that does not fit."""
-    _check_name("loss_type", method, TOLD)
+    _check_name("loss_type", method, TRL_LOSS_TYPE)
     _check_name("kl_estimator", kl_estimator, KL_ESTIMATORS)
     if options and method != "enhanced_kto":
         raise ValueError(f"loss_options is given for loss_type {method!r}; expected it for 'enhanced_kto' only")
     parameters = inspect.signature(enhanced_kto_loss).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OURS]
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in LOSS_KWARGS]
     for name in options:
         _check_name("loss_options", name, names)
     if method == "bco" and (args.desirable_weight, args.undesirable_weight) != (1.0, 1.0):

@@ -10,10 +10,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from prefopt.cli.arguments import no_more
 from prefopt.errors import UserError
+from prefopt.options import SECTIONS, options_of, required
 from prefopt.read_yaml import parse_yaml
+from prefopt.recipe.foreign_names import OLD
 from prefopt.recipe.load import load_recipe
-from prefopt.recipe.old_keys import OLD
-from prefopt.recipe.schema import SECTIONS, Recipe, options_of, required
+from prefopt.recipe.schema import Recipe
 
 OVERRIDE = "override "  # before the dotted keys among the parsed arguments
 

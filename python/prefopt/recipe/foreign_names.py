@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from prefopt.recipe.schema import SECTIONS, options_of
+from prefopt.options import SECTIONS, options_of
 
 logger = logging.getLogger(__name__)
 

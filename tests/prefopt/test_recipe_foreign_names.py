@@ -7,10 +7,10 @@ import pytest
 
 from prefopt.cli import main
 from prefopt.errors import UserError
+from prefopt.options import SECTIONS, options_of
 from prefopt.recipe import make_recipe
-from prefopt.recipe.old_keys import OLD
+from prefopt.recipe.foreign_names import OLD
 from prefopt.recipe.run import preference_config
-from prefopt.recipe.schema import SECTIONS, options_of
 
 MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"output_dir": "run"}}
 
