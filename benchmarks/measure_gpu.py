@@ -49,8 +49,8 @@ DTYPE = "bf16"
 GROUP_SECONDS = 4.0  # of timed rounds
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 FLUSH_BYTES = 256 * 2**20  # several times any L2
-# Writes of FLUSH_BYTES before each sample. They empty the cache and keep the device busy for about 1.5 ms on an H100, in
-# which the host launches the timed kernels, so that launch overhead is not timed.
+# Writes of FLUSH_BYTES before each sample. They empty the cache and keep the device busy for about 1.5 ms on an H100,
+# while the host launches the timed kernels, so that launch overhead is not timed.
 FLUSHES = 16
 STATE = ("clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit")
 Group = tuple[str, int, str]  # case, T, logits
@@ -149,7 +149,7 @@ def run_process(command: Sequence[str], seconds: float, log: Any = None, alive: 
     """Run a command in a process group of its own, which is killed at the end.
 
     Returns:
-        The exit status; None if it took longer than ``seconds``, or the file ``alive`` was not written for SILENCE seconds.
+        The exit status; None after ``seconds``, or SILENCE seconds after the last write to the file ``alive``.
     """
     # kernels run on the device, never in Triton's interpreter, and no C++ is compiled
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -415,7 +415,7 @@ def main(
     gate: Sequence[Path] | None = None,
     worker: Sequence[str] = ("-m", "benchmarks.measure_gpu"),
 ) -> int:
-    """Run the command, with other op tests and another measuring process if given; 0 if tests and measurement are good."""
+    """Run the command, optionally with other op tests and measuring process; 0 if tests and measurement succeed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     if options.worker is not None:

@@ -1,12 +1,13 @@
-"""Forward and backward of one micro-batch in tokens per second: TRL's trainers, the same patched, and PreferenceTrainer.
+"""Tokens per second of a micro-batch, forward and backward: TRL's trainers, the same patched, and PreferenceTrainer.
 
-    python -m benchmarks.trainers                                          the required cases; about an hour on 2 cores
-    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        a trial, keeps no row
+    python -m benchmarks.trainers                                      the required cases; about an hour on 2 cores
+    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16    a trial, keeps no row
 
-One micro-batch is repeated in interleaved rounds by TRL's trainer, by the same trainer patched, and by PreferenceTrainer with
-the same weights. The model has a real head on a few random layers: only the head differs, and its share of a step falls with
-the number of layers, which is part of the row. Tokens are prompt and completion tokens of the matched sequences; a KTO step
-also runs the policy and the reference on the mismatched ones. Rows go to results/trainers/<device>/.
+One micro-batch is repeated in interleaved rounds by TRL's trainer, by the same trainer patched, and by PreferenceTrainer
+with the same weights. The model has a real head on a few random layers: only the head differs, and its share of a step
+falls with the number of layers, which is part of the row. Tokens are prompt and completion tokens of the matched
+sequences; a KTO step also runs the policy and the reference on the mismatched ones. Rows go to
+results/trainers/<device>/.
 """
 
 import argparse
