@@ -146,7 +146,7 @@ def held(shape: Shape, step: Step) -> int:
 def passing(shape: Shape, step: Step) -> int:
     """Peak bytes of temporary memory in a step, with activation checkpointing per layer.
 
-    The input of each layer, the activations of the recomputed layer, and the hidden states and unit gradient of the fused
+    The input of each layer, the activations of the recomputed layer, hidden states and unit gradient of the fused
     log-probabilities. With FSDP2 also the gathered weights of the head and of two layers (one prefetched), and the
     unreduced gradients: of the head and one layer, or all of them if micro-batches accumulate before reduction.
     """
