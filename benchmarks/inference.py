@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.cli.arguments import disable_hub_kernels
+
+disable_hub_kernels()  # before peft and transformers are imported
+
 import torch
 from peft import PeftModel
 from tqdm import tqdm

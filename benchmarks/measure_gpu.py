@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, GPU_CASES, GPU_LOGITS, GPU_TOKENS, PASSES
 from benchmarks.measure_cpu import exact_sample, row_start, summary
-from benchmarks.rows import RESULTS, ROOT, keep, newest, origin, slug, version
+from benchmarks.rows import RESULTS, ROOT, gpu_origin, keep, newest, nvidia_smi
 from benchmarks.tables import section
 from benchmarks.variants import GRAD_FILTER, PEERS, Inputs, Variant, gpu_group, gpu_variants, make_inputs, sequences
 
@@ -104,42 +104,6 @@ class Device:
         """Clocks in MHz, temperature in degrees Celsius, power in W; empty without nvidia-smi."""
         found = nvidia_smi(*STATE) if self.cuda else {}
         return {name: float(value) for name, value in found.items() if value[:1].isdigit()}
-
-
-def nvidia_smi(*names: str) -> dict[str, str]:
-    """Properties of torch's first CUDA device as nvidia-smi reports them; empty without nvidia-smi."""
-    uuid = torch.cuda.get_device_properties(0).uuid
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(names, map(str.strip, text.split(",")), strict=False))
-
-
-def gpu_origin(kind: str, commit: str | None) -> dict:
-    """:func:`benchmarks.rows.origin` with the GPU as the device, and ``commit`` if git has none."""
-    where = origin()
-    if where["commit"] is None:
-        where["commit"] = commit
-    elif commit is not None and not where["commit"].startswith(commit):
-        raise RuntimeError(f"--commit is {commit}, but git has {where['commit']}")
-    where["versions"] |= {package: version(package) for package in ("cut_cross_entropy", "quack_kernels")}
-    if kind == "cpu":
-        trial = dict.fromkeys(("architecture", "multiprocessors", "driver", "cuda"), "none")
-        return where | {"device": f"{where['device']}-trial", "gpu": {"name": f"Trial on {where['cpu']}"} | trial}
-    if not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device: torch.cuda.is_available() is False")
-    properties = torch.cuda.get_device_properties(0)
-    gpu = {
-        "name": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": nvidia_smi("driver_version").get("driver_version"),
-        "cuda": torch.version.cuda,
-    }
-    return where | {"device": slug(properties.name), "gpu": gpu}
 
 
 # Processes

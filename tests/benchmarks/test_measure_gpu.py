@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import measure_gpu
-from benchmarks.measure_gpu import GATE, Device, Measurement, Run, gpu_origin, main, parse, plan, run_process
-from benchmarks.rows import RESULTS, newest
+from benchmarks.measure_gpu import GATE, Device, Measurement, Run, main, parse, plan, run_process
+from benchmarks.rows import RESULTS, gpu_origin, newest
 from benchmarks.variants import Variant
 
 WORKER = """
