@@ -1,4 +1,4 @@
-"""What the study says: shares, effects, remedies and verdicts, on rows whose answer is known."""
+"""Shares, effects, remedies and verdicts on rows with known answers."""
 
 import json
 import re
@@ -79,7 +79,7 @@ def test_csv_has_a_line_for_each_configuration():
     assert found == [f"naive,weighting,bf16,0.02,,12,8,8,0,0,0.6667,{low:.4f},{high:.4f},0.8000,1.0550"]
 
 
-def test_a_paired_difference_is_over_what_both_have():
+def test_a_paired_difference_is_over_shared_runs():
     ours = rows_of(Config("ours", COMPONENTS, "fp32", 0.01), ["stable"] * 5, 2.0)
     others = rows_of(Config("ours", (), "fp32", 0.01), ["stable"] * 3, 1.5)
     # 0.52, 0.48 and 0.52: Student's t for two degrees of freedom is 4.30265
@@ -90,7 +90,7 @@ def test_a_paired_difference_is_over_what_both_have():
     assert paired(ours, rows_of(Config("ours", (), "fp32", 0.02), ["stable"] * 3), "margin") is None
 
 
-def test_the_cause_is_named_whatever_it_is():
+def test_the_cause_is_named():
     first, *rest = effects(made_up())
     assert (first.component, first.word) == ("weighting", "raises it")
     assert first.without == Share(0, 24) and first.with_it == Share(16, 24)
@@ -103,7 +103,7 @@ def test_the_cause_is_named_whatever_it_is():
     assert "raises it most is the shift" in other and "The shift adds to it" in other
 
 
-def test_remedies_that_reach_zero_are_told_from_those_that_do_not():
+def test_remedies_are_listed_by_whether_they_reach_zero():
     cells = remedy_cells(made_up())["bf16", EVERY]
     assert cells[()].unstable == Share(8, 12)
     (sentence,) = [one for one in cure(made_up()) if one.startswith("Naive form")]
@@ -145,10 +145,10 @@ def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
         ("no staging",),
     ]
     assert variants(rows)[0].cell.unstable == Share(0, 12)  # on the runs that all of them share
-    said = price(rows)[-1]
-    assert "(12 runs each), the one with win weighting and loss aversion 1.5" in said
+    sentence = price(rows)[-1]
+    assert "(12 runs each), the one with win weighting and loss aversion 1.5" in sentence
     # 12 differences of 0.18 and 0.22: 2.201 (Student's t) * 0.02 * sqrt(12 / 11) / sqrt(12) = 0.0133
-    assert "+0.200 (+0.187 to +0.213) against KTO's" in said
+    assert "+0.200 (+0.187 to +0.213) against KTO's" in sentence
 
 
 def test_a_variant_run_often_enough_gets_its_own_sentence():
@@ -163,7 +163,7 @@ def test_a_variant_run_often_enough_gets_its_own_sentence():
     )
 
 
-def test_few_runs_are_no_verdict():
+def test_few_runs_give_no_verdict():
     rows = [row for row in made_up() if row["seed"] < 12]
     assert verdict(rows)[0] == "unclear"
     assert verdict([row for row in rows if row["form"] == "naive"])[1] == ("The defaults were not run.")
@@ -207,7 +207,7 @@ def test_the_committed_answers_are_those_of_the_committed_rows():
 # ---------------------------------------------------------------- what is left to run
 
 
-def test_what_is_missing_is_run_and_nothing_else():
+def test_only_missing_seeds_are_run():
     one, two = Config("ours", (), "fp32", 0.01), Config("naive", (), "fp32", 0.01)
     plan = Plan(200, 10, {one: 54, two: 3}, frozenset())
     tasks = missing(plan, [])
