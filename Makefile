@@ -2,7 +2,7 @@
 #   make demo    the main job: trains a small model with KTO and writes a report
 #   make test    the whole test suite, two files at a time; ARGS="tests/ops -k kto" runs a part of it, JOBS=0 one at a time
 #   make nightly more seeds and methods of the slowest checks
-#   make lint    ruff, mypy and clang-format; changes no file
+#   make lint    ruff, mypy, clang-format and the warnings of the C++ compiler as errors; changes no file
 #   make bench   the benchmarks, then the table in README.md
 #   make static-report   registers, spills and shared memory of the Triton kernels, cross-compiled for sm_80, sm_90 and sm_100
 #   make sanitize   the op tests on C++ kernels with the address and undefined-behaviour sanitizers of g++
@@ -51,6 +51,9 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	include=$$($(BIN)/python -c "import torch.utils.cpp_extension as c; print(c.include_paths()[0])") && \
+	flags=$$($(BIN)/python prefopt_kernels/ops/_sources.py) && for source in $(filter %.cpp,$(CSRC)); do \
+	  $(CXX) -fsyntax-only $$flags -Wall -Wextra -Wconversion -Werror -isystem $$include $$source || exit 1; done
 	$(BIN)/mypy
 
 build: .venv/.torch

@@ -1,8 +1,8 @@
 """What the distribution is called, needs and builds.
 
-PREFOPT_BUILD decides about the extension: ``auto`` builds the C++ kernels where a compiler and torch
-are found, ``none`` builds nothing, ``cpu`` stops where it cannot build. Kernels that are
-not built here are built at their first use, from the copy of csrc/ in the package.
+PREFOPT_BUILD controls the extension: ``auto`` builds the C++ kernels if a compiler and torch are found, ``none``
+builds nothing, ``cpu`` builds or fails. Kernels that are not built here are built at their first use, from the copy of
+csrc/ in the package.
 """
 
 import importlib.util
@@ -25,8 +25,8 @@ TRAIN = [
     *("filelock>=3.20", "huggingface_hub>=1", "matplotlib>=3.11", "psutil>=7", "pyyaml>=6"),
 ]
 EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
-# Exactly this one: its task definitions are part of what a score means. Not in constraints.txt, for typepy, which it needs,
-# wants an older python-dateutil than the one pinned there.
+# Pinned, because its task definitions determine the scores. Not in constraints.txt: its dependency typepy needs an
+# older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
 TEST = [
     *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8", "hypothesis>=6"),
@@ -58,13 +58,10 @@ def why_no_cpu_build() -> str | None:
 
 
 def decide(choice: str) -> bool:
-    """Whether to build the C++ kernels; prints the decision, stops where it cannot be kept."""
+    """Whether to build the C++ kernels; prints the decision, and exits if ``cpu`` cannot be built."""
     reason = "PREFOPT_BUILD=none" if choice == "none" else why_no_cpu_build()
     if reason is None:
-        print(
-            f"prefopt_kernels: builds the C++ kernels from {len(SOURCES.sources())} sources",
-            flush=True,
-        )
+        print(f"prefopt_kernels: builds the C++ kernels from {len(SOURCES.sources())} sources", flush=True)
     elif choice == "cpu":
         raise SystemExit(f"PREFOPT_BUILD=cpu: {reason}")
     else:

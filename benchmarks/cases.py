@@ -62,7 +62,7 @@ LOGP_ERROR_TARGET = 1e-5  # nats, largest over tokens, against fp64 of the same 
 
 
 def memory_target(case: Case, T: int, dtype: str, passed: str, gpu: bool = False) -> int | None:
-    """Bytes above the inputs: 300 MiB on a GPU, else 64 MiB and three fp32 (T, H); and the head's gradient if trained."""
+    """Bytes above the inputs: 300 MiB on a GPU, else 64 MiB and three fp32 (T, H); plus a trained head's gradient."""
     if passed in KTO_PASSES:
         return None
     head_gradient = case.V * case.H * DTYPES[dtype].itemsize if passed == "trainable" else 0

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prefopt.cli.arguments import disable_hub_kernels
+
+disable_hub_kernels()  # before peft and transformers are imported
+
 import torch
 from peft import PeftModel
 from tqdm import tqdm
@@ -53,8 +57,8 @@ def bench_inference(
 ) -> tuple[dict, Path]:
     """Time generation; the arguments are the options of the command.
 
-    Greedy, with the key-value cache, over prompts of random tokens, and never stopped by an end-of-sequence token: every
-    run does the same work. The device is synchronised before and after each part, not between tokens.
+    Generation is greedy, uses the key-value cache, and ignores end-of-sequence tokens. Prompts are random tokens. The
+    device is synchronised before and after each part, not between tokens.
 
     Returns:
         The result (times in ms, throughput in tokens per second) and the file it was written to.
@@ -82,7 +86,7 @@ def bench_inference(
             raise UserError(f"--merge is given, but {source.folder} has no adapter")
         if quantization not in (None, WHOLE):
             raise UserError(
-                f"--quantization is {quantization} and --merge is given, which would round the adapter; give one of them"
+                f"--quantization is {quantization} and --merge is given, which would round the adapter; choose one"
             )
         quantization = WHOLE
     model = load_model(source, dtype=dtype, quantization=quantization, device=device)

@@ -35,12 +35,12 @@ from torch import Tensor
 
 from benchmarks.cases import CASES, GPU_CASES, GPU_LOGITS, GPU_TOKENS, PASSES
 from benchmarks.measure_cpu import exact_sample, row_start, summary
-from benchmarks.rows import RESULTS, ROOT, keep, newest, origin, slug, version
+from benchmarks.rows import RESULTS, ROOT, gpu_origin, keep, newest, nvidia_smi
 from benchmarks.tables import section
 from benchmarks.variants import GRAD_FILTER, PEERS, Inputs, Variant, gpu_group, gpu_variants, make_inputs, sequences
 
 # Tests that need nothing but pytest, torch and triton.
-GATE = ("tests/ops/test_linear_logprob_triton*.py", "tests/ops/test_sequence_loss*.py")
+GATE = [*ROOT.glob("tests/ops/test_linear_logprob_triton*.py"), *ROOT.glob("tests/ops/test_sequence_loss*.py")]
 GATE_SHARE = 0.5  # of the time
 GATE_PROCESSES = 8  # most of the tests' time is compilation
 LAST_SECONDS = 15  # reserved for the tables
@@ -49,8 +49,8 @@ DTYPE = "bf16"
 GROUP_SECONDS = 4.0  # of timed rounds
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 FLUSH_BYTES = 256 * 2**20  # several times any L2
-# Writes of FLUSH_BYTES before each sample. They empty the cache and keep the device busy for about 1.5 ms on an H100, in
-# which the host launches the timed kernels, so that launch overhead is not timed.
+# Writes of FLUSH_BYTES before each sample. They empty the cache and keep the device busy for about 1.5 ms on an H100,
+# while the host launches the timed kernels, so that launch overhead is not timed.
 FLUSHES = 16
 STATE = ("clocks.sm", "clocks.max.sm", "temperature.gpu", "power.draw", "power.limit")
 Group = tuple[str, int, str]  # case, T, logits
@@ -106,42 +106,6 @@ class Device:
         return {name: float(value) for name, value in found.items() if value[:1].isdigit()}
 
 
-def nvidia_smi(*names: str) -> dict[str, str]:
-    """Properties of torch's first CUDA device as nvidia-smi reports them; empty without nvidia-smi."""
-    uuid = torch.cuda.get_device_properties(0).uuid
-    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(names, map(str.strip, text.split(",")), strict=False))
-
-
-def gpu_origin(kind: str, commit: str | None) -> dict:
-    """:func:`benchmarks.rows.origin` with the GPU as the device, and ``commit`` if git has none."""
-    where = origin()
-    if where["commit"] is None:
-        where["commit"] = commit
-    elif commit is not None and not where["commit"].startswith(commit):
-        raise RuntimeError(f"--commit is {commit}, but git has {where['commit']}")
-    where["versions"] |= {package: version(package) for package in ("cut_cross_entropy", "quack_kernels")}
-    if kind == "cpu":
-        gpu = {"name": where["cpu"], "architecture": "trial without a GPU", "multiprocessors": 0, "driver": None}
-        return where | {"device": f"{where['device']}-trial", "gpu": gpu | {"cuda": None}}
-    if not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device: torch.cuda.is_available() is False")
-    properties = torch.cuda.get_device_properties(0)
-    gpu = {
-        "name": properties.name,
-        "architecture": f"sm_{properties.major}{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory_bytes": properties.total_memory,
-        "driver": nvidia_smi("driver_version").get("driver_version"),
-        "cuda": torch.version.cuda,
-    }
-    return where | {"device": slug(properties.name), "gpu": gpu}
-
-
 # Processes
 
 
@@ -149,7 +113,7 @@ def run_process(command: Sequence[str], seconds: float, log: Any = None, alive: 
     """Run a command in a process group of its own, which is killed at the end.
 
     Returns:
-        The exit status; None if it took longer than ``seconds``, or the file ``alive`` was not written for SILENCE seconds.
+        The exit status; None after ``seconds``, or SILENCE seconds after the last write to the file ``alive``.
     """
     # kernels run on the device, never in Triton's interpreter, and no C++ is compiled
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -170,13 +134,9 @@ def run_process(command: Sequence[str], seconds: float, log: Any = None, alive: 
         process.wait()
 
 
-def gate_files() -> list[Path]:
-    return [path for pattern in GATE for path in sorted(ROOT.glob(pattern))]
-
-
 def run_tests(files: Sequence[Path], seconds: float) -> dict[str, int | bool]:
     """Run tests to their end, whatever fails, and return their counts; the output is printed unless all pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *sorted(map(str, files))]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(min(GATE_PROCESSES, os.cpu_count() or 1))]
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -232,7 +192,7 @@ class Measurement:
     def __init__(self, group: Group, variants: dict[str, Variant], run: Run, device: Device):
         self.name, (case, self.T, self.logits) = label(group), group
         self.case, self.variants, self.run, self.device = CASES[case], variants, run, device
-        # Why a variant is not measured; None for those that are.
+        # why a variant is not measured; None for those that are
         self.reasons = {name: run.reason(self.name, name) or v.why_not(self.case) for name, v in variants.items()}
         self.first: dict[str, dict] = {}
         self.state: dict[str, dict] = {}
@@ -384,9 +344,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--case", action="append", choices=CASES, help="a model's head; may be repeated")
     add("--tokens", action="append", type=int, help="T; may be repeated")
     add("--logits", action="append", choices=GPU_LOGITS, help="may be repeated")
-    add(
-        "--peers", nargs="*", choices=PEERS, default=list(PEERS), help="implementations to compare with (all installed)"
-    )
+    add("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="compared implementations (all)")
     add("--commit", help="commit of the sources, for a copy without .git")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the command without a GPU (cuda)")
     add("--worker", type=float, help=argparse.SUPPRESS)  # seconds of a measuring process
@@ -412,10 +370,10 @@ def plan(options: argparse.Namespace) -> list[Group]:
 def main(
     arguments: Sequence[str] | None = None,
     *,
-    gate: Sequence[Path] | None = None,
+    gate: Sequence[Path] = GATE,
     worker: Sequence[str] = ("-m", "benchmarks.measure_gpu"),
 ) -> int:
-    """Run the command, with other op tests and another measuring process if given; 0 if tests and measurement are good."""
+    """Run the command, optionally with other op tests and measuring process; 0 if tests and measurement succeed."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = parse(arguments)
     if options.worker is not None:
@@ -433,15 +391,16 @@ def main(
         run = found
         print(f"continues the run of {run.where['run']}, recorded in {run.path}; delete that file to start again")
     else:
-        run.where["tests"] = run_tests(gate_files() if gate is None else gate, GATE_SHARE * 60 * options.minutes)
+        run.where["tests"] = run_tests(gate, GATE_SHARE * 60 * options.minutes)
     print(f"{where['gpu']['name']}, torch {where['versions']['torch']}; op tests: {run.where['tests']}", flush=True)
     run.save()
-    run = measure(run, plan(options), [sys.executable, *worker, *arguments], deadline)
-    measured = report(run, options)
+    command = [sys.executable, *worker, *arguments, f"--out={options.out.resolve()}"]
+    run = measure(run, plan(options), command, deadline)
     if not run.left(plan(options)):
         run.path.unlink()
     tests = run.where["tests"]
-    return 0 if measured and tests["finished"] and tests["passed"] and not tests["failed"] + tests["error"] else 1
+    green = tests["finished"] and tests["passed"] and not tests["failed"] + tests["error"]
+    return 0 if report(run, options) and green else 1
 
 
 def measure(run: Run, groups: list[Group], command: Sequence[str], deadline: float) -> Run:
@@ -465,22 +424,20 @@ def measure(run: Run, groups: list[Group], command: Sequence[str], deadline: flo
 
 
 def report(run: Run, options: argparse.Namespace) -> bool:
-    """Print and write the tables and what is missing; whether a row of ours was measured in this run."""
+    """Print and write the tables and what is missing; whether this run has a row of ours."""
     rows = newest(options.out).get(run.where["device"], {})
-    lines = []
-    absent = {peer: reason for peer in options.peers if (reason := PEERS[peer]()) is not None}
-    if absent:
-        lines.append(f"Absent: {'; '.join(f'{peer}, {reason}' for peer, reason in absent.items())}.")
-    if left := run.left(plan(options)):
-        lines.append(f"Not measured: {'; '.join(map(label, left))}. The same command continues.")
-    text = "\n".join([section(rows) if rows else "no row was measured", *lines]) + "\n"
+    absent = [f"{peer}, {reason}" for peer in options.peers if (reason := PEERS[peer]()) is not None]
+    left = "; ".join(map(label, run.left(plan(options))))
+    text = section(rows) if rows else "no row was measured\n"
+    text += f"Absent: {'; '.join(absent)}.\n" if absent else ""
+    text += f"Not measured: {left}. The same command continues.\n" if left else ""
     print(f"\n{text}", flush=True)
     if rows:
         path = options.out / run.where["device"] / f"{run.where['run'][:10]}.md"
         path.write_text(text, encoding="utf-8")
         print(f"rows and tables: {path.with_suffix('.jsonl')}, {path}")
-    ours = [row for row in rows.values() if row["run"] == run.where["run"] and row["variant"].startswith("ours")]
-    return any(row["skipped"] is None for row in ours)
+    measured = [row["variant"] for row in rows.values() if row["run"] == run.where["run"] and row["skipped"] is None]
+    return any(variant.startswith("ours") for variant in measured)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,42 @@ def origin() -> dict:
     }
 
 
+def nvidia_smi(*names: str) -> dict[str, str]:
+    """Properties of torch's first CUDA device as nvidia-smi reports them; empty without nvidia-smi."""
+    uuid = torch.cuda.get_device_properties(0).uuid
+    command = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, map(str.strip, text.split(",")), strict=False))
+
+
+def gpu_origin(kind: str, commit: str | None) -> dict:
+    """:func:`origin` with the GPU as the device, and ``commit`` if git has none."""
+    where = origin()
+    if where["commit"] is None:
+        where["commit"] = commit
+    elif commit is not None and not where["commit"].startswith(commit):
+        raise RuntimeError(f"--commit is {commit}, but git has {where['commit']}")
+    where["versions"] |= {package: version(package) for package in ("cut_cross_entropy", "quack_kernels")}
+    if kind == "cpu":
+        trial = dict.fromkeys(("architecture", "multiprocessors", "driver", "cuda"), "none")
+        return where | {"device": f"{where['device']}-trial", "gpu": {"name": f"Trial on {where['cpu']}"} | trial}
+    if not torch.cuda.is_available():
+        raise RuntimeError("no CUDA device: torch.cuda.is_available() is False")
+    properties = torch.cuda.get_device_properties(0)
+    gpu = {
+        "name": properties.name,
+        "architecture": f"sm_{properties.major}{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "driver": nvidia_smi("driver_version").get("driver_version"),
+        "cuda": torch.version.cuda,
+    }
+    return where | {"device": slug(properties.name), "gpu": gpu}
+
+
 def slug(text: str) -> str:
     """Lower case, with one hyphen for each run of other characters than letters and digits.
 

@@ -3,7 +3,7 @@
 python -m benchmarks.scaling             rewrites the tables
 python -m benchmarks.scaling --check     exits with 1 if they would change
 
-Everything here is arithmetic. tests/benchmarks/test_scaling.py holds it against what runs of two processes hold and send.
+Everything here is arithmetic; tests/benchmarks/test_scaling.py compares it with two processes that train.
 """
 
 import sys
@@ -20,7 +20,7 @@ GPUS = (8, 64, 1024)
 GIB = 2**30
 FP32, BF16 = 4, 2  # bytes
 ADAM = 2 * FP32  # AdamW's two averages
-# Dense bf16 products of an H100 SXM as its data sheet has them, of which training is taken to reach two fifths.
+# Two fifths of the dense bf16 rate in the data sheet of an H100 SXM, an assumption about training.
 FLOPS = 0.4 * 989e12
 
 Layout = Literal["ddp", "fsdp2"]
@@ -49,12 +49,12 @@ class Shape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding where the head has weights of its own; 0 where they are the head's."""
+        """Parameters of the embedding; 0 if it is tied to the head."""
         return 0 if self.tied else self.vocab * self.hidden
 
     @property
     def head(self) -> int:
-        """Parameters of the head; with the last norm's, which are ``hidden``, a unit of FSDP2."""
+        """Parameters of the head, which with the last norm's ``hidden`` is one FSDP2 unit."""
         return self.vocab * self.hidden
 
     @property
@@ -63,7 +63,7 @@ class Shape:
         return self.layers * self.layer + self.embedding + self.head + self.hidden
 
     def adapter(self, rank: int) -> int:
-        """Parameters of LoRA of this rank on the seven linear layers."""
+        """Parameters of LoRA with this rank on the seven linear layers."""
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
         ends = 2 * (self.hidden + query) + 2 * (self.hidden + key) + 3 * (self.hidden + self.intermediate)
         return self.layers * rank * ends
@@ -84,16 +84,16 @@ class Step:
     """One optimizer step of one process.
 
     Args:
-        gpus: processes, one a GPU.
-        layout: "ddp", a whole copy on each; "fsdp2", weights, gradients and optimizer state in as many shards.
-        rank: of LoRA on a frozen model; None trains everything.
-        tokens: in a micro-batch of one process, prompt and padding included.
-        micro_batches: in an optimizer step.
-        ahead: forward passes of the policy without a gradient, for each micro-batch. KTO has one, on the mismatched answers.
-        reference: forward passes of the reference, for each micro-batch. KTO has two, DPO one; SFT, CPO, SimPO and ORPO none.
-        copy: whether the reference is a frozen copy and not the model without its adapter.
-        each_batch: whether FSDP2 reduces gradients after each micro-batch, and not after the last.
-        weight, gather, reduce: bytes of a stored weight, of a weight that is sent, of a gradient that is sent.
+        gpus: number of processes, one per GPU.
+        layout: "ddp", replicated; "fsdp2", weights, gradients and optimizer state sharded.
+        rank: of LoRA on a frozen model; None trains all weights.
+        tokens: per micro-batch of one process, prompt and padding included.
+        micro_batches: per optimizer step.
+        ahead: forward passes of the policy without gradient per micro-batch. KTO has one, on the mismatched answers.
+        reference: forward passes of the reference per micro-batch: two for KTO, one for DPO, none for SFT and ORPO.
+        copy: the reference is a frozen copy, not the model without its adapter.
+        each_batch: FSDP2 reduces gradients after each micro-batch instead of after the last.
+        weight, gather, reduce: bytes of a stored weight, of a gathered weight, of a reduced gradient.
     """
 
     gpus: int
@@ -111,28 +111,28 @@ class Step:
 
     @property
     def passes(self) -> int:
-        """Forward passes without a gradient for each micro-batch."""
+        """Forward passes without gradient per micro-batch."""
         return self.ahead + self.reference
 
     @property
     def reductions(self) -> int:
-        """How often FSDP2 reduces the gradients."""
+        """Gradient reductions of FSDP2 per step."""
         return self.micro_batches if self.each_batch else 1
 
     def trained(self, shape: Shape) -> int:
-        """Parameters that have a gradient."""
+        """Trainable parameters."""
         return shape.parameters if self.rank is None else shape.adapter(self.rank)
 
     @property
     def shards(self) -> int:
-        """Pieces that a weight is cut into."""
+        """Number of shards of a weight."""
         return self.gpus if self.layout == "fsdp2" else 1
 
 
 def held(shape: Shape, step: Step) -> int:
-    """Bytes that a process holds between steps: weights, reference, gradients, AdamW's averages.
+    """Bytes held by a process between steps: weights, reference, gradients, AdamW's averages.
 
-    Under FSDP2 the head of a frozen copy stays whole, as accelerate lays it out.
+    With accelerate's FSDP2 the head of a frozen copy stays gathered.
     """
     frozen = 0 if step.rank is None else shape.parameters * step.weight
     copied = shape.parameters * step.weight if step.copy else 0
@@ -144,11 +144,11 @@ def held(shape: Shape, step: Step) -> int:
 
 
 def passing(shape: Shape, step: Step) -> int:
-    """Bytes that come and go in a step, at their peak, with activations recomputed layer by layer.
+    """Peak bytes of temporary memory in a step, with activation checkpointing per layer.
 
-    What each layer was given, what one layer keeps while it is recomputed, the hidden states and unit gradient of the
-    fused log-probabilities. Under FSDP2 also the head's weights and two layers' (one computes, one arrives), and gradients
-    that are not reduced yet: of the head and a layer, or, where micro-batches add up first, all of them.
+    The input of each layer, the activations of the recomputed layer, hidden states and unit gradient of the fused
+    log-probabilities. With FSDP2 also the gathered weights of the head and of two layers (one prefetched), and the
+    unreduced gradients: of the head and one layer, or all of them if micro-batches accumulate before reduction.
     """
     rows = step.tokens * BF16
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
@@ -165,16 +165,16 @@ def passing(shape: Shape, step: Step) -> int:
 
 
 def logits(shape: Shape, step: Step) -> int:
-    """Bytes of the fp32 logits of one micro-batch and of their gradient, which nobody holds here."""
+    """Bytes of the fp32 logits of one micro-batch and of their gradient, which are not materialised."""
     return 2 * step.tokens * shape.vocab * FP32
 
 
 def gathered(shape: Shape, step: Step) -> int:
-    """Weights that a process is given in a step, in numbers.
+    """Number of weights that a process gathers in a step.
 
-    FSDP2 gathers a layer for each forward pass and for the backward, and so the embedding. The head stays from the first
-    forward pass to the end of the backward; where the policy also looks ahead, all is trained, and the first
-    micro-batch's backward asks for it once more. Beside an adapter the last norm is gathered anew after each of its absences.
+    FSDP2 gathers each layer, and the embedding, for every forward pass and for the backward. The head stays gathered
+    from the first forward pass to the end of the backward; if all weights are trained and the policy has extra forward
+    passes, the first micro-batch's backward gathers it again. With an adapter the last norm is gathered more often.
     """
     if step.layout == "ddp":
         return 0
@@ -187,7 +187,7 @@ def gathered(shape: Shape, step: Step) -> int:
 
 
 def sent(shape: Shape, step: Step) -> int:
-    """Bytes that a process sends in a step, by ring algorithms: (n - 1) / n of what is gathered or reduced, twice that of an all-reduce."""
+    """Bytes sent by a process in a step by ring algorithms: (n - 1) / n of the data, twice that for an all-reduce."""
     ring = (step.gpus - 1) / step.gpus
     gradients = step.trained(shape) * step.reduce
     if step.layout == "ddp":
@@ -196,20 +196,25 @@ def sent(shape: Shape, step: Step) -> int:
 
 
 def work(shape: Shape, step: Step) -> float:
-    """Floating-point operations of a process in a step: two a weight and token forward, recomputed once, and backward
-    two for the activations and, where all is trained, two for the weights; attention's own products are left out."""
+    """Floating-point operations of a process in a step, without attention scores.
+
+    Two per weight and token for a forward pass, which is recomputed once; the same for the gradient of activations and,
+    if all weights are trained, for that of weights.
+    """
     backward = 2 if step.rank is None else 1
     return 2.0 * shape.parameters * step.tokens * step.micro_batches * (step.passes + 2 + backward)
 
 
 def link(shape: Shape, step: Step) -> float:
-    """Bytes a second at which sending takes as long as computing: a faster link can hide behind the products."""
+    """Bandwidth in bytes per second at which communication takes as long as computation."""
     return sent(shape, step) / (work(shape, step) / FLOPS)
 
 
 def vocab_parallel(tokens: int, hidden: int, ranks: int, width: int = BF16) -> int:
-    """Bytes that a process sends for a head whose vocabulary is sharded, by all-reduces: for every scored token the
-    log-sum-exp in fp32 and three numbers in fp64 forward, the gradient of its hidden state backward."""
+    """Bytes sent by a process for a vocabulary-parallel head, with ring all-reduces.
+
+    Per scored token: the log-sum-exp in fp32 and three fp64 numbers forward, the gradient of the hidden state backward.
+    """
     return ceil(2 * (ranks - 1) / ranks * tokens * (FP32 + 3 * 8 + hidden * width))
 
 

@@ -1,10 +1,9 @@
-"""What every Triton kernel becomes on GPUs that are not here: registers, spills, shared memory, matrix instructions.
+"""Registers, spills, shared memory and matrix instructions of the Triton kernels, cross-compiled for sm_80 to sm_100.
 
     python -m benchmarks.static_report [--arch 80 90 100] [--dtype bf16 fp16 fp32] [--json]
 
-Each case runs a backend on meta tensors, so that nothing is computed and every launch is listed with the arguments of a real
-call; each kernel that came up is compiled for the architecture with the ptxas of Triton's wheel. No GPU, driver or toolkit
-is needed. Leave TRITON_INTERPRET unset.
+Each case runs a backend on meta tensors and records every launch with its arguments; each recorded kernel is compiled
+with the ptxas of Triton's wheel. No GPU, driver or toolkit is needed. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -118,7 +117,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
 
 
 def sequence_calls() -> Iterator[tuple[str, Callable]]:
-    """Calls of sequence_loss, whose kernels have one dtype; between them every method, weighting and kind of argument."""
+    """Calls of sequence_loss, whose kernels have one dtype, that cover every method, weighting and kind of argument."""
     win, decision = ("tversky-kahneman", "prelec")
     forms = {
         "kto": Form("kto", None, None),
@@ -244,7 +243,8 @@ def report(archs: list[int], dtypes: list[str]) -> list[Compiled]:
 
 def table(rows: list[Compiled]) -> str:
     lines = [
-        "| sm | dtype | kernel | cases | warps | stages | registers | spills, bytes | shared, bytes | matrix instructions |",
+        "| sm | dtype | kernel | cases | warps | stages | registers | spills, bytes | shared, bytes | "
+        "matrix instructions |",
         "|--:|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     lines += [

@@ -1,12 +1,13 @@
-"""Forward and backward of one micro-batch in tokens per second: TRL's trainers, the same patched, and PreferenceTrainer.
+"""Tokens per second of a micro-batch, forward and backward: TRL's trainers, the same patched, and PreferenceTrainer.
 
-    python -m benchmarks.trainers                                          the required cases; about an hour on 2 cores
-    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16        a trial, keeps no row
+    python -m benchmarks.trainers                                      the required cases; about an hour on 2 cores
+    python -m benchmarks.trainers --case smoke --rows 4 --tokens 16    a trial, keeps no row
 
-One micro-batch is repeated in interleaved rounds by TRL's trainer, by the same trainer patched, and by PreferenceTrainer with
-the same weights. The model has a real head on a few random layers: only the head differs, and its share of a step falls with
-the number of layers, which is part of the row. Tokens are prompt and completion tokens of the matched sequences; a KTO step
-also runs the policy and the reference on the mismatched ones. Rows go to results/trainers/<device>/.
+One micro-batch is repeated in interleaved rounds by TRL's trainer, the same trainer patched, and PreferenceTrainer with
+the same weights. The model has a real head on a few random layers: only the head differs, and its share of a step
+falls with the number of layers, which is part of the row. Tokens are prompt and completion tokens of the matched
+sequences; a KTO step also runs the policy and the reference on the mismatched ones. Rows go to
+results/trainers/<device>/.
 """
 
 import argparse
@@ -25,6 +26,7 @@ TRAINERS = ("kto", "dpo")
 WHO = ("trl", "ours", "prefopt")  # TRL as it is, patched, and PreferenceTrainer
 REQUIRED = ("smollm2-360m", "qwen3-0.6b")
 GATE = ("tests/ops", "tests/integrations/test_trl.py", "tests/prefopt/test_trainer_parity.py")
+COMMON = dict(max_length=None, use_cpu=True, report_to="none", disable_tqdm=True)  # of all configurations
 # TRL rounds the logits of bf16 models: .1 nat in a completion's sum, of which the losses take a twentieth.
 LOSS_DIFFERENCE = {"bf16": 1e-2, "fp32": 1e-4}
 
@@ -85,14 +87,7 @@ def build(name: str, case: Case, data, options: argparse.Namespace, folder: str)
     import trl
 
     config = getattr(trl, f"{name.upper()}Config")(
-        output_dir=folder,
-        per_device_train_batch_size=len(data),
-        max_length=None,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        disable_tqdm=True,
+        output_dir=folder, per_device_train_batch_size=len(data), bf16=False, gradient_checkpointing=False, **COMMON
     )
     trainer = getattr(trl, f"{name.upper()}Trainer")(
         model=model_of(case, options.layers, options.dtype, seed=0),
@@ -109,7 +104,7 @@ def build(name: str, case: Case, data, options: argparse.Namespace, folder: str)
 
 
 def build_own(name: str, theirs, data, folder: str):
-    """PreferenceTrainer on the weights of TRL's, ready for ``training_step``, and its micro-batch."""
+    """PreferenceTrainer with the weights of TRL's, ready for ``training_step``, and its micro-batch."""
     from prefopt.train import PreferenceConfig, PreferenceTrainer
 
     config = PreferenceConfig(
@@ -118,18 +113,10 @@ def build_own(name: str, theirs, data, folder: str):
         per_device_train_batch_size=len(data),
         kl_estimator="microbatch" if name == "kto" else None,  # TRL's
         sampler="sequential",
-        max_length=None,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
+        **COMMON,
     )
-    trainer = PreferenceTrainer(
-        theirs.model,
-        config,
-        data,
-        processing_class=theirs.processing_class,
-        ref_model=theirs.ref_model,
-    )
+    tokenizer, reference = theirs.processing_class, theirs.ref_model
+    trainer = PreferenceTrainer(theirs.model, config, data, processing_class=tokenizer, ref_model=reference)
     trainer.current_gradient_accumulation_steps = 1
     batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, config.device)
     return trainer, batches[0]

@@ -28,7 +28,7 @@ TILE = 128  # tokens and vocabulary columns of a tile of planted logits
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs of a variant: normal head weights with standard deviation 0.02, hidden states standard normal or planted."""
+    """Inputs of a variant. Head weights are normal with standard deviation 0.02."""
 
     case: Case
     hidden: Tensor  # (T, H)

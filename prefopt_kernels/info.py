@@ -1,6 +1,6 @@
-"""``python -m prefopt_kernels.info``: what this installation can run, and for the rest why not.
+"""``python -m prefopt_kernels.info``: what this installation can run, and the reasons for the rest.
 
-``--build`` builds the C++ kernels now, in place of at their first use, and ends with 1 where that fails.
+``--build`` builds the C++ kernels now instead of at their first use, and exits with 1 if that fails.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from prefopt_kernels import explain
 from prefopt_kernels.ops import _extension
 from prefopt_kernels.ops.linear_logprob import cpu as cpu_backend
 
-# The instruction sets that the kernels have a use for, by their names in /proc/cpuinfo.
+# The instruction sets that the kernels use, by their names in /proc/cpuinfo.
 INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
 
 
@@ -41,7 +41,7 @@ def cpu() -> tuple[str, list[str]]:
 
 
 def extension() -> str:
-    """Where the C++ kernels come from and which instruction set they would choose; or why not."""
+    """The origin and instruction set of the C++ kernels, or why they cannot be used."""
     reason = _extension.why_not()
     if reason is not None:
         return f"no: {reason}"

@@ -55,7 +55,7 @@ def test_every_variable_of_ours_is_documented_and_read():
 
 def test_documented_values_of_variables_are_the_real_ones():
     from prefopt_kernels.ops import _sources
-    from prefopt_kernels.ops.linear_logprob.op import ABSENT, BACKENDS
+    from prefopt_kernels.ops.linear_logprob.op import BACKENDS
 
     page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     values = {
@@ -63,7 +63,7 @@ def test_documented_values_of_variables_are_the_real_ones():
         for name, cell in re.findall(r"^\| `(PREFOPT_\w+)` \| ([^|]+) \|", page, re.MULTILINE)
     }
     assert values["PREFOPT_BUILD"] == set(_sources.BUILD_CHOICES)
-    assert values["PREFOPT_BACKEND"] == {"auto", *BACKENDS, *ABSENT}
+    assert values["PREFOPT_BACKEND"] == {"auto", *BACKENDS}
 
 
 def test_variables_of_other_tools_are_read_by_them_or_by_us():

@@ -1,6 +1,6 @@
 // Sizes of the tiles, and how tokens (or other columns) are cut into panels of registers.
 #pragma once
-#include "../common/gemm.h"
+#include "../cpu/gemm.h"
 
 namespace prefopt::PREFOPT_ISA {
 
@@ -10,6 +10,7 @@ constexpr int kTokenVectors = 3, kVocabularyRows = 8, kHiddenVectors = 4, kToken
 #else
 constexpr int kTokenVectors = 3, kVocabularyRows = 4, kHiddenVectors = 2, kTokenRows = 6;  // 16 registers
 #endif
+constexpr int kPanelWidth = kTokenVectors * kLanes;
 constexpr int kGroup = kHiddenVectors * kLanes;  // columns of H that are packed side by side
 // rows of the vocabulary: a bf16 tile of H 1,024 and its packed copy fill half of a 1 MiB second-level cache
 constexpr int64_t kTileRows = 128;
@@ -18,7 +19,7 @@ constexpr int64_t kSumUnits = 512;
 constexpr int64_t kHeadRows = 256;  // rows of the head's gradient that are summed at a time
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t aligned(int64_t bytes) { return divide_up(bytes, 64) * 64; }
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <int n>
 struct Constant {
@@ -62,8 +63,7 @@ template <class Dot, int N>
 void add_blocks(int64_t count, int64_t units, const char* a, int64_t a_stride, const char* panel, float* z,
                 int64_t z_stride, bool accumulate) {
   for (int64_t k = 0; k < units; k += kSumUnits) {
-    const int64_t K = units - k < kSumUnits ? units - k : kSumUnits;
-    multiply<Dot, kVocabularyRows, N>(count, K, a + k * 4, a_stride, 4,
+    multiply<Dot, kVocabularyRows, N>(count, min_of(units - k, kSumUnits), a + k * 4, a_stride, 4,
                                       reinterpret_cast<const float*>(panel) + k * N * kLanes, z, z_stride,
                                       accumulate || k > 0);
   }

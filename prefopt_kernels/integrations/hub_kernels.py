@@ -2,10 +2,9 @@
 
     python -m prefopt_kernels.integrations.hub_kernels OUT
 
-writes OUT/build with one folder per variant: ``torch-cpu`` and ``torch-cuda`` are Python alone, the definition in torch
-and the Triton kernels; where the C++ kernels are built, a third one for this processor and system carries their library,
-which needs nothing of torch but its stable interface. Each is a copy of this package, without the integrations, with
-relative imports and with its own names in torch's registries, so that it runs beside an installed prefopt_kernels.
+writes OUT/build with the variants ``torch-cpu`` and ``torch-cuda``: the definition in torch and the Triton kernels,
+without the C++ kernels. Each is a copy of this package without the integrations, with relative imports and its own
+namespace for torch's custom ops. One process can load several versions beside an installed prefopt_kernels.
 
 The layout is that of kernels 0.17.2: a metadata.json in each variant, and a build.toml.
 """
@@ -15,20 +14,19 @@ import ast
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from prefopt_kernels.ops import _extension, _sources
+from prefopt_kernels.ops import _sources
 
 PACKAGE = "prefopt_kernels"
 LEFT_OUT = ("integrations", "info.py")
-LAYERS = "hub_layers.py"  # of the integrations; `layers` in the copy
-# What is registered with torch under the package's name. The C++ library's is a string inside it, so it is as long.
-REGISTERED = {"prefopt_kernels::": "prefopt_hub::", "prefopt_kernels_cpu": "prefopt_kernels_hub"}
+LAYERS = "hub_layers.py"  # becomes layers.py in the copy
+NAMESPACE = f"{PACKAGE}::"  # of the custom ops
+VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda"}  # and the type of their device
 BUILD = """\
 [general]
 name = "{name}"
@@ -50,18 +48,17 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
         version: of the kernel, 1 or above.
 
     Returns:
-        list[str]: the variants that were written. The one with the C++ kernels is missing where they cannot be loaded;
-        ``prefopt_kernels.info`` says why.
+        list[str]: the variants that were written.
 
     Raises:
-        ValueError: a name or a version that ``kernels`` does not take.
-        FileExistsError: the folder holds something.
+        ValueError: a name or a version that ``kernels`` does not accept.
+        FileExistsError: the folder is not empty.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     variants = export(f"{folder}/kernel")
-        >>> variants[:2]
+        >>> variants
         ['torch-cpu', 'torch-cuda']
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
@@ -70,41 +67,40 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
         raise ValueError(f"version is {version}; expected 1 or above")
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} holds something; expected a new or an empty folder")
-    files = {path: _rewritten(path) for path in _python_files()}
-    variants = {"torch-cpu": "cpu", "torch-cuda": "cuda"}
-    library = _renamed_library()
-    if library is not None:
-        variants[_variant_of_this_machine()] = "cpu"
+        raise FileExistsError(f"{folder} is not empty; expected a new or an empty folder")
+    trees = {path: ast.parse(path.read_text(encoding="utf-8"), path) for path in _python_files()}
+    digest = hashlib.sha1("".join(map(ast.dump, trees.values())).encode(), usedforsecurity=False).hexdigest()[:8]
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(folder)
     prefix = f".{folder.name}.export-{os.getpid()}-"
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as unfinished:
         made = Path(unfinished) / "kernel"
-        for variant, backend in variants.items():
+        for variant, device in VARIANTS.items():
             inside = made / "build" / variant
-            with_library = variant not in ("torch-cpu", "torch-cuda")
-            _write(inside, files, library if with_library else None)
-            digest = hashlib.sha1("".join(files.values()).encode(), usedforsecurity=False)
+            module = f"_{name.replace('-', '_')}_{version}_{variant.replace('-', '_')}_{digest}"
+            for path, tree in trees.items():
+                target = inside / _target(path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(_relocated(path, tree, module), encoding="utf-8")
             metadata = {
-                "id": f"_{name.replace('-', '_')}_{version}_{variant.replace('-', '_')}_{digest.hexdigest()[:8]}",
+                "id": module,
                 "name": name,
                 "version": version,
                 "license": "Apache-2.0",
                 "python-depends": [],
-                "backend": {"type": backend},
+                "backend": {"type": device},
             }
             text = json.dumps(metadata, indent=2) + "\n"
             (inside / "metadata.json").write_text(text, encoding="utf-8")
         build = BUILD.format(name=name, version=version)
         (made / "build.toml").write_text(build, encoding="utf-8")
         made.replace(folder)
-    return list(variants)
+    return list(VARIANTS)
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove what processes that were killed left of their exports to ``folder``."""
+    """Remove the unfinished exports to ``folder`` of processes that were killed."""
     for left in folder.parent.glob(f".{folder.name}.export-*-*"):
         pid = left.name.split("-")[-2]
         try:
@@ -116,7 +112,7 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _python_files() -> list[Path]:
-    """Of the package, with the layers in place of the integrations."""
+    """The files of the package, with the layers in place of the integrations."""
     root = _sources.PACKAGE
     files = [path for path in sorted(root.rglob("*.py")) if _inside(path)[0] not in LEFT_OUT]
     return [*files, root / "integrations" / LAYERS]
@@ -130,56 +126,42 @@ def _target(path: Path) -> Path:
     return Path("layers.py") if path.name == LAYERS else Path(*_inside(path))
 
 
-def _rewritten(path: Path) -> str:
-    """The source with relative imports and its own names in torch's registries.
+class _Relocation(ast.NodeTransformer):
+    """Relative imports, and the op namespace ``module``, for a file ``depth`` folders below the package."""
+
+    def __init__(self, path: Path, depth: int, module: str):
+        self.path, self.depth, self.module = path, depth, module
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
+        first, _, rest = (node.module or "").partition(".")
+        if first == PACKAGE and node.level == 0:
+            return ast.ImportFrom(rest or None, node.names, level=self.depth + 1)
+        return node
+
+    def visit_Import(self, node: ast.Import) -> ast.Import:
+        if any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
+            raise RuntimeError(f"{self.path} line {node.lineno} imports the package by its name; use from ... import")
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if isinstance(node.value, str) and node.value.startswith(NAMESPACE):
+            return ast.Constant(f"{self.module}::{node.value.removeprefix(NAMESPACE)}")
+        return node
+
+
+def _relocated(path: Path, tree: ast.Module, module: str) -> str:
+    """The source of the copy.
 
     >>> path = _sources.PACKAGE / "ops" / "linear_logprob" / "op.py"
-    >>> "from ...ops.linear_logprob" in _rewritten(path), "prefopt_kernels::" in _rewritten(path)
-    (True, False)
+    >>> code = _relocated(path, ast.parse(path.read_text(encoding="utf-8")), "_copy")
+    >>> "from ...ops.linear_logprob" in code, "_copy::linear_logprob" in code, "prefopt_kernels::" in code
+    (True, True, False)
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    up = "." * len(_target(path).parts)
-    for node in ast.walk(ast.parse("".join(lines))):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE:
-            below = node.module.removeprefix(PACKAGE).removeprefix(".")
-            line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = line.replace(f"from {node.module} ", f"from {up}{below} ", 1)
-        elif isinstance(node, ast.Import) and any(n.name.startswith(PACKAGE) for n in node.names):
-            raise RuntimeError(f"{path} line {node.lineno} imports the package by its name")
-    text = "".join(lines)
-    for old, new in REGISTERED.items():
-        text = text.replace(old, new)
+    depth = len(_target(path).parts) - 1
+    copy = _Relocation(path, depth, module).visit(ast.parse(ast.unparse(tree)))
     if path == _sources.PACKAGE / "__init__.py":
-        text += "\nfrom . import layers as layers  # what `kernelize` looks into\n"
-    return text
-
-
-def _renamed_library() -> bytes | None:
-    """The loaded C++ library under its other name; None where there is none."""
-    if _extension.why_not() is not None:
-        return None
-    old, new = (b"\0%b\0" % each.encode() for each in list(REGISTERED.items())[1])
-    content = _extension.library().read_bytes()
-    if content.count(old) != 1:
-        raise RuntimeError(f"{_extension.library()} names {old!r} {content.count(old)} times; expected once")
-    return content.replace(old, new)
-
-
-def _variant_of_this_machine() -> str:
-    """As ``kernels`` calls it: the oldest stable interface of torch that the library runs with, and the machine."""
-    (flag,) = [flag for flag in _sources.CXX_FLAGS if "TORCH_TARGET_VERSION" in flag]
-    target = int(flag.split("=")[1], 16)
-    torch = f"{target >> 56}{target >> 48 & 255}"
-    return f"torch-stable-abi{torch}-cpu-{platform.machine()}-{platform.system().lower()}"
-
-
-def _write(folder: Path, files: dict[Path, str], library: bytes | None) -> None:
-    for path, text in files.items():
-        target = folder / _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
-    if library is not None:
-        (folder / "_C_cpu.abi3.so").write_bytes(library)
+        copy.body.append(ast.ImportFrom(None, [ast.alias("layers")], level=1))  # which ``kernelize`` looks up
+    return ast.unparse(ast.fix_missing_locations(copy)) + "\n"
 
 
 def main(words: list[str] | None = None) -> int:
@@ -199,8 +181,6 @@ def main(words: list[str] | None = None) -> int:
         return 2
     for variant in variants:
         print(f"{given.out}/build/{variant}")
-    if len(variants) == 2:
-        print(f"without the C++ kernels: {_extension.why_not()}")
     return 0
 
 

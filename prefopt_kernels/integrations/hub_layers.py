@@ -1,7 +1,7 @@
 """The layers that an exported kernel offers to ``kernelize`` of Hugging Face ``kernels``.
 
-Each stands for a layer of the same name and call in somebody's model. ``kernels`` asks for layers without state and
-without a constructor; see :mod:`prefopt_kernels.integrations.hub_kernels`.
+Each replaces a layer of the same name and signature in a model. ``kernels`` requires layers without state and without a
+constructor; see :mod:`prefopt_kernels.integrations.hub_kernels`.
 """
 
 from torch import Tensor, nn

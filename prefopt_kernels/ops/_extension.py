@@ -1,7 +1,7 @@
-"""Finds the C++ extension and loads it once, at its first use; says why not.
+"""Finds the C++ extension and loads it at its first use.
 
-The installed library is taken where it was built from the sources at hand. Where it is missing, or
-built from other sources, it is built at the first use, once, into torch's cache of extensions.
+The installed library is used if it was built from the present sources. If it is missing or was built from other
+sources, it is built at the first use into torch's cache of extensions.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,10 +39,21 @@ def why_not() -> str | None:
     return _reason
 
 
-# torch.compile calls it and does not trace it: a trace would see the first loading once, and fail when it starts again
-# without. The mark is the one that torch.compiler.assume_constant_result sets; that call would import torch._dynamo at
-# every start.
-why_not._dynamo_marked_constant = True
+# torch.compile calls it without tracing: a trace of the first load would not be valid later. This is the mark of
+# torch.compiler.assume_constant_result, which would import torch._dynamo at every start.
+setattr(why_not, "_dynamo_marked_constant", True)  # noqa: B010 (a function has no such attribute)
+
+
+def ops() -> Any:
+    """The ops of the C++ kernels, loaded by this call if need be: an exported graph selects no backend.
+
+    Raises:
+        RuntimeError: they cannot be loaded.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cpu' cannot run this call: {reason}")
+    return torch.ops.prefopt_kernels_cpu
 
 
 def library() -> Path | None:
@@ -61,14 +73,15 @@ def _load_once() -> None:
             return
         _library, _reason = _find_and_load()
         _tried = True
-        if _reason is not None and os.environ.get("PREFOPT_BUILD") != "none":
+        expected = _sources.sources() or installed_library()  # an export for Hugging Face kernels has neither
+        if _reason is not None and expected and os.environ.get("PREFOPT_BUILD") != "none":
             warnings.warn(f"prefopt_kernels runs without its C++ kernels: {_reason}", stacklevel=3)
 
 
 def _find_and_load() -> tuple[Path | None, str | None]:
     """The library loaded and None, or None and the reason."""
-    if hasattr(torch.ops.prefopt_kernels_cpu, "isas"):
-        # by Hugging Face kernels, in another version: torch ends the process when a name is registered again
+    if hasattr(torch.ops.prefopt_kernels_cpu, "instruction_sets"):
+        # by Hugging Face kernels, in another version: torch aborts the process when a name is registered again
         return None, "another copy of the C++ kernels is loaded in this process"
     installed = installed_library()
     if installed is None:
@@ -142,10 +155,10 @@ def _loads(built: Path) -> bool:
 
 
 def _build(missing: str) -> Path:
-    """Compiles csrc/ into torch's cache, one folder per version of the sources, and loads it.
+    """Compile csrc/ into torch's cache, one folder per version of the sources, and load it.
 
-    Of several processes one compiles and the others wait. It works in a folder of its own and moves the finished library
-    out of it, so that a build that was killed leaves neither half a library nor a lock behind.
+    Of several processes one compiles and the others wait. It compiles in a temporary folder and moves the finished
+    library out of it, so that a killed build leaves neither an incomplete library nor a lock.
     """
     from torch.utils import cpp_extension
 

@@ -1,10 +1,10 @@
-"""The one place where a Triton kernel starts, so that a launch can be read instead of run.
+"""The one place that launches Triton kernels, so that launches can be recorded instead of run.
 
-The static report compiles what a call would launch, for GPUs that are not here: it runs a backend on meta tensors
-inside ``recording`` and gets each kernel with the very arguments of a real call.
+The static report cross-compiles what a call would launch: it runs a backend on meta tensors inside ``recording`` and
+gets each kernel with the arguments of a real call.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """One launch as it was asked for; ``arguments`` by the names of the kernel's parameters."""
+    """One launch; ``arguments`` by the names of the kernel's parameters, ``kernel`` a function of ``triton.jit``."""
 
-    kernel: Callable
+    kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
@@ -26,14 +26,14 @@ _records: list[Launch] | None = None
 
 
 def launch(
-    kernel: Callable,
+    kernel: Any,
     grid: tuple[int, ...],
     arguments: dict[str, Any],
     *,
     num_warps: int,
     num_stages: int,
 ) -> None:
-    """Start ``kernel`` over ``grid`` on the device of its tensors; a grid without programs starts nothing."""
+    """Start ``kernel`` over ``grid`` on the device of its tensors; an empty grid launches nothing."""
     if 0 in grid:
         return
     if _records is not None:
@@ -47,7 +47,7 @@ def launch(
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Inside, launches are listed and not run."""
+    """Record launches instead of running them."""
     global _records
     outer, _records = _records, []
     try:

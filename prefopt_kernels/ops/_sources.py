@@ -19,7 +19,7 @@ CSRC = (PACKAGE if (PACKAGE / "csrc").is_dir() else PACKAGE.parent) / "csrc"
 
 CXX_FLAGS = (
     "-O3",
-    "-std=c++17",
+    "-std=c++20",
     "-fvisibility=hidden",
     # Stable ABI of torch 2.10: one build serves every later torch. No -march: the kernels name their
     # instruction sets themselves, and the choice is made at run time.
@@ -48,8 +48,8 @@ def digest() -> str:
 
 def link_flags() -> list[str]:
     """Makes the linker write ``digest()`` into the library, as its build id, for ``is_current``."""
-    own = [flag for flag in CXX_FLAGS if flag.startswith("-fsanitize")]
-    return [*own, f"-Wl,--build-id=0x{digest()}"]
+    sanitizers = [flag for flag in CXX_FLAGS if flag.startswith("-fsanitize")]
+    return [*(sanitizers or ["-Wl,--strip-all"]), f"-Wl,--build-id=0x{digest()}"]
 
 
 def is_current(library: Path) -> bool:
@@ -89,3 +89,7 @@ def why_not_compile() -> str | None:
         name = compiler[0] if compiler else "''"
         return f"no C++ compiler: {name} is not on the PATH (set CXX to name another)"
     return None
+
+
+if __name__ == "__main__":
+    print(*CXX_FLAGS)  # for `make lint`

@@ -1,7 +1,8 @@
 """Every option once, with its help, bounds and default. This file imports nothing heavy.
 
-The sections of a recipe, the command line, ``PreferenceConfig`` and the tables in docs/recipes.md are read from the fields
-below. The names under ``training`` are those of ``transformers.TrainingArguments``. A field without a default is required.
+The sections of a recipe, the command line, ``PreferenceConfig`` and the tables in docs/recipes.md are read from the
+fields below. The names under ``training`` are those of ``transformers.TrainingArguments``. A field without a default
+is required.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +31,8 @@ def option(
         help: what it does, with its unit.
         least, above, below, most: bounds.
         shown: the default in help texts, where null stands for something that depends on other options.
-        methods: {method that has this option: its default}. A default may be a function of the values of the options above.
+        methods: {method that has this option: its default}. A default may be a function of the values of the options
+            above.
         when: whether the option is used, from the values of the options above it.
     """
     metadata = {
@@ -87,8 +89,8 @@ class Loss:
     """The preference loss. An option that its method does not use is refused."""
 
     method: MethodName = option(
-        "kto, apo_zero, enhanced_kto and bco learn from unpaired data (binary feedback); dpo, ipo, cpo, simpo and orpo from "
-        "pairs; sft from desirable answers alone",
+        "kto, apo_zero, enhanced_kto and bco learn from unpaired data (binary feedback); dpo, ipo, cpo, simpo and "
+        "orpo from pairs; sft from desirable answers alone",
         "kto",
     )
     beta: float | None = option(
@@ -99,7 +101,8 @@ class Loss:
         "factor on the loss of undesirable rows", None, least=0, methods=_KAHNEMAN
     )
     kl_estimator: Literal["window", "microbatch", "ema"] | None = option(
-        "KTO's reference point from all rows of an optimizer step, from each micro-batch as in TRL, or averaged over steps",
+        "KTO's reference point from all rows of an optimizer step, from each micro-batch as in TRL, or averaged "
+        "over steps",
         None,
         methods={"kto": "window", "enhanced_kto": "window"},
     )
@@ -139,8 +142,8 @@ class Loss:
         "weight of the odds-ratio term (ORPO's lambda)", None, least=0, methods={"enhanced_kto": 0.1, "orpo": 0.1}
     )
     shift: Literal["off", "cumulative", "window", "ema"] | None = option(
-        "BCO's baseline: the mean of all rewards so far, half the sum of both classes' means over an optimizer step, or the "
-        "same of exponential averages",
+        "BCO's baseline: the mean of all rewards so far, half the sum of both classes' means over an optimizer "
+        "step, or the same of exponential averages",
         None,
         methods={"bco": "window", "enhanced_kto": "off"},
     )
@@ -160,7 +163,8 @@ class Loss:
         when=_is_on("shift"),
     )
     shift_start: float | Literal["plateau"] | None = option(
-        "share of all steps before the shift is used, or plateau: until the margin has not risen for a tenth of the logs",
+        "share of all steps before the shift is used, or plateau: until the margin has not risen for a tenth of the "
+        "logs",
         None,
         least=0,
         most=1,

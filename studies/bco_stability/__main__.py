@@ -8,35 +8,30 @@ from pathlib import Path
 from prefopt import failure
 from prefopt.errors import UserError
 from prefopt.folder_lock import only_writer
-from studies.bco_stability.findings import find
-from studies.bco_stability.grid import full_plan, quick_plan
+from studies.bco_stability.findings import verdict
+from studies.bco_stability.grid import Plan, full_plan, quick_plan
 from studies.bco_stability.pool import RESULTS, read_lines, run_plan
 from studies.bco_stability.report import write_report
 
 
-def run_study(out: Path, *, full: bool = False, processes: int = 1, seeds: int | None = None) -> Path:
-    """Run the missing part of the study, and write its table, plots and report.
+def run_study(plan: Plan, out: Path, processes: int = 1) -> Path:
+    """Run the missing part of a plan, and write its table, plots and report.
 
     Args:
-        out: a new folder, or the folder of an earlier start with the same ``full``; finished runs are kept.
-        full: run the whole grid instead of a part of it with shorter runs.
+        plan: cells and seeds.
+        out: a new folder, or the folder of an earlier start; finished runs are kept.
         processes: number of single-threaded worker processes.
-        seeds: seeds per cell; None for the plan's own numbers.
 
     Returns:
         Path of report.html.
 
     Raises:
-        UserError: an argument is out of range, or ``out`` holds other files.
+        UserError: ``out`` holds other files, or runs of other settings.
     """
-    for name, value in (("--processes", processes), ("--seeds", seeds)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; expected 1 or more")
-    plan = full_plan(seeds) if full else quick_plan(seeds)
     with only_writer(out, "--out"):
         run_plan(plan, out, processes)
         report = write_report(out)
-    print(find(read_lines(out / RESULTS)).verdict)
+    print(verdict(read_lines(out / RESULTS))[1])
     return report
 
 
@@ -44,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 for wrong input, 130 after an interruption."""
     parser = argparse.ArgumentParser(
         prog="python -m studies.bco_stability",
-        description="Measure when BCO's shift makes training unstable, and what prevents it, on a tiny built-in policy.",
+        description="Measure when BCO's shift makes training unstable, and what prevents it, on a tiny policy.",
         epilog="A second start with the same --out runs only what is missing.",
         allow_abbrev=False,
     )
@@ -55,8 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="single-threaded worker processes (default: 1)")
     parser.add_argument("--seeds", type=int, help="seeds per cell (default: set by the plan)")
     given = parser.parse_args(arguments)
+    for name, value in (("--processes", given.processes), ("--seeds", given.seeds)):
+        if value is not None and value < 1:
+            parser.error(f"{name} is {value}; expected 1 or more")
+    plan = full_plan(given.seeds) if given.full else quick_plan(given.seeds)
     try:
-        print(run_study(given.out.expanduser(), full=given.full, processes=given.processes, seeds=given.seeds))
+        print(run_study(plan, given.out.expanduser(), given.processes))
     except KeyboardInterrupt:
         failure.finish_progress_bars()
         print("interrupted; the same command continues", file=sys.stderr)

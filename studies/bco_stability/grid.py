@@ -1,4 +1,4 @@
-"""What the study runs: a configuration is one cell, and a plan says how many seeds each cell gets."""
+"""The grid: a configuration is one cell, and a plan is a set of cells with their numbers of seeds."""
 
 from dataclasses import asdict, dataclass
 from itertools import chain, combinations
@@ -8,7 +8,7 @@ COMPONENTS = ("value", "weighting", "odds", "shift")
 FORMS = ("naive", "ours")
 PRECISIONS = ("fp32", "bf16")
 RATES = (0.005, 0.01, 0.02)
-HIGHEST_RATE = 0.02  # for this policy what 2e-4 is for a language model with LoRA: KTO itself begins to fail
+HIGHEST_RATE = 0.02  # comparable to 2e-4 for a language model with LoRA: KTO itself begins to fail
 
 # Changes of the naive form, each one remedy; and all of them.
 REMEDIES = (
@@ -20,7 +20,7 @@ REMEDIES = (
     "bounded value",
     "bounded shift",
 )
-# Changes of our form: one part of the defaults taken away, or another in its place.
+# Changes of our form: one part of the defaults removed or replaced.
 VARIANTS = (
     "no staging",
     "no shift bound",
@@ -35,13 +35,13 @@ VARIED = (
     ("win weighting", "loss aversion 1.5"),
     WIDER,
 )
-# Changes of the naive form that are mistakes.
+# Deliberate mistakes in the naive form.
 MISTAKES = ("shift in nats", "shift not detached")
 
 
 @dataclass(frozen=True)
 class Config:
-    """One cell of the grid: all that decides a run but its seed."""
+    """One cell of the grid: everything that determines a run except its seed."""
 
     form: Literal["naive", "ours"]
     components: tuple[str, ...]  # some of COMPONENTS, in that order; none is KTO
@@ -50,7 +50,7 @@ class Config:
     changes: tuple[str, ...] = ()  # some of REMEDIES, VARIANTS or MISTAKES
 
     def fields(self) -> dict:
-        """The columns of this configuration in a result row: JSON without nesting."""
+        """The columns of this configuration in a result row."""
         return asdict(self) | {
             "components": "+".join(self.components),
             "changes": "+".join(self.changes),
@@ -58,7 +58,7 @@ class Config:
 
     @staticmethod
     def of(row: dict) -> "Config":
-        """The configuration that a result row came from; the inverse of :meth:`fields`."""
+        """The configuration of a result row; the inverse of :meth:`fields`."""
         return Config(
             row["form"],
             tuple(row["components"].split("+")) if row["components"] else (),
@@ -70,7 +70,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is, and the number of seeds of every cell."""
+    """The length of a run, and the number of seeds of each cell."""
 
     steps: int
     pretraining_steps: int
@@ -82,7 +82,7 @@ class Plan:
 
 
 def quick_plan(seeds: int | None = None) -> Plan:
-    """A small part of the grid at the highest learning rate, in shorter runs."""
+    """Part of the grid at the highest learning rate, in shorter runs."""
     rate, seeds = HIGHEST_RATE, seeds or 6
     some = ((), ("value",), ("weighting",), ("shift",), ("value", "weighting", "shift"), COMPONENTS)
     cells = [
@@ -97,9 +97,9 @@ def quick_plan(seeds: int | None = None) -> Plan:
 
 
 def full_plan(seeds: int | None = None) -> Plan:
-    """The defaults in many runs, the remedies, and every subset of the components in both forms and precisions.
+    """Our defaults, the remedies, then every subset of the components in both forms and precisions.
 
-    In this order, so that an interrupted study has its main answers first.
+    The most important cells come first, for interrupted studies.
     """
     cells: dict[Config, int] = {}
 
@@ -129,7 +129,7 @@ def full_plan(seeds: int | None = None) -> Plan:
 
 
 def remedies_of(components: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Each remedy that can touch these components, alone, and all of them together."""
+    """Each remedy that applies to these components, alone, and all of them together."""
     needs = {"safe weighting": "weighting", "safe odds": "odds", "bounded value": "value"}
     apt = [one for one in REMEDIES if needs.get(one, "shift") in components]
     apt = [one for one in apt if one != "component clip"] + ["component clip"]
@@ -143,3 +143,13 @@ def _remedied(base: tuple[str, tuple[str, ...]], rates: tuple[float, ...]) -> li
         for rate in rates
         for changes in [(), *remedies_of(components)]
     ]
+
+
+def label(components: tuple[str, ...]) -> str:
+    """The components of a configuration in words."""
+    return " + ".join(components) or "KTO"
+
+
+def remedy_label(changes: tuple[str, ...]) -> str:
+    """A remedy, or all of them, in words."""
+    return "as it is" if not changes else changes[0] if len(changes) == 1 else "all together"

@@ -1,4 +1,4 @@
-"""The study's data: prompts, a better and a worse answer to each, from a small made-up language."""
+"""The study's data: prompts of a made-up language, with a good and a bad answer each."""
 
 import math
 from typing import NamedTuple
@@ -6,14 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VOCABULARY, KINDS = 32, 8  # tokens; kinds of prompt, each with its own idea of a good answer
+VOCABULARY, KINDS = 32, 8  # tokens; kinds of prompt, each with its own distribution of good answers
 END = 0  # ends an answer and pads what follows
 PROMPT, ANSWER = 4, 44  # tokens of a prompt; most tokens of an answer, its end included
-SHORTEST, MEDIAN, SPREAD = (
-    4,
-    16,
-    0.7,
-)  # of an answer's length: a log-normal, as lengths of real answers are
+SHORTEST, MEDIAN, SPREAD = 4, 16, 0.7  # of an answer's length, which is log-normal like that of real answers
 
 
 class Pairs(NamedTuple):
@@ -29,8 +25,8 @@ class Pairs(NamedTuple):
 def make_pairs(n: int, seed: int) -> Pairs:
     """Draw n pairs.
 
-    Each answer is a Markov chain whose transitions depend on the prompt's kind. Good and bad answers differ in two
-    ways, as real ones do: in a manner common to all prompts, and in what the prompt's kind asks for.
+    Each answer is a Markov chain whose transitions depend on the prompt's kind. Good and bad answers differ in a style
+    common to all prompts, and in a part specific to the prompt's kind.
 
     Args:
         n: number of pairs.

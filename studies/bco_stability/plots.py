@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefopt.report.figures import BAD, GOOD, INK, OWN, STYLE, Picture
-from studies.bco_stability.grid import COMPONENTS, Config, remedies_of
+from studies.bco_stability.grid import COMPONENTS, Config, label, remedies_of, remedy_label
 from studies.bco_stability.runs import share_name
 from studies.bco_stability.table import Share, by_config, cell_of
 
@@ -29,13 +29,8 @@ def draw_all(rows: list[dict], traces: list[dict], folder: Path) -> list[Picture
         drawn.append(_remedies_plot(base, cells, folder))
     last = {Config.of(trace): trace for trace in traces}
     if last:
-        drawn += [_gradient_plot(last, folder), _reward_plot(last, folder)]
+        drawn += _trace_plots(last, folder)
     return drawn
-
-
-def label(components: tuple[str, ...]) -> str:
-    """The components of a configuration in words."""
-    return " + ".join(components) if components else "KTO"
 
 
 def _shares_plot(cells: dict[Config, Share], folder: Path) -> Picture:
@@ -78,7 +73,8 @@ def _shares_plot(cells: dict[Config, Share], folder: Path) -> Picture:
         folder,
         "unstable",
         "Share of unstable runs",
-        "Share of unstable runs with its 95 % interval, by the components that are on, the form and the precision of the loss.",
+        "Share of unstable runs with its 95 % interval, by the components that are on, the form and the precision of "
+        "the loss.",
         len(panels),
         (2.2 + 2.1 * len(panels), 0.8 + 0.34 * len(sets)),
         draw,
@@ -121,67 +117,57 @@ def _remedies_plot(base: tuple[str, tuple[str, ...]], cells: dict[Config, Share]
         folder,
         name,
         f"Remedies: {label(components)}, {precision}",
-        f"Share of unstable runs of the naive form with {label(components)} in {precision}, as it is, with each remedy alone, and with all.",
+        f"Share of unstable runs of the naive form with {label(components)} in {precision}, as it is, with each remedy "
+        "alone, and with all.",
         len(rates),
         (2.4 + 2.2 * len(rates), 0.8 + 0.3 * len(changes)),
         draw,
     )
 
 
-def remedy_label(changes: tuple[str, ...]) -> str:
-    """A remedy, or all of them, in words."""
-    return "as it is" if not changes else changes[0] if len(changes) == 1 else "all together"
+def _trace_plots(traces: dict[Config, dict], folder: Path) -> list[Picture]:
+    ordered = sorted(traces.items(), key=lambda one: (one[0].form, one[0].learning_rate))
 
+    def drawn(name: str, title: str, explanation: str, axis: str, lines: dict[str, tuple[str, str]]) -> Picture:
+        def draw(axes: list[Axes]) -> None:
+            for panel, (config, trace) in zip(axes, ordered, strict=True):
+                for key, (text, colour) in lines.items():
+                    panel.plot(trace["step"], trace[key], color=colour, label=text, lw=1.4)
+                panel.set_title(f"{config.form}, {config.precision}, {config.learning_rate:g}")
+                panel.set_xlabel("optimizer step")
+                panel.grid(color=INK, alpha=0.12, lw=0.6)
+                if axis == "reward":
+                    panel.axhline(0, color=INK, alpha=0.5, lw=0.8)
+                else:
+                    panel.set_ylim(0, 1)
+            axes[0].set_ylabel(axis)
+            axes[0].legend(frameon=False, fontsize=8)
 
-def _gradient_plot(traces: dict[Config, dict], folder: Path) -> Picture:
-    def draw(axes: list[Axes]) -> None:
-        for panel, (config, trace) in zip(axes, _ordered(traces), strict=True):
-            for name, colour in SHARE_COLOURS.items():
-                panel.plot(trace["step"], trace[share_name(name)], color=colour, label=name, lw=1.4)
-            _trace_axis(panel, config)
-            panel.set_ylim(0, 1)
-        axes[0].set_ylabel("share of the gradient")
-        axes[0].legend(frameon=False, fontsize=8)
+        return _figure(folder, name, title, explanation, len(ordered), (1.0 + 2.4 * len(ordered), 2.8), draw)
 
-    return _figure(
-        folder,
-        "gradient-shares",
-        "Which component pulls",
-        "Share of each component in the sum of absolute coefficients d loss / d logps, the components switched on one "
-        "after another; medians over the seeds that still run.",
-        len(traces),
-        (1.0 + 2.4 * len(traces), 2.8),
-        draw,
-    )
-
-
-def _reward_plot(traces: dict[Config, dict], folder: Path) -> Picture:
-    lines = {"chosen": GOOD, "rejected": BAD, "shift": OWN, "z0": SECOND}
-    words = {"chosen": "desirable", "rejected": "undesirable", "shift": "shift", "z0": "beta z0"}
-
-    def draw(axes: list[Axes]) -> None:
-        for panel, (config, trace) in zip(axes, _ordered(traces), strict=True):
-            for name, colour in lines.items():
-                panel.plot(trace["step"], trace[name], color=colour, label=words[name], lw=1.4)
-            _trace_axis(panel, config)
-            panel.axhline(0, color=INK, alpha=0.5, lw=0.8)
-        axes[0].set_ylabel("reward")
-        axes[0].legend(frameon=False, fontsize=8)
-
-    return _figure(
-        folder,
-        "rewards-and-shift",
-        "Rewards and shift",
-        "Mean reward of desirable and of undesirable rows (beta times the log-ratio), the shift, and KTO's reference point "
-        "in the same units; medians over the seeds that still run.",
-        len(traces),
-        (1.0 + 2.4 * len(traces), 2.8),
-        draw,
-    )
-
-
-def _ordered(traces: dict[Config, dict]) -> list[tuple[Config, dict]]:
-    return sorted(traces.items(), key=lambda one: (one[0].form, one[0].learning_rate))
+    return [
+        drawn(
+            "gradient-shares",
+            "Gradient by component",
+            "Share of each component in the sum of absolute coefficients d loss / d logps, the components switched on "
+            "one after another; medians over the seeds that still run.",
+            "share of the gradient",
+            {share_name(name): (name, colour) for name, colour in SHARE_COLOURS.items()},
+        ),
+        drawn(
+            "rewards-and-shift",
+            "Rewards and shift",
+            "Mean reward of desirable and of undesirable rows (beta times the log-ratio), the shift, and KTO's "
+            "reference point in the same units; medians over the seeds that still run.",
+            "reward",
+            {
+                "chosen": ("desirable", GOOD),
+                "rejected": ("undesirable", BAD),
+                "shift": ("shift", OWN),
+                "z0": ("beta z0", SECOND),
+            },
+        ),
+    ]
 
 
 def _marks(axes: Axes, found: list[tuple[float, Share]], colour: str, legend: str) -> None:
@@ -197,12 +183,6 @@ def _share_axis(axes: Axes) -> None:
     axes.set_xlim(-0.03, 1.03)
     axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
     axes.grid(axis="x", color=INK, alpha=0.15, lw=0.6)
-
-
-def _trace_axis(axes: Axes, config: Config) -> None:
-    axes.set_title(f"{config.form}, {config.precision}, {config.learning_rate:g}")
-    axes.set_xlabel("optimizer step")
-    axes.grid(color=INK, alpha=0.12, lw=0.6)
 
 
 def _figure(

@@ -1,7 +1,7 @@
-"""The study's policy: a small causal transformer with LoRA, one adapter per seed, all seeds side by side.
+"""The study's policy: a small causal transformer with LoRA.
 
-A policy this small costs more in Python than in arithmetic, so the seeds of one cell of the grid run as one leading
-dimension S of every tensor. They never meet: each has its own adapter, its own order of rows and its own statistics.
+For a policy this small Python overhead exceeds arithmetic, so the seeds of a cell are a leading dimension S of every
+tensor. Each seed has its own adapter, order of rows and statistics.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,7 @@ from torch import Tensor
 from studies.bco_stability.language import ANSWER, PROMPT, VOCABULARY, Pairs, make_pairs
 
 WIDTH, HEADS, LAYERS, RANK, SCALE = 32, 2, 2, 8, 2.0
-MATRICES = {
-    "q": (1, 1),
-    "k": (1, 1),
-    "v": (1, 1),
-    "o": (1, 1),
-    "up": (1, 2),
-    "down": (2, 1),
-}  # in widths
+MATRICES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "up": (1, 2), "down": (2, 1)}  # in widths
 PRETRAINING_ROWS, PRETRAINING_RATE = 64, 4e-3
 SCORED_AT_ONCE = 64  # rows
 
@@ -29,7 +22,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The frozen reference model and the rows it has scored."""
+    """The frozen reference model and the rows scored by it."""
 
     base: Weights
     rows: "Rows"
@@ -39,7 +32,7 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Unpaired rows: of each pair the good answer and the bad one."""
+    """Unpaired rows: the good answers, then the bad ones."""
 
     prompts: Tensor  # (n, PROMPT)
     answers: Tensor  # (n, ANSWER)
@@ -146,19 +139,13 @@ def sequence_logps(base: Weights, adapters: Tensor | None, prompts: Tensor, answ
         (S, N) fp32, nats, summed over the answer's tokens, its end included.
     """
     weights = base if adapters is None else merged(base, adapters)
-    # Lengths differ by a factor of ten: short answers apart from long ones halves the padding.
+    # Lengths differ by a factor of ten: grouping rows by length halves the padding.
     order = lengths.argsort(dim=1, descending=True)
     logps = []
     for part in order.tensor_split(_parts(order.shape[1]), dim=1):
         at = part[..., None]
-        logps.append(
-            _logps(
-                weights,
-                prompts.take_along_dim(at, 1),
-                answers.take_along_dim(at, 1),
-                lengths.take_along_dim(part, 1),
-            )
-        )
+        rows = (prompts.take_along_dim(at, 1), answers.take_along_dim(at, 1), lengths.take_along_dim(part, 1))
+        logps.append(_logps(weights, *rows))
     return torch.cat(logps, 1).take_along_dim(order.argsort(dim=1), 1)
 
 

@@ -1,4 +1,4 @@
-"""Running a plan: processes of one thread each, and files that an interruption cannot spoil."""
+"""Run a plan in single-threaded processes, with files that survive an interruption."""
 
 import json
 import multiprocessing
@@ -21,30 +21,25 @@ from studies.bco_stability.grid import Config, Plan
 from studies.bco_stability.policy import Reference, make_reference, pretrain
 from studies.bco_stability.runs import Outcome, run_cell
 
-RESULTS, TRACES, SETTINGS, WEIGHTS = (
-    "results.jsonl",
-    "traces.jsonl",
-    "study.json",
-    "reference.safetensors",
-)
-TOGETHER = 26  # seeds side by side: more gain nothing and cost memory
+RESULTS, TRACES, SETTINGS, WEIGHTS = "results.jsonl", "traces.jsonl", "study.json", "reference.safetensors"
+TOGETHER = 26  # seeds per call; more are not faster
 
 _reference: Reference | None = None  # of a worker process
 
 
 def run_plan(plan: Plan, out: Path, processes: int) -> None:
-    """Run what is missing of a plan and append it to ``results.jsonl`` and ``traces.jsonl``.
+    """Run the missing part of a plan and append it to ``results.jsonl`` and ``traces.jsonl``.
 
-    A row is written once its cell is done, all rows of a cell in one write; a line that an interruption cut short is
-    removed at the next start, and its cell run again.
+    All rows of a cell are written at once, when it is finished. A line cut short by an interruption is removed at the
+    next start, and its cell is run again.
 
     Args:
-        plan: what to run.
-        out: folder, new or of the same plan's earlier start.
-        processes: from 1; each uses one thread.
+        plan: cells and seeds.
+        out: a new folder, or the folder of an earlier start.
+        processes: number of single-threaded processes.
 
     Raises:
-        UserError: ``out`` holds something else, or runs of other settings.
+        UserError: ``out`` holds other files, or runs of other settings.
     """
     _check_folder(plan, out)
     rows = read_lines(out / RESULTS, mend=True)
@@ -70,7 +65,7 @@ def run_plan(plan: Plan, out: Path, processes: int) -> None:
 
 
 def missing(plan: Plan, rows: list[dict]) -> list[tuple[Config, list[int]]]:
-    """The cells of a plan, in its order, with the seeds that have no row yet, at most :data:`TOGETHER` at a time."""
+    """The cells of a plan in its order, with the seeds that have no row, at most :data:`TOGETHER` per entry."""
     done: dict[Config, set[int]] = {}
     for row in rows:
         done.setdefault(Config.of(row), set()).add(row["seed"])
@@ -82,13 +77,10 @@ def missing(plan: Plan, rows: list[dict]) -> list[tuple[Config, list[int]]]:
 
 
 def read_lines(path: Path, mend: bool = False) -> list[dict]:
-    """The objects of a .jsonl file; none if there is no file.
-
-    Args:
-        mend: drop a last line that was cut short, from the file as well.
+    """The objects of a .jsonl file; none if there is no file. ``mend`` removes an incomplete last line from the file.
 
     Raises:
-        UserError: a line is no JSON object.
+        UserError: a line is not a JSON object.
     """
     if not path.is_file():
         return []
@@ -109,31 +101,22 @@ def read_lines(path: Path, mend: bool = False) -> list[dict]:
 
 
 def versions() -> str:
-    """What decides the numbers besides the configuration."""
+    """The versions that the numbers depend on."""
     return f"prefopt-kernels {prefopt_kernels.__version__}, torch {torch.__version__}"
 
 
 def commit() -> str | None:
     """Short hash of the checkout's commit; None outside a checkout."""
+    command = ["git", "rev-parse", "--short=10", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "--short=10", "HEAD"],
-            cwd=Path(__file__).parent,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        done = subprocess.run(command, cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
 
 
 def _check_folder(plan: Plan, out: Path) -> None:
-    settings = {
-        "study": "bco-stability",
-        "steps": plan.steps,
-        "pretraining_steps": plan.pretraining_steps,
-    }
+    settings = {"study": "bco-stability", "steps": plan.steps, "pretraining_steps": plan.pretraining_steps}
     file = out / SETTINGS
     if file.is_file():
         try:
@@ -153,14 +136,14 @@ def _check_folder(plan: Plan, out: Path) -> None:
 def _outcomes(
     plan: Plan, tasks: list[tuple[Config, list[int]]], weights: Path, processes: int
 ) -> Iterator[tuple[Config, Outcome]]:
-    """Each task's outcome, as it is done."""
+    """The outcome of each task, in the order of completion."""
     if processes == 1:
         with _one_thread():
             reference = make_reference(load_file(weights))
             for config, seeds in tasks:
                 yield config, run_cell(reference, config, seeds, plan.steps, config in plan.traced)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads half
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     with ProcessPoolExecutor(processes, context, _start_worker, (weights,)) as pool:
         waiting = {
             pool.submit(_work, config, seeds, plan.steps, config in plan.traced): config for config, seeds in tasks
@@ -184,7 +167,7 @@ def _work(config: Config, seeds: list[int], steps: int, traced: bool) -> Outcome
 
 
 def _append(path: Path, rows: list[dict]) -> None:
-    """One write for all rows, on the disk before it returns."""
+    """Append all rows in one write, and flush it to the disk."""
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     with path.open("ab") as file:
         file.write(text.encode("utf-8"))
@@ -200,7 +183,7 @@ def _save_weights(weights: dict, path: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small are no faster with more, and the same bits come out on any number of cores."""
+    """Run torch with one thread: as fast for matrices this small, and reproducible on any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

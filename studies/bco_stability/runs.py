@@ -1,4 +1,4 @@
-"""One cell of the grid: its seeds trained side by side, and for each a verdict."""
+"""One cell of the grid: training of its seeds, and a verdict on each."""
 
 import statistics
 from dataclasses import dataclass
@@ -8,10 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from studies.bco_stability.components import BETA, SHARES, Window, coefficients, pair_means, rewards, shares
+from studies.bco_stability.components import (
+    BETA,
+    EMA,
+    SHARES,
+    Running,
+    Window,
+    coefficients,
+    pair_means,
+    rewards,
+    schedule_of,
+    shares,
+)
 from studies.bco_stability.grid import Config
 from studies.bco_stability.policy import Reference, new_adapters, preference, score, sequence_logps
-from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 BATCH = 16  # rows of one optimizer step: 8 micro-batches of 2
 NOISE = 0.15  # share of labels that are wrong
@@ -21,14 +31,11 @@ TRACE_EVERY = 5  # steps
 # Instability, as the study defines it.
 SPIKE = 20.0  # times the running median of the norms
 MEDIAN_OF, FIRST_JUDGED = 50, 20  # norms in the running median; norms before one is judged
-SMOOTHED, COLLAPSED = (
-    30,
-    0.2,
-)  # steps that a margin is averaged over; share of the peak that is a collapse
+SMOOTHED, COLLAPSED = 30, 0.2  # steps over which a margin is averaged; share of its peak that is a collapse
 
 
 class Verdict(NamedTuple):
-    """What became of a run, at which step, and its largest ratio of a norm to the running median."""
+    """Outcome of a run, its step, and the largest ratio of a norm to the running median."""
 
     outcome: str  # "stable", "not finite", "spike" or "collapse"
     step: int | None
@@ -37,7 +44,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Outcome:
-    """The rows of one cell, and its traces: medians over the seeds still alive."""
+    """The rows of one cell, and its traces: medians over the seeds that have not failed."""
 
     rows: list[dict]
     trace: dict[str, list[float]] | None
@@ -82,9 +89,9 @@ def judge(norms: list[float], margins: list[float], failed_at: int | None) -> Ve
 def run_cell(reference: Reference, config: Config, seeds: list[int], steps: int, traced: bool = False) -> Outcome:
     """Train one policy per seed and judge each.
 
-    AdamW (no weight decay) with linear warm-up and decay, gradient clipped to norm 1: the defaults of the usual
-    trainers. One optimizer step is a window of 8 micro-batches of 2 rows; the policy does not change inside it, so the
-    16 rows are computed at once and only the statistics of a micro-batch are kept apart.
+    AdamW without weight decay, linear warm-up and decay, gradient clipped to norm 1: common trainer defaults. One
+    optimizer step is a window of 8 micro-batches of 2 rows. The policy is constant within it, so the 16 rows are
+    computed at once; only micro-batch statistics are computed separately.
 
     Args:
         reference: of :func:`studies.bco_stability.policy.make_reference`.
@@ -171,16 +178,11 @@ class _Run:
         self._update(step, gradient, norm)
 
     def _z0(self, prompts: Tensor, answers: Tensor, lengths: Tensor, ref_logps: Tensor) -> Tensor:
-        """KTO's reference point from the answers of a micro-batch exchanged: naive per micro-batch, ours per window."""
+        """KTO's reference point from mismatched answers: naive per micro-batch, ours per window."""
         swapped = torch.arange(BATCH) ^ 1
         with torch.no_grad():
-            logps = sequence_logps(
-                self.reference.base,
-                self.adapters,
-                prompts,
-                answers[:, swapped],
-                lengths[:, swapped],
-            )
+            rows = (prompts, answers[:, swapped], lengths[:, swapped])
+            logps = sequence_logps(self.reference.base, self.adapters, *rows)
         log_ratios = logps - ref_logps
         if self.config.form == "ours":
             return log_ratios.mean(1, keepdim=True).clamp(min=0).expand_as(log_ratios)
@@ -226,7 +228,7 @@ def _estimator(config: Config, seeds: int) -> "Running | EMA":
 
 @lru_cache(maxsize=8)
 def _rows_of(reference: Reference, seeds: tuple[int, ...], steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Each seed's order of rows, labels with noise, and reference log-probabilities of the exchanged answers."""
+    """Each seed's order of rows, noisy labels, and reference log-probabilities of the mismatched answers."""
     n, used = len(reference.rows.good), steps * BATCH
     orders, labels = [], []
     for seed in seeds:
@@ -238,16 +240,11 @@ def _rows_of(reference: Reference, seeds: tuple[int, ...], steps: int) -> tuple[
     order = torch.stack(orders)
     swapped = torch.arange(used) ^ 1
     rows = reference.rows
-    mismatched = score(
-        reference.base,
-        None,
-        rows.prompts[order],
-        rows.answers[order][:, swapped],
-        rows.lengths[order][:, swapped],
-    )
+    exchanged = (rows.prompts[order], rows.answers[order][:, swapped], rows.lengths[order][:, swapped])
+    mismatched = score(reference.base, None, *exchanged)
     return order, torch.stack(labels), mismatched
 
 
 def _class_mean(values: Tensor, of: Tensor) -> Tensor:
-    """(S,) mean over the rows of one class; 0 where a window has none."""
+    """(S,) mean over the rows of one class; 0 without such rows."""
     return torch.where(of, values, 0.0).sum(1) / of.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""From rows to shares of unstable runs with their intervals, and medians."""
+"""From rows to shares of unstable runs with their intervals, medians and paired differences."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from studies.bco_stability.grid import Config
 
 UNSTABLE = ("not finite", "spike", "collapse")
 Rows = list[dict]
+Difference = tuple[float, float, float]  # mean, lower and upper end of its 95 % interval
 
 
 @dataclass(frozen=True)
@@ -38,58 +39,60 @@ class Share:
 
 @dataclass(frozen=True)
 class Cell:
-    """What the runs of some configurations came to."""
+    """Share, outcomes and medians of the runs of a cell."""
 
     unstable: Share
     outcomes: dict[str, int]
-    accuracy: float | None  # medians over all runs; one that failed counts with what it had learned
-    margin: float | None
+    accuracy: float  # medians over all runs, failed ones included
+    margin: float
 
 
 def share_of(rows: Iterable[dict], keep: Callable[[dict], bool] = lambda row: True) -> Share:
-    """The share of unstable runs among the rows that ``keep`` keeps."""
+    """The share of unstable runs among the rows that ``keep`` accepts."""
     kept = [row["outcome"] != "stable" for row in rows if keep(row)]
     return Share(sum(kept), len(kept))
 
 
-def cell_of(rows: Iterable[dict]) -> Cell:
-    """Share, outcomes and medians of some rows."""
-    rows = list(rows)
+def cell_of(rows: Rows) -> Cell:
+    """Summarise one or more rows."""
     outcomes = {name: sum(row["outcome"] == name for row in rows) for name in UNSTABLE}
-    return Cell(
-        share_of(rows),
-        outcomes,
-        median(row["accuracy"] for row in rows) if rows else None,
-        median(row["margin"] for row in rows) if rows else None,
-    )
+    accuracy, margin = (median(row[key] for row in rows) for key in ("accuracy", "margin"))
+    return Cell(share_of(rows), outcomes, accuracy, margin)
 
 
 def plain(rows: Rows, form: str, **columns: object) -> Rows:
-    """The rows of a form as it is, with the given columns."""
-    return [
-        row
-        for row in rows
-        if row["form"] == form and not row["changes"] and all(row[name] == value for name, value in columns.items())
-    ]
+    """The rows of an unchanged form with the given values of columns."""
+    wanted = {"form": form, "changes": "", **columns}
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
-def by_config(rows: Iterable[dict]) -> dict[Config, list[dict]]:
+def by_config(rows: Iterable[dict]) -> dict[Config, Rows]:
     """The rows of each configuration."""
-    cells: dict[Config, list[dict]] = {}
+    cells: dict[Config, Rows] = {}
     for row in rows:
         cells.setdefault(Config.of(row), []).append(row)
     return cells
 
 
-def paired(ours: Iterable[dict], others: Iterable[dict], key: str) -> tuple[float, float, float] | None:
-    """Mean difference ours - others over the seeds and learning rates that both have, with its 95 % interval.
+def run_of(row: dict) -> tuple[float, int]:
+    """What paired runs of two configurations share: learning rate and seed."""
+    return row["learning_rate"], row["seed"]
+
+
+def in_all(*sides: Rows) -> list[Rows]:
+    """Of each side, the runs that all sides have."""
+    shared = set.intersection(*({run_of(row) for row in side} for side in sides))
+    return [[row for row in side if run_of(row) in shared] for side in sides]
+
+
+def paired(ours: Rows, others: Rows, key: str) -> Difference | None:
+    """Mean difference ours - others over the runs that both have, with its 95 % interval.
 
     Returns:
-        mean, lower and upper end, infinite where all differences are equal; None with fewer than two pairs.
+        The interval is infinite if all differences are equal; None with fewer than two pairs.
     """
-    other = {(row["seed"], row["learning_rate"]): row[key] for row in others}
-    pairs = [(row["seed"], row["learning_rate"]) for row in ours]
-    values = [row[key] - other[p] for row, p in zip(ours, pairs, strict=True) if p in other]
+    other = {run_of(row): row[key] for row in others}
+    values = [row[key] - other[run_of(row)] for row in ours if run_of(row) in other]
     return mean_interval(values) if len(values) > 1 else None
 
 
@@ -100,26 +103,16 @@ def as_csv(rows: Iterable[dict]) -> str:
         "median_accuracy median_margin".split()
     )
     lines = []
-    order = sorted(by_config(rows).items(), key=lambda item: str(item[0].fields()))
-    for config, some in order:
+    for config, some in sorted(by_config(rows).items(), key=lambda item: str(item[0].fields())):
         cell = cell_of(some)
-        low, high = cell.unstable.interval
-        lines.append(
-            [
-                *config.fields().values(),
-                cell.unstable.n,
-                cell.unstable.unstable,
-                *cell.outcomes.values(),
-                *(f"{value:.4f}" for value in (cell.unstable.share, low, high)),
-                f"{cell.accuracy:.4f}",
-                f"{cell.margin:.4f}",
-            ]
-        )
+        values = (cell.unstable.share, *cell.unstable.interval, cell.accuracy, cell.margin)
+        counts = (cell.unstable.n, cell.unstable.unstable, *cell.outcomes.values())
+        lines.append([*config.fields().values(), *counts, *(f"{value:.4f}" for value in values)])
     return csv_text(head, lines)
 
 
 def _percent(share: float) -> str:
-    """One place below 10 %, more where that would be 0, so that 0 of many does not become 0 to 0.
+    """One decimal below 10 %, more if it would show 0.
 
     >>> _percent(0.0158), _percent(0.53), _percent(0.0), _percent(0.00038)
     ('1.6', '53', '0', '0.04')

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.inference`: what is timed and what is not, and the arithmetic from times to the table."""
+"""`python -m benchmarks.inference`: the timed region, and the statistics of the times."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
 
 
 class Clockwork(torch.nn.Module):
-    """Stands for a model: each call takes as many seconds of a false clock as it is given tokens."""
+    """A fake model: each call takes one second of a fake clock per token."""
 
     def __init__(self, clock):
         super().__init__()
@@ -48,7 +48,7 @@ class Clock:
         return self.now
 
 
-def test_prefill_and_decode_are_timed_apart_and_the_warm_up_is_dropped(monkeypatch):
+def test_prefill_and_decode_are_timed_separately_after_the_warm_up(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(inference.time, "perf_counter", clock.perf_counter)
     model = Clockwork(clock)
@@ -59,7 +59,7 @@ def test_prefill_and_decode_are_timed_apart_and_the_warm_up_is_dropped(monkeypat
 
 
 def test_generation_is_that_of_the_greedy_model(run):
-    """The timed loop is the model's own decoding: with its cache it chooses the tokens that a full pass chooses."""
+    """The timed loop generates the tokens of ``generate`` with greedy decoding."""
     ids = torch.randint(len(run.tokenizer), (1, 12), generator=torch.Generator().manual_seed(0))
     seen = []
     model = run.model
@@ -80,7 +80,7 @@ def test_generation_is_that_of_the_greedy_model(run):
     assert torch.cat(seen, 1).tolist() == expected[:, :-1].tolist()
 
 
-def test_percentiles_are_values_that_were_measured():
+def test_percentiles_are_measured_values():
     values = [float(value) for value in range(1, 101)]
     assert distribution(values[::-1]) == {
         "min": 1.0, "p5": 5.0, "p50": 50.0, "p95": 95.0, "p99": 99.0, "max": 100.0,
@@ -88,7 +88,7 @@ def test_percentiles_are_values_that_were_measured():
     assert set(distribution([3.0]).values()) == {3.0}
 
 
-def test_throughput_is_counted_at_the_median():
+def test_throughput_is_that_of_the_median():
     timings = [Timing(20.0, 90.0), Timing(10.0, 30.0), Timing(1000.0, 9000.0)]
     found = summary(timings, prompt_tokens=40, new_tokens=4, batch_size=2)
     assert found["prefill_ms"]["p50"] == 20.0
@@ -98,7 +98,7 @@ def test_throughput_is_counted_at_the_median():
     assert found["total_new_tokens_per_s"] == pytest.approx(2 * 4 / 0.110)
 
 
-def test_the_result_says_what_was_measured_and_on_what(run, tmp_path):
+def test_the_result_records_settings_and_device(run, tmp_path):
     result, path = bench_inference(
         run.folder, runs=2, warmup=1, prompt_tokens=8, new_tokens=3, device="cpu",
         out=tmp_path / "result.json",
@@ -120,7 +120,7 @@ def test_the_command_line_prints_a_table_and_writes_the_result(run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"runs": 0}, "--runs is 0; expected at least 1"),
         ({"new_tokens": 1}, "--new-tokens is 1; expected at least 2"),
@@ -130,8 +130,8 @@ def test_the_command_line_prints_a_table_and_writes_the_result(run, capsys):
         ),
     ],
 )
-def test_bad_arguments_are_named(run, options, said):
-    with pytest.raises(UserError, match=said):
+def test_bad_arguments_are_named(run, options, message):
+    with pytest.raises(UserError, match=message):
         bench_inference(run.folder, device="cpu", **options)
     assert not (run.folder / "inference.json").exists()
 

@@ -1,4 +1,4 @@
-"""The formulas of docs/scaling.md against two processes that train: what each holds, and what each collective carries.
+"""The formulas of docs/scaling.md against two processes that train: bytes held, and bytes of each collective.
 
 This file is the test and, run as a script, one of the processes.
 """
@@ -55,7 +55,7 @@ EACH_BATCH = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
 
 
 def step_of(name: str) -> Step:
-    """The case in the formulas' words; the runs are in fp32."""
+    """The case as the formulas' input; the runs are in fp32."""
     layout, method, adapter = CASES[name]
     ahead, reference = PASSES[method]
     return Step(
@@ -74,7 +74,7 @@ def step_of(name: str) -> Step:
 
 
 class Ledger(TrainerCallback):
-    """Of the second optimizer step: bytes that collectives carry, and bytes held when its gradients are complete."""
+    """Bytes of the collectives of the second optimizer step, and bytes held when its gradients are complete."""
 
     def __init__(self):
         self.carried: Counter | None = None
@@ -111,7 +111,7 @@ def held_by(trainer) -> int:
 
 
 def count_collectives(ledger_of: list[Ledger]) -> None:
-    """From now on FSDP2's collectives and DDP's tell the last ledger of the list what they carry."""
+    """Record the bytes of FSDP2's and DDP's collectives in the last ledger of the list."""
     gather, scatter = dist.all_gather_single, dist.reduce_scatter_single
     wrapped = DistributedDataParallel.__init__
 
@@ -160,7 +160,7 @@ def run_case(world, folder: Path, name: str, ledgers: list[Ledger]) -> dict:
 
 
 def vocab_parallel_bytes() -> int:
-    """What the all-reduces of a head that is cut along its vocabulary carry, forward and backward."""
+    """Bytes of the all-reduces of a vocabulary-parallel head, forward and backward."""
     carried, all_reduce = [], dist.all_reduce
 
     def counted(tensor, *args, **kwargs):
@@ -177,7 +177,7 @@ def vocab_parallel_bytes() -> int:
 
 
 def rank_main(folder: Path) -> None:
-    """Everything that one of the processes does."""
+    """The work of one process."""
     world = make_world("qwen3", folder / f"world{os.environ['RANK']}")
     world.model.resize_token_embeddings(len(world.tokenizer) + len(world.tokenizer) % 2)
     world = world._replace(ref=copy.deepcopy(world.model))
@@ -201,26 +201,26 @@ def rank_main(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What the two processes saw."""
+    """The records of the two processes."""
     return run_as_ranks(__file__, tmp_path_factory.mktemp("scaling"), **launch_environment(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def shape(ranks):
-    """The model that they trained."""
+    """The shape of the trained model."""
     return Shape(*ranks[0]["shape"], tied=False, head_dim=12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_what_a_process_holds(ranks, shape, name):
+def test_bytes_held(ranks, shape, name):
     expected = scaling.held(shape, step_of(name))
     assert [rank[name]["held"] for rank in ranks] == [expected] * WORLD_SIZE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_what_the_collectives_carry(ranks, shape, name):
+def test_bytes_of_the_collectives(ranks, shape, name):
     step = step_of(name)
     gradients = step.trained(shape) * FP32
     for rank in ranks:
@@ -235,7 +235,7 @@ def test_what_the_collectives_carry(ranks, shape, name):
 
 
 @pytest.mark.slow
-def test_what_a_vocabulary_in_parts_carries(ranks):
+def test_bytes_of_a_vocab_parallel_head(ranks):
     expected = scaling.vocab_parallel(6, 8, WORLD_SIZE, width=FP32)
     assert [rank["vocab parallel"] for rank in ranks] == [expected] * WORLD_SIZE
 

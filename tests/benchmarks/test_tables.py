@@ -249,9 +249,9 @@ def test_a_gpu_has_its_targets_peers_and_planted_logits(tmp_path):
 def test_the_heading_of_a_gpu(tmp_path):
     keep(GPU_ROWS, tmp_path)
     assert render(newest(tmp_path)).splitlines()[0] == (
-        "Some GPU (sm_90, 132 multiprocessors), driver 580.1, CUDA 13.0, backend cpu; torch 2.13.0, liger-kernel 0.8.5; "
-        "2026-11-20, commit 0123456; op tests: 1,234 passed, 2 failed. SM clock 1,700 to 1,800 MHz, maximum 1,980 to "
-        "1,980 MHz; 40 to 55 degrees Celsius; unknown W."
+        "Some GPU (sm_90, 132 multiprocessors), driver 580.1, CUDA 13.0, backend cpu; torch 2.13.0, "
+        "liger-kernel 0.8.5; 2026-11-20, commit 0123456; op tests: 1,234 passed, 2 failed. SM clock 1,700 to 1,800 "
+        "MHz, maximum 1,980 to 1,980 MHz; 40 to 55 degrees Celsius; unknown W."
     )
     keep([one | {"state": {"before": {}, "after": {}}} for one in GPU_ROWS], tmp_path / "b")
     assert "Clocks unknown (no nvidia-smi)." in render(newest(tmp_path / "b"))

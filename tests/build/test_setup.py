@@ -26,10 +26,6 @@ def setup_module():
     return module
 
 
-def test_setup_is_short():
-    assert len((ROOT / "setup.py").read_text(encoding="utf-8").splitlines()) < 150
-
-
 def test_one_version():
     assert prefopt.__version__ == prefopt_kernels.__version__
 
@@ -136,7 +132,7 @@ def test_metadata(wheel):
     _, metadata = wheel
     lines = metadata["METADATA"].splitlines()
     assert "License-Expression: Apache-2.0" in lines
-    assert "Requires-Python: >=3.10" in lines
+    assert "Requires-Python: >=3.11" in lines
     for needed in ("torch>=2.10", "ninja>=1.11", "setuptools>=77"):
         assert f"Requires-Dist: {needed}" in lines
     assert {line for line in lines if line.startswith("Provides-Extra")} == {

@@ -17,7 +17,7 @@ from trl import KTOConfig, KTOTrainer
 from trl.kernels import ChunkedLogProbFunction
 
 from prefopt.train.checkpoint import MANIFEST
-from prefopt.train.trl_trainer import ENHANCED, FusedKTOTrainer
+from prefopt.train.trl_trainer import ENHANCED_KTO, FusedKTOTrainer
 from prefopt_kernels import enhanced_kto_loss
 from prefopt_kernels.integrations.trl import FusedHead
 from support.tiny_models import make_dataset
@@ -156,7 +156,7 @@ def enhanced(w: Window, **options) -> Tensor:
     """Micro-batch by micro-batch, because decision weights have mean 1 over those."""
     rows = (w.logps, w.ref_logps, w.labels, w.lengths)
     parts = zip(*(x.split(w.size) for x in rows), strict=True)
-    options = ENHANCED | options
+    options = ENHANCED_KTO | options
     return torch.cat([enhanced_kto_loss(*part, beta=BETA, reference_point=w.z0, **options) for part in parts])
 
 

@@ -129,8 +129,9 @@ def test_a_named_backend_that_cannot_run_says_why():
 def test_the_environment_forces_a_backend(monkeypatch):
     monkeypatch.setenv("PREFOPT_BACKEND", "reference")
     assert select_backend(torch.zeros(5)) == "reference"
-    monkeypatch.setenv("PREFOPT_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of"):
+    monkeypatch.setenv("PREFOPT_BACKEND", "cpu")
+    monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
+    with pytest.raises(RuntimeError, match="no C.. compiler"):
         select_backend(torch.zeros(5))
     assert select_backend(torch.zeros(5), "reference") == "reference", "a name is stronger"
 

@@ -1,4 +1,4 @@
-"""The vector exponential of csrc/common/vector.h, lane by lane, under the undefined-behaviour sanitizer."""
+"""The vector exponential of csrc/cpu/vector.h, lane by lane, under the undefined-behaviour sanitizer."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ PROGRAM = """
 #include <stdio.h>
 #define PREFOPT_ISA here
 #define PREFOPT_LANES %d
-#include "common/vector.h"
+#include "cpu/vector.h"
 int main() {
   using namespace prefopt::here;
   float x[kLanes];
@@ -33,7 +33,7 @@ int main() {
 def exponentials(folder, lanes: int, values: list[float]) -> list[float]:
     source, program = folder / "exponential.cpp", folder / "exponential"
     source.write_text(PROGRAM % lanes, encoding="utf-8")
-    flags = ["-std=c++17", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O1", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-Wno-psabi"]
     command = ["g++", *flags, f"-I{_sources.CSRC}", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, encoding="utf-8")
     if "-lubsan" in built.stderr:

@@ -59,7 +59,8 @@ def test_every_problem_is_said_at_once_with_file_key_and_nearest_name():
         "r.yaml: data.max_length is 'long'; expected a whole number or null",
         "r.yaml: data.on_bad_row is True; expected one of stop, skip",
         "r.yaml: data.eval_fraction is 'a bit'; expected a number",
-        "r.yaml: data.path is missing: a .jsonl or .parquet file (relative to the current folder), a folder from `prefopt data build`, or a hub id",
+        "r.yaml: data.path is missing: a .jsonl or .parquet file (relative to the current folder), a folder from "
+        "`prefopt data build`, or a hub id",
         "r.yaml: loss.beta is True; expected a number or null",
         "r.yaml: loss.desirable_weight is nan; expected a number or null",
         "r.yaml: loss.learning_rate is unknown; did you mean training.learning_rate?",
@@ -152,12 +153,24 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def content(base, tmp_path):
+    return content_of(base, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A recipe and its finished run."""
+    content = content_of(base, tmp_path_factory.mktemp("whole"))
+    recipe = make_recipe(content)
+    return recipe, run_recipe(recipe)
+
+
+def content_of(base, folder):
     return {
         "model": {"path": str(base / "model")},
         "data": {"path": str(base / "rows.jsonl"), "eval_fraction": 0.3, "max_length": 128},
         "lora": {"r": 4},
         "training": {
-            "output_dir": str(tmp_path / "run"),
+            "output_dir": str(folder / "run"),
             "use_cpu": True,
             "learning_rate": 1e-3,
             "max_steps": 4,
@@ -175,9 +188,8 @@ def logs(folder: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_run_leaves_everything_in_its_folder(content):
-    recipe = make_recipe(content)
-    folder = run_recipe(recipe)
+def test_a_run_leaves_everything_in_its_folder(whole):
+    recipe, folder = whole
     assert folder == Path(recipe.training.output_dir)
     names = {path.name for path in folder.iterdir()}
     assert {
@@ -203,8 +215,7 @@ def test_a_run_leaves_everything_in_its_folder(content):
     assert data["train"]["rows"] + summary["n"] == 20 and data["train"]["held_out"] == summary["n"]
 
 
-def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
-    whole = run_recipe(make_recipe(content))
+def test_resume_goes_on_from_the_last_checkpoint(content, whole, tmp_path):
     folder = tmp_path / "stopped"
     overrides = {
         "training.output_dir": str(folder),
@@ -215,7 +226,7 @@ def test_resume_goes_on_from_the_last_checkpoint(content, tmp_path):
     with pytest.raises(UserError, match="is not empty; choose another folder, or continue the run with --resume"):
         run_recipe(first)
     run_recipe(first, resume=True)
-    expected = [entry["loss"] for entry in logs(whole) if "loss" in entry]
+    expected = [entry["loss"] for entry in logs(whole[1]) if "loss" in entry]
     assert [entry["loss"] for entry in logs(folder) if "loss" in entry] == expected  # bit for bit
 
 

@@ -1,4 +1,4 @@
-"""Keys of older and other configurations: translated with a warning, or refused with a reason, and never silently both."""
+"""Option names of TRL and older transformers: translated with a warning, or refused with a reason."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.options import SECTIONS, options_of
 from prefopt.recipe import make_recipe
-from prefopt.recipe.foreign_names import OLD
+from prefopt.recipe.foreign_names import FOREIGN
 from prefopt.recipe.run import preference_config
 
 MINIMAL = {"model": {"path": "m"}, "data": {"path": "d.jsonl"}, "training": {"output_dir": "run"}}
@@ -22,18 +22,18 @@ def problems(content, overrides=None):
 
 
 def test_the_table_leads_to_options_that_exist_and_hides_none():
-    for name, old in OLD.items():
-        assert old.reason, name
+    for name, foreign in FOREIGN.items():
+        assert foreign.reason, name
         assert not any(name in options_of(section) for section in SECTIONS), name
-        if old.new is not None:
-            section, _, option = old.new.partition(".")
+        if foreign.new is not None:
+            section, _, option = foreign.new.partition(".")
             assert option in options_of(section), name
 
 
 def test_the_page_has_a_line_for_each_key():
     page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for name, old in OLD.items():
-        what = f"refused: {old.reason}" if old.new is None else f"`{old.new}`"
+    for name, foreign in FOREIGN.items():
+        what = f"refused: {foreign.reason}" if foreign.new is None else f"`{foreign.new}`"
         assert f"| `{name}` | {what} |\n" in page, name
 
 

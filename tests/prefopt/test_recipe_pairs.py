@@ -1,4 +1,4 @@
-"""Pairs of rows that were rated one by one: the same prompt, both labels, whatever the order; and what is left is counted."""
+"""Pairs made from rows that were labelled one by one: same prompt, both labels, in any order."""
 
 import random
 

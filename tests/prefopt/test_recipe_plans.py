@@ -1,4 +1,4 @@
-"""Recipes whose rows are a plan's: built once, found again, refused when they are others; and templates for base models."""
+"""Recipes with a data plan: built once, found again, refused when changed; and templates for base models."""
 
 import json
 
@@ -154,13 +154,62 @@ def test_the_five_published_systems_are_recipes():
 @pytest.mark.parametrize(
     ("name", "published"),
     [
-        ("s0-qwen3-kto", {"learning_rate": 2e-4, "num_train_epochs": 1, "batch": (2, 8), "max_length": 512, "lora": (16, 32, 0.0), "method": "kto"}),
-        ("s1-smollm2-enhanced-kto", {"learning_rate": 2e-4, "num_train_epochs": 1, "batch": (2, 8), "max_length": 512, "lora": (16, 32, 0.0), "method": "enhanced_kto", "beta": 0.1, "seed": 42, "shift": "off"}),
+        (
+            "s0-qwen3-kto",
+            {
+                "learning_rate": 2e-4,
+                "num_train_epochs": 1,
+                "batch": (2, 8),
+                "max_length": 512,
+                "lora": (16, 32, 0.0),
+                "method": "kto",
+            },
+        ),
+        (
+            "s1-smollm2-enhanced-kto",
+            {
+                "learning_rate": 2e-4,
+                "num_train_epochs": 1,
+                "batch": (2, 8),
+                "max_length": 512,
+                "lora": (16, 32, 0.0),
+                "method": "enhanced_kto",
+                "beta": 0.1,
+                "seed": 42,
+                "shift": "off",
+            },
+        ),
         ("s2-arabic-qwen-kto", {"num_train_epochs": 2, "bf16": True, "method": "kto"}),
-        ("s3-r1-distill-kto-4bit", {"num_train_epochs": 1, "batch": (4, 2), "max_length": 4096, "lora": (16, 16, 0.0), "method": "kto", "weight_decay": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "optim": "adamw_bnb_8bit", "gradient_checkpointing": True}),
-        ("s4-qwen3-mmlu-pro-sft", {"learning_rate": 3e-4, "num_train_epochs": 8, "batch": (1, 16), "lora": (16, 32, 0.05), "method": "sft", "fp16": True, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}),
+        (
+            "s3-r1-distill-kto-4bit",
+            {
+                "num_train_epochs": 1,
+                "batch": (4, 2),
+                "max_length": 4096,
+                "lora": (16, 16, 0.0),
+                "method": "kto",
+                "weight_decay": 0.01,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.1,
+                "optim": "adamw_bnb_8bit",
+                "gradient_checkpointing": True,
+            },
+        ),
+        (
+            "s4-qwen3-mmlu-pro-sft",
+            {
+                "learning_rate": 3e-4,
+                "num_train_epochs": 8,
+                "batch": (1, 16),
+                "lora": (16, 32, 0.05),
+                "method": "sft",
+                "fp16": True,
+                "lr_scheduler_type": "cosine",
+                "warmup_steps": 0.1,
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_recipe_has_the_published_settings(name, published):
     recipe = load_recipe(name)
     training, lora = recipe.training, recipe.lora

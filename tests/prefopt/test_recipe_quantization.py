@@ -173,4 +173,4 @@ def test_an_unknown_quantization_is_named_with_the_nearest(capsys, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps(CONTENT), encoding="utf-8")
     assert main(["train", str(path), "--model.quantization", "nf5"]) == 2
-    assert "model.quantization is 'nf5'; expected one of nf4; did you mean nf4? or null" in (capsys.readouterr().err)
+    assert "model.quantization is 'nf5'; expected null or one of nf4; did you mean nf4?" in (capsys.readouterr().err)

@@ -37,40 +37,91 @@ def extra(**options):
     ("overrides", "message"),
     [
         # names
-        ({"training.optim": "adamw"}, "training.optim is 'adamw', which transformers does not have; did you mean adamw_torch?"),
-        ({"training.lr_scheduler_type": "cosin"}, "training.lr_scheduler_type is 'cosin', which transformers does not have; did you mean cosine?"),
-        ({"training.report_to": "wand"}, "training.report_to has 'wand', which transformers does not have; did you mean wandb?"),
-        ({"training.report_to": "neptune"}, "training.report_to has neptune, which is not installed: pip install neptune, or leave it out"),
-        ({"lora.target_modules": "((("}, "lora.target_modules is '(((', which is no regular expression: missing ), unterminated subpattern at position 2"),
+        (
+            {"training.optim": "adamw"},
+            "training.optim is 'adamw', which transformers does not have; did you mean adamw_torch?",
+        ),
+        (
+            {"training.lr_scheduler_type": "cosin"},
+            "training.lr_scheduler_type is 'cosin', which transformers does not have; did you mean cosine?",
+        ),
+        (
+            {"training.report_to": "wand"},
+            "training.report_to has 'wand', which transformers does not have; did you mean wandb?",
+        ),
+        (
+            {"training.report_to": "neptune"},
+            "training.report_to has neptune, which is not installed: pip install neptune, or leave it out",
+        ),
+        (
+            {"lora.target_modules": "((("},
+            "lora.target_modules is '(((', which is no regular expression: missing ), unterminated subpattern",
+        ),
         ({"data.chat_template_kwargs": {1: 2}}, "data.chat_template_kwargs has the key 1; expected names"),
-        ({"data.chat_template_kwargs": {"tokenize": False}}, "data.chat_template_kwargs has tokenize, which is set for every row; leave it out"),
+        (
+            {"data.chat_template_kwargs": {"tokenize": False}},
+            "data.chat_template_kwargs has tokenize, which is set for every row; leave it out",
+        ),
         # optimizer and scheduler
         ({"training.optim": "grokadamw"}, "training.optim is grokadamw: Please install grokadamw"),
         ({"training.optim": "galore_adamw"}, "training.optim is galore_adamw: You need to install `galore_torch`"),
         (extra(optim_args="x"), "training.optim is adamw_torch_fused: not enough values to unpack"),
-        ({"training.lr_scheduler_type": "cosine_with_min_lr"}, "training.lr_scheduler_type is cosine_with_min_lr: One of min_lr or min_lr_rate should be set"),
-        ({"training.lr_scheduler_type": "warmup_stable_decay"}, "training.lr_scheduler_type is warmup_stable_decay: get_wsd_schedule() missing"),
-        (extra(lr_scheduler_kwargs={"x": 1}), "training.extra.lr_scheduler_kwargs is {'x': 1}, which linear refuses: get_linear_schedule_with_warmup() got an unexpected"),
-        ({"training.lr_scheduler_type": "cosine", **extra(lr_scheduler_kwargs={"num_cycles": "a"})}, "training.extra.lr_scheduler_kwargs is {'num_cycles': 'a'}, which cosine refuses"),
+        (
+            {"training.lr_scheduler_type": "cosine_with_min_lr"},
+            "training.lr_scheduler_type is cosine_with_min_lr: One of min_lr or min_lr_rate should be set",
+        ),
+        (
+            {"training.lr_scheduler_type": "warmup_stable_decay"},
+            "training.lr_scheduler_type is warmup_stable_decay: get_wsd_schedule() missing",
+        ),
+        (
+            extra(lr_scheduler_kwargs={"x": 1}),
+            "training.extra.lr_scheduler_kwargs is {'x': 1}, which linear refuses: get_linear_schedule_with_warmup()",
+        ),
+        (
+            {"training.lr_scheduler_type": "cosine", **extra(lr_scheduler_kwargs={"num_cycles": "a"})},
+            "training.extra.lr_scheduler_kwargs is {'num_cycles': 'a'}, which cosine refuses",
+        ),
         # further options of TrainingArguments
         (extra(adam_beta1=2), "training.extra.adam_beta1 is 2; expected a number at least 0 and below 1"),
         (extra(adam_beta2="x"), "training.extra.adam_beta2 is 'x'; expected a number"),
         (extra(adam_epsilon=-1), "training.extra.adam_epsilon is -1; expected a number at least 0"),
         (extra(dataloader_num_workers=-1), "training.extra.dataloader_num_workers is -1; expected a number at least 0"),
         (extra(dataloader_num_workers=1.5), "training.extra.dataloader_num_workers is 1.5; expected a whole number"),
-        (extra(dataloader_prefetch_factor=2), "training.extra.dataloader_prefetch_factor is 2: --dataloader_prefetch_factor can only be set when"),
+        (
+            extra(dataloader_prefetch_factor=2),
+            "training.extra.dataloader_prefetch_factor is 2: --dataloader_prefetch_factor can only be set when",
+        ),
         (extra(logging_strategy="x"), "training.extra.logging_strategy is 'x'; expected one of no, steps, epoch"),
         (extra(log_level="loud"), "training.extra.log_level is 'loud'; expected one of "),
         (extra(use_cache=3), "training.extra.use_cache is 3; expected true or false"),
         (extra(parallelism_config={}), "training.extra.parallelism_config is {}; expected null"),
         (extra(push_to_hub=True), "training.extra.push_to_hub is not an option: nothing is uploaded here"),
         (extra(tf32=True), "training.extra.tf32 is True: --tf32 requires Ampere"),
-        (extra(accelerator_config={"x": 1}), "training.extra.accelerator_config.x is unknown; expected some of split_batches, "),
-        (extra(accelerator_config={"even_batchs": 1}), "training.extra.accelerator_config.even_batchs is unknown; did you mean even_batches?"),
-        (extra(accelerator_config={"gradient_accumulation_kwargs": {"a": 1}}), "training.extra.accelerator_config.gradient_accumulation_kwargs.a is unknown"),
-        (extra(accelerator_config="no.json"), "training.extra.accelerator_config is 'no.json'; expected keys with values or a .json file"),
-        (extra(dataloader_persistent_workers=True), "training.extra has options of the data loader that it refuses: persistent_workers option needs num_workers > 0"),
-        ({"training.gradient_checkpointing": True, **extra(gradient_checkpointing_kwargs={"x": 1})}, "training.extra.gradient_checkpointing_kwargs is {'x': 1}: Identity.forward() got an unexpected keyword argument 'x'"),
+        (
+            extra(accelerator_config={"x": 1}),
+            "training.extra.accelerator_config.x is unknown; expected some of split_batches, ",
+        ),
+        (
+            extra(accelerator_config={"even_batchs": 1}),
+            "training.extra.accelerator_config.even_batchs is unknown; did you mean even_batches?",
+        ),
+        (
+            extra(accelerator_config={"gradient_accumulation_kwargs": {"a": 1}}),
+            "training.extra.accelerator_config.gradient_accumulation_kwargs.a is unknown",
+        ),
+        (
+            extra(accelerator_config="no.json"),
+            "training.extra.accelerator_config is 'no.json'; expected keys with values or a .json file",
+        ),
+        (
+            extra(dataloader_persistent_workers=True),
+            "training.extra has options of the data loader that it refuses: persistent_workers option needs",
+        ),
+        (
+            {"training.gradient_checkpointing": True, **extra(gradient_checkpointing_kwargs={"x": 1})},
+            "training.extra.gradient_checkpointing_kwargs is {'x': 1}: Identity.forward() got an unexpected keyword",
+        ),
         # the device
         ({"training.fp16": True}, "training.fp16 is true on a CPU, which would train in float32"),
         # files
@@ -78,16 +129,25 @@ def extra(**options):
         ({"data.path": "x" * 300 + ".jsonl"}, "data.path is " + "x" * 300),
         ({"data.eval_path": "gone.parquet"}, "data.eval_path is gone.parquet, which does not exist"),
         ({"data.plan": "gone.yaml", "data.path": "built"}, "data.plan: there is no plan gone.yaml"),
-        ({"data.chat_template": "gone.jinja"}, "data.chat_template is 'gone.jinja'; expected dialogue or a .jinja file"),
+        (
+            {"data.chat_template": "gone.jinja"},
+            "data.chat_template is 'gone.jinja'; expected dialogue or a .jinja file",
+        ),
         ({"data.chat_template": "/"}, "data.chat_template is '/': Is a directory"),
         ({"model.path": "/gone"}, "model.path is /gone, which is not a folder"),
         ({"model.path": "/" + "x" * 300}, "model.path is '/" + "x" * 55 + "...: File name too long"),
         ({"model.ref_path": "/gone", "lora": None}, "model.ref_path is /gone, which is not a folder"),
-        ({"training.output_dir": "/dev/null/run"}, "training.output_dir is /dev/null/run, but /dev/null is a file; expected a folder"),
-        (extra(reference_cache_dir="/dev/null/x"), "training.extra.reference_cache_dir is /dev/null/x, but /dev/null is a file"),
+        (
+            {"training.output_dir": "/dev/null/run"},
+            "training.output_dir is /dev/null/run, but /dev/null is a file; expected a folder",
+        ),
+        (
+            extra(reference_cache_dir="/dev/null/x"),
+            "training.extra.reference_cache_dir is /dev/null/x, but /dev/null is a file",
+        ),
         ({"training.output_dir": "x" * 300}, "training.output_dir cannot be written: File name too long"),
     ],
-)  # fmt: skip
+)
 def test_a_run_is_refused_before_any_work(content, overrides, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:

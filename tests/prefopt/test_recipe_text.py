@@ -1,4 +1,4 @@
-"""Rows of text on a model with a chat template: a warning, `data.as_chat`, and chat and evaluation in the form of training."""
+"""Rows of text on a model with a chat template: a warning, `data.as_chat`, and evaluation in the form of training."""
 
 import io
 import json
@@ -118,7 +118,7 @@ def test_as_chat_trains_on_messages_and_chat_uses_the_template(chat_run, monkeyp
 
 
 def test_evaluation_reads_rows_as_training_did(text_run, chat_run, folder, capsys):
-    """Trained and held-out prompts are those of the trained form: chat and text runs of the same rows have other tokens."""
+    """Training and held-out prompts have the same form: chat and text runs of the same rows have other tokens."""
     from prefopt.evaluate.held_out import read_rows, tokenized, trained_on
     from prefopt.evaluate.subject import load_subject
 

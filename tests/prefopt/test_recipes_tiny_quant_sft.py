@@ -1,4 +1,4 @@
-"""S3 in 4 bits and S4's classifier from data to card and export, each by the command that runs the real one, with --tiny."""
+"""S3 in 4 bits and S4's classifier from data to card and export, by the published commands with --tiny."""
 
 import csv
 import json
@@ -62,7 +62,7 @@ def margin_of(folder, quantization):
 def test_s4_a_classifier_by_supervised_fine_tuning(capsys, tmp_path):
     run = train_tiny("s4-qwen3-mmlu-pro-sft", capsys)
     found = counts(run)["total"]
-    # 14 fields of 18 questions, and one question twice; a fifth each for validation and test, held-out shares rounded up
+    # 14 fields of 18 questions, and one question twice; a fifth each for validation and test, rounded up
     assert (found["read"], found["used"]) == (14 * 18 + 1, 14 * 18)
     assert {name: split["rows"] for name, split in found["splits"].items()} == {
         "train": 151,

@@ -12,8 +12,9 @@ if __name__ == "__main__":
 
 import pytest
 
-from prefopt.train.spread import ZERO, ZERO_3
+from prefopt.train.layout import ZERO, ZERO_3
 from support.distributed import (
+    SAVED,
     assert_ends_like,
     assert_same_run,
     assert_saved_whole,
@@ -39,9 +40,11 @@ def rank_main(folder: Path) -> None:
     for stage in STAGES:
         os.environ |= launch_environment(CONFIGS / f"{stage}.yaml")
         place = folder / stage
-        seen[stage] = {name: run_case(world, place / name, name, 2, use_cpu=False) for name in CASES}
-        again = run_resumed(world, place / "again", RESUMED[stage], use_cpu=False)
-        seen[stage]["again"] = again
+        seen[stage] = {
+            name: run_case(world, place / name, name, 2, use_cpu=False, **(SAVED if name == RESUMED[stage] else {}))
+            for name in CASES
+        }
+        seen[stage]["again"] = run_resumed(world, place / RESUMED[stage], RESUMED[stage], use_cpu=False)
     leave(folder, seen)
 
 

@@ -1,7 +1,7 @@
 """One test for each defect of TRL 1.16's KTOTrainer that ours must not have; the numbers are those of the design.
 
-Here: 1 (order of the rows), 2 and 3 (small micro-batches), 4 (mismatched pairs), 6 (weights of the metrics). 7 (cache of the
-reference), 9 (waiting for the device), 12 (logits in fp32) and 14 (policy and reference in one mode):
+Here: 1 (order of the rows), 2 and 3 (small micro-batches), 4 (mismatched pairs), 6 (weights of the metrics). 7 (cache
+of the reference), 9 (waiting for the device), 12 (logits in fp32) and 14 (policy and reference in one mode):
 test_trainer_defects_reference.py. Defects 5 and 9 (collectives) need two processes: test_trainer_two_ranks.py; 8:
 test_trainer_resume.py; 10: test_trainer_config.py; 15: test_trainer_diagnostics.py.
 """

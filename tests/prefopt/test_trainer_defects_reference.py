@@ -1,7 +1,7 @@
 """Defects of TRL 1.16's KTOTrainer, one test for each, behind the batches: what the reference and the logits are.
 
-Here: 7 (cache of the reference), 9 (waiting for the device), 12 (logits in fp32), 14 (policy and reference in one mode). The
-others, and where they are tested: test_trainer_defects.py.
+Here: 7 (cache of the reference), 9 (waiting for the device), 12 (logits in fp32), 14 (policy and reference in one
+mode). The others, and where they are tested: test_trainer_defects.py.
 """
 
 import copy

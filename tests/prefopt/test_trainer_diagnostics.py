@@ -1,4 +1,4 @@
-"""Defect 15: a run that goes wrong says so, with the reason and the remedy; one that is not finite stops and says where."""
+"""Warnings with their reason and remedy; a run that is not finite stops and names the rows (defect 15)."""
 
 import json
 import warnings
@@ -105,7 +105,7 @@ def test_defect_15_elsewhere_than_on_the_cpu_a_log_or_a_checkpoint_finds_it(
     world, tmp_path, monkeypatch, logging_steps, save_steps
 ):
     """There the steps in between are taken, but nothing is saved or logged after the first bad one."""
-    monkeypatch.setattr(PreferenceTrainer, "_looking_is_free", False)
+    monkeypatch.setattr(PreferenceTrainer, "_sync_is_cheap", False)
     trainer = make_trainer(
         world,
         tmp_path,

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from prefopt.train.spread import FSDP2, LOADED_IN_SHARDS, WHOLE
+from prefopt.train.layout import FSDP2, LOADED_IN_SHARDS, WHOLE
 from support.distributed import (
     CASES,
+    SAVED,
     STEPS,
     assert_ends_like,
     assert_same_run,
@@ -65,7 +66,7 @@ def run_in_layout(world, folder: Path, layout: str) -> dict:
     logs = train(trainer)
     after = whole_weights(trainer)
     return {
-        "kind": trainer.spread.kind,
+        "kind": trainer.layout.kind,
         "logs": logs,
         "weights": after,
         "moved": movements(before, after),
@@ -98,8 +99,10 @@ def rank_main(folder: Path) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = use_fsdp
     shard_on_the_cpu()
     seen["shards"] = run_with_pairs_of_the_window(world, folder / "shards")
-    seen["cases"] = {name: run_case(world, folder / name, name, 2) for name in CASES}
-    seen["resumed"] = {name: run_resumed(world, folder / f"{name}-again", name) for name in RESUMED}
+    seen["cases"] = {
+        name: run_case(world, folder / name, name, 2, **(SAVED if name in RESUMED else {})) for name in CASES
+    }
+    seen["resumed"] = {name: run_resumed(world, folder / name, name) for name in RESUMED}
     os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"
     seen["kept"] = run_case(world, folder / "kept", "lora-bco", 2)
     leave(folder, seen)

@@ -1,4 +1,4 @@
-"""Kills between the files of a checkpoint, and a disk that is full: the short form of tests/support/kill_campaign.py."""
+"""Kills between the files of a checkpoint, and a full disk: a short form of support/kill_campaign.py."""
 
 import json
 

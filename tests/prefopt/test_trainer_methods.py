@@ -37,6 +37,9 @@ CASES = {method: {} for method in METHODS} | {
 }
 
 
+CUTS = {"enhanced_kto-win": ((4, 1), (2, 2), (1, 4)), "dpo": ((4, 1), (2, 2), (1, 4))}  # batch size, accumulation
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """Policy and reference the other way round: the first rows then have a reference point above 0."""
@@ -54,7 +57,7 @@ def case(name: str) -> dict:
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_does_not_depend_on_how_it_is_cut(world, tmp_path, name):
     found = {}
-    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for batch, accumulation in CUTS.get(name, ((4, 1), (1, 4))):
         trainer = make_trainer(
             world,
             tmp_path,
@@ -66,7 +69,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(world, tmp_path, name):
         gradients = torch.cat([g.flatten() for g in gradients_of_first_step(trainer).values()])
         found[batch] = gradients, steps_of(trainer)
     whole, logs = found[4]
-    for batch in (2, 1):
+    for batch in found.keys() - {4}:
         gradients, others = found[batch]
         assert ((gradients - whole).norm() / whole.norm()).item() < FP32_ROUNDING
         for log, other in zip(logs, others, strict=True):
@@ -293,13 +296,13 @@ BAR = {"ipo": 0.5}  # share of the first loss that is left; half of IPO's is the
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns(world, tmp_path, method):
-    """Thirty steps on eight rows or pairs, from the reference itself: the loss falls, desirable answers come out ahead."""
+    """Eight rows or pairs, starting at the reference: the loss falls and desirable answers have higher rewards."""
     options = case(method) | {"data": data_for(method, 8)}
     trainer = make_trainer(
         world,
         tmp_path,
         ref=False,
-        max_steps=30,
+        max_steps=20,
         learning_rate=3e-3,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,

@@ -1,7 +1,8 @@
 """Paired methods and SFT log what TRL 1.16.0 logs, step by step, on the same rows from the same weights.
 
-The tolerances are the contract: 1e-5 on the loss, 1e-4 on sums of log-probabilities and on what is made of them, in fp32
-on the CPU. CPO, SimPO and ORPO are trl.experimental's. Where TRL's number is another one, the test says which and why.
+The tolerances are the contract: 1e-5 on the loss, 1e-4 on sums of log-probabilities and on what is made of them, in
+fp32 on the CPU. CPO, SimPO and ORPO are trl.experimental's. Where TRL's number is another one, the test says which and
+why.
 """
 
 import copy
@@ -95,8 +96,8 @@ def test_dpo_logs_what_trl_logs(world, tmp_path, method, mine, trls):
 def test_cpo_and_simpo_log_what_trl_logs(world, tmp_path, method, mine, trls):
     """TRL's logits/* are a mean over prompt and padding, and its logps of simpo are per token; the rest is the same.
 
-    Smaller steps than elsewhere: AdamW's first ones turn the rounding of a near-zero gradient into a whole step, and these
-    losses, without a reference, start where the gradient is ten times as large.
+    Smaller steps than elsewhere: AdamW's first ones turn the rounding of a near-zero gradient into a whole step, and
+    these losses, without a reference, start where the gradient is ten times as large.
     """
     rows = make_pairs(12, chat=False)
     size = {"per_device_train_batch_size": 4, "learning_rate": 1e-4}

@@ -99,7 +99,7 @@ def test_an_adapter_to_come_must_not_meet_the_references_modules(world, model, t
 
 
 def test_frozen_weights_may_be_shared(world, tmp_path):
-    """An adapter's base, shared with a reference whose head is another: the numbers of a reference of its own memory."""
+    """An adapter's base shared with a reference with another head: the same numbers as with a separate reference."""
 
     def logs(together: bool) -> list[dict]:
         base, reference = copy.deepcopy(world.model), copy.deepcopy(world.model)

@@ -37,7 +37,7 @@ def test_rows_of_files_lists_and_token_ids_are_named(grown, tmp_path, method):
     where = f"{path}:1: token {size} ('Jupiter') has no embedding: the model has {size}, for ids 0 to {size - 1}"
     assert str(error.value.bad[0]) == where and where in str(error.value)
     assert f"resize_token_embeddings(len(tokenizer)) (the tokenizer has {size + 2} tokens)" in str(error.value)
-    # "ladder" stands in an undesirable answer, which sft does not train on, and pairs of data_for have as the better one
+    # "ladder" is in an undesirable answer, which sft does not train on; in pairs it is in the chosen one
     lines = {"kto": [1, 17], "dpo": [1, 17], "sft": [1]}[method]
     assert [bad.line for bad in error.value.bad] == lines
 

@@ -1,4 +1,4 @@
-"""What the study says: shares, effects, remedies and verdicts, on rows whose answer is known."""
+"""Shares, effects, remedies and verdicts on rows with known answers."""
 
 import json
 import re
@@ -8,10 +8,9 @@ import pytest
 
 from prefopt.errors import UserError
 from prefopt.report.statistics import wilson
-from studies.bco_stability.findings import effects, find, remedy_cells
+from studies.bco_stability.findings import cause, cure, effects, price, remedy_cells, variants, verdict
 from studies.bco_stability.grid import COMPONENTS, WIDER, Config, Plan, full_plan, remedies_of
 from studies.bco_stability.pool import missing, read_lines
-from studies.bco_stability.price import variants
 from studies.bco_stability.report import markdown, write_report
 from studies.bco_stability.table import Share, as_csv, cell_of, paired
 
@@ -80,7 +79,7 @@ def test_csv_has_a_line_for_each_configuration():
     assert found == [f"naive,weighting,bf16,0.02,,12,8,8,0,0,0.6667,{low:.4f},{high:.4f},0.8000,1.0550"]
 
 
-def test_a_paired_difference_is_over_what_both_have():
+def test_a_paired_difference_is_over_shared_runs():
     ours = rows_of(Config("ours", COMPONENTS, "fp32", 0.01), ["stable"] * 5, 2.0)
     others = rows_of(Config("ours", (), "fp32", 0.01), ["stable"] * 3, 1.5)
     # 0.52, 0.48 and 0.52: Student's t for two degrees of freedom is 4.30265
@@ -91,23 +90,23 @@ def test_a_paired_difference_is_over_what_both_have():
     assert paired(ours, rows_of(Config("ours", (), "fp32", 0.02), ["stable"] * 3), "margin") is None
 
 
-def test_the_cause_is_named_whatever_it_is():
+def test_the_cause_is_named():
     first, *rest = effects(made_up())
     assert (first.component, first.word) == ("weighting", "raises it")
     assert first.without == Share(0, 24) and first.with_it == Share(16, 24)
     assert {effect.word for effect in rest} == {"no clear effect"}
-    cause = " ".join(find(made_up()).cause)
-    assert "raises it most is the weighting: 16 of 24 (67 %, 47 to 82) with it, 0 of 24" in cause
-    assert "The shift by itself has no clear effect" in cause
-    assert "Nearest to it comes value + weighting + odds + shift in bf16" in cause
-    other = " ".join(find(made_up(shift_is_bad=True)).cause)
+    found = " ".join(cause(made_up()))
+    assert "raises it most is the weighting: 16 of 24 (67 %, 47 to 82) with it, 0 of 24" in found
+    assert "The shift by itself has no clear effect" in found
+    assert "Nearest to it comes value + weighting + odds + shift in bf16" in found
+    other = " ".join(cause(made_up(shift_is_bad=True)))
     assert "raises it most is the shift" in other and "The shift adds to it" in other
 
 
-def test_remedies_that_reach_zero_are_told_from_those_that_do_not():
+def test_remedies_are_listed_by_whether_they_reach_zero():
     cells = remedy_cells(made_up())["bf16", EVERY]
     assert cells[()].unstable == Share(8, 12)
-    (sentence,) = [one for one in find(made_up()).cure if one.startswith("Naive form")]
+    (sentence,) = [one for one in cure(made_up()) if one.startswith("Naive form")]
     zero, others = re.fullmatch(r".*Reaches zero: (.*)\. Does not: (.*)\.", sentence).groups()
     names = [re.sub(r" \d.*", "", one) for one in zero.split("; ")]
     assert names == ["safe weighting", "all together"]
@@ -125,8 +124,8 @@ def test_remedies_that_reach_zero_are_told_from_those_that_do_not():
     ],
 )
 def test_verdict(made, tone, words):
-    findings = find(made_up(**made))
-    assert findings.tone == tone and words in findings.verdict
+    found, text = verdict(made_up(**made))
+    assert found == tone and words in text
 
 
 def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
@@ -146,32 +145,28 @@ def test_the_best_variant_is_the_highest_margin_without_an_unstable_run():
         ("no staging",),
     ]
     assert variants(rows)[0].cell.unstable == Share(0, 12)  # on the runs that all of them share
-    said = find(rows).price[-1]
-    assert "(12 runs each), the one with win weighting and loss aversion 1.5" in said
+    sentence = price(rows)[-1]
+    assert "(12 runs each), the one with win weighting and loss aversion 1.5" in sentence
     # 12 differences of 0.18 and 0.22: 2.201 (Student's t) * 0.02 * sqrt(12 / 11) / sqrt(12) = 0.0133
-    assert "+0.200 (+0.187 to +0.213) against KTO's" in said
+    assert "+0.200 (+0.187 to +0.213) against KTO's" in sentence
 
 
 def test_a_variant_run_often_enough_gets_its_own_sentence():
     rows = made_up(ours_margin=0.9)
     wide = [Config("ours", COMPONENTS, "fp32", rate, WIDER) for rate in (0.01, 0.02)]
     rows += rows_of(wide[0], ["stable"] * 120, 1.1) + rows_of(wide[1], ["stable"] * 79, 1.1)
-    assert len(find(rows).price) == 5  # two rates, margin, accuracy, the best variant
+    assert len(price(rows)) == 5  # two rates, margin, accuracy, the best variant
     rows += rows_of(wide[1], ["stable"] * 80, 1.1)[-1:]
-    assert (
-        find(rows)
-        .price[-1]
-        .startswith(
-            "In 200 runs, our form with no shift bound and loss aversion 1.5 was unstable in "
-            "0 of 200 (0 %, 0 to 1.9). The margin on held-out pairs is above KTO's: +0.100"
-        )
+    assert price(rows)[-1].startswith(
+        "In 200 runs, our form with no shift bound and loss aversion 1.5 was unstable in "
+        "0 of 200 (0 %, 0 to 1.9). The margin on held-out pairs is above KTO's: +0.100"
     )
 
 
-def test_few_runs_are_no_verdict():
+def test_few_runs_give_no_verdict():
     rows = [row for row in made_up() if row["seed"] < 12]
-    assert find(rows).tone == "unclear"
-    assert find([row for row in rows if row["form"] == "naive"]).verdict == ("The defaults were not run.")
+    assert verdict(rows)[0] == "unclear"
+    assert verdict([row for row in rows if row["form"] == "naive"])[1] == ("The defaults were not run.")
 
 
 def test_the_report_is_one_page_with_every_plot(tmp_path):
@@ -183,7 +178,7 @@ def test_the_report_is_one_page_with_every_plot(tmp_path):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / name).write_text(text, encoding="utf-8")
     page = write_report(tmp_path).read_text(encoding="utf-8")
-    assert find(rows).verdict.replace("'", "&#x27;") in page
+    assert verdict(rows)[1].replace("'", "&#x27;") in page
     assert page.count("<svg") == 4 and "nan" not in page.lower().replace("tversky", "")
     names = {path.stem for path in (tmp_path / "plots").glob("*.png")}
     assert names == {path.stem for path in (tmp_path / "plots").glob("*.svg")}
@@ -196,7 +191,7 @@ def test_the_report_is_one_page_with_every_plot(tmp_path):
     assert not re.search(r"(?:src|href)=\"(?!#)", page)  # nothing is loaded from elsewhere
     assert (tmp_path / "table.csv").read_text(encoding="utf-8") == as_csv(rows)
     answers = (tmp_path / "answers.md").read_text(encoding="utf-8")
-    assert find(rows).verdict in answers and all(one in answers for one in find(rows).cause)
+    assert verdict(rows)[1] in answers and all(one in answers for one in cause(rows))
     assert "| weighting, bf16 | 0 of 24 (0 %, 0 to 14) | 16 of 24 (67 %, 47 to 82) | +67" in answers
 
 
@@ -212,7 +207,7 @@ def test_the_committed_answers_are_those_of_the_committed_rows():
 # ---------------------------------------------------------------- what is left to run
 
 
-def test_what_is_missing_is_run_and_nothing_else():
+def test_only_missing_seeds_are_run():
     one, two = Config("ours", (), "fp32", 0.01), Config("naive", (), "fp32", 0.01)
     plan = Plan(200, 10, {one: 54, two: 3}, frozenset())
     tasks = missing(plan, [])

@@ -1,4 +1,4 @@
-"""The study's parts: its language, policy, losses, shifts and verdicts, against definitions written out here."""
+"""The study's language, policy, losses, shifts and verdicts, against independent definitions."""
 
 import math
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from prefopt_kernels import kto_loss
 from studies.bco_stability import components as parts
+from studies.bco_stability.components import EMA, Running, schedule_of
 from studies.bco_stability.grid import (
     COMPONENTS,
     MISTAKES,
@@ -31,7 +32,6 @@ from studies.bco_stability.policy import (
     sequence_logps,
 )
 from studies.bco_stability.runs import FIRST_JUDGED, judge, run_cell
-from studies.bco_stability.shifts import EMA, Running, schedule_of
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -70,7 +70,7 @@ def test_answers_end_once_and_fit_their_lengths():
     assert all(torch.equal(a, b) for a, b in zip(pairs, again, strict=True))
 
 
-def test_good_and_bad_answers_can_be_told_apart_by_their_transitions():
+def test_good_and_bad_answers_differ_in_their_transitions():
     pairs = make_pairs(400, seed=4)
 
     def counts(answers):
@@ -152,7 +152,7 @@ def test_a_new_adapter_leaves_the_reference_model_as_it_is(base):
 # ---------------------------------------------------------------- losses
 
 
-def test_nothing_on_is_kto_in_both_forms(window):
+def test_without_components_both_forms_are_kto(window):
     leaf = window.logps.double().flatten().requires_grad_()
     loss = kto_loss(
         leaf,
@@ -227,7 +227,7 @@ def test_each_seed_has_its_own_decision_weights(window):
     assert (together[1] - alone).abs().max() <= 16 * EPS * alone.abs().max()
 
 
-def test_a_change_changes_the_gradient_and_nothing_else_does(window):
+def test_changes_affect_the_gradient(window):
     for change in (*REMEDIES, *MISTAKES):
         config = Config("naive", COMPONENTS, "fp32", 0.01, (change,))
         same = torch.equal(
@@ -249,7 +249,7 @@ def test_component_clip_bounds_both_parts(window):
     assert (both.abs() > bound).any() and (clipped.abs() <= bound * (1 + EPS)).all()
 
 
-def test_shares_sum_to_one_and_name_only_what_is_on(window):
+def test_shares_sum_to_one_over_the_active_components(window):
     for form in ("naive", "ours"):
         for on in ((), ("shift",), ("value", "odds"), COMPONENTS):
             shares = parts.shares(Config(form, on, "fp32", 0.01), window)
@@ -338,7 +338,7 @@ def test_the_running_median_forgets():
     assert judge(norms, RISING, None)[:2] == ("spike", FIRST_JUDGED + 60)
 
 
-def test_a_run_does_not_depend_on_who_runs_beside_it(base):
+def test_a_run_is_independent_of_the_other_seeds(base):
     reference = make_reference(base, pairs=60, held_out=10)
     config = Config("naive", COMPONENTS, "bf16", 0.02)
     together = run_cell(reference, config, [0, 1, 2], 3).rows
@@ -353,7 +353,7 @@ def test_a_run_does_not_depend_on_who_runs_beside_it(base):
     assert len({row["margin"] for row in together}) == 3
 
 
-def test_plans_hold_what_they_promise():
+def test_plans():
     quick, full = quick_plan(), full_plan()
     assert set(quick.cells) >= quick.traced and set(full.cells) >= full.traced
     defaults = [

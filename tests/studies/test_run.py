@@ -1,60 +1,71 @@
-"""`python -m studies.bco_stability`: the quick run's answers, going on after an interruption, refusals."""
+"""`python -m studies.bco_stability`: a small plan's answers, continuing after an interruption, and refusals."""
 
 import json
 import re
 
 import pytest
 
-from studies.bco_stability.__main__ import main
+from prefopt.folder_lock import only_writer
+from studies.bco_stability.__main__ import main, run_study
 from studies.bco_stability.findings import remedy_cells
-from studies.bco_stability.grid import COMPONENTS, quick_plan, remedies_of
+from studies.bco_stability.grid import COMPONENTS, Config, Plan, quick_plan, remedies_of
 from studies.bco_stability.pool import read_lines
 from studies.bco_stability.table import plain, share_of
 
-EVERY = "+".join(COMPONENTS)
+NAIVE = ("value", "weighting", "shift")
+RATE, SEEDS = 0.02, 4
+
+
+def small_plan():
+    """A few cells of the quick plan, with its number of steps."""
+    cells = [Config("ours", COMPONENTS, precision, RATE) for precision in ("fp32", "bf16")]
+    cells += [Config("ours", (), "fp32", RATE), Config("naive", ("weighting",), "bf16", RATE)]
+    cells += [
+        Config("naive", NAIVE, "bf16", RATE, changes)
+        for changes in ((), ("safe weighting",), ("component clip",), remedies_of(NAIVE)[-1])
+    ]
+    quick = quick_plan()
+    assert set(cells) <= set(quick.cells)
+    traced = frozenset(cells[1:2])
+    return Plan(quick.steps, quick.pretraining_steps, dict.fromkeys(cells, SEEDS), traced)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """One quick run in two processes: (folder, its rows)."""
+    """One run in two processes: (folder, its rows)."""
     out = tmp_path_factory.mktemp("study") / "out"
-    words = ["--quick", "--out", str(out), "--processes", "2"]
-    assert main(words) == 0
+    assert run_study(small_plan(), out, processes=2) == out / "report.html"
     return out, read_lines(out / "results.jsonl")
 
 
 @pytest.mark.slow
-def test_quick_run_answers(study):
+def test_answers(study):
     out, rows = study
-    assert len(rows) == quick_plan().runs()
+    assert len(rows) == small_plan().runs()
     assert all(re.fullmatch(r"prefopt-kernels \S+, torch \S+", row["versions"]) for row in rows)
-    ours = share_of(row for row in plain(rows, "ours") if row["components"])
-    assert (ours.unstable, ours.n) == (0, 12)
-    # Six seeds each. In bf16 the sigmoid rounds to 1 within any run, and the plain weighting is not finite there.
+    assert share_of(row for row in plain(rows, "ours") if row["components"]).unstable == 0
+    # In bf16 the sigmoid rounds to 1 within any run, where the plain weighting has no finite gradient.
     weighting = plain(rows, "naive", components="weighting", precision="bf16")
-    assert [row["outcome"] for row in weighting] == ["not finite"] * 6
-    cells = remedy_cells(rows)["bf16", "value+weighting+shift"]
-    assert cells[()].unstable.unstable >= 2
+    assert [row["outcome"] for row in weighting] == ["not finite"] * SEEDS
+    cells = remedy_cells(rows)["bf16", "+".join(NAIVE)]
+    assert cells[()].unstable.unstable >= 1
     for cure in ("safe weighting", "component clip"):
         assert cells[(cure,)].outcomes["not finite"] == 0, cure
-    assert cells[remedies_of(("value", "weighting", "shift"))[-1]].unstable.unstable == 0
-    assert min(row["accuracy"] for row in plain(rows, "ours", components=EVERY)) > 0.6
+    assert cells[remedies_of(NAIVE)[-1]].unstable.unstable == 0
+    assert min(row["accuracy"] for row in plain(rows, "ours", components="+".join(COMPONENTS))) > 0.6
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What causes it" in page and page.count("<svg") == 4
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_to_the_same_rows(study, capsys):
+def test_an_interrupted_run_continues_to_the_same_rows(study):
     out, rows = study
     file = out / "results.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    # as a kill would leave it: some cells not run, one written by half
-    cut = "".join(lines[:-12]) + lines[-12][:40]
-    file.write_text(cut, encoding="utf-8")
-    assert main(["--quick", "--out", str(out)]) == 0
-    again = read_lines(file)
-    assert _sorted(again) == _sorted(rows)
-    assert capsys.readouterr().out.splitlines()[-1] == str(out / "report.html")
+    # as after a kill: two cells are missing, one line is incomplete
+    file.write_text("".join(lines[: -2 * SEEDS]) + lines[-2 * SEEDS][:40], encoding="utf-8")
+    run_study(small_plan(), out)
+    assert _sorted(read_lines(file)) == _sorted(rows)
 
 
 def _sorted(rows):
@@ -62,7 +73,7 @@ def _sorted(rows):
 
 
 @pytest.mark.slow
-def test_a_folder_of_another_study_is_refused(study, capsys):
+def test_a_folder_of_other_settings_is_refused(study, capsys):
     assert main(["--full", "--out", str(study[0])]) == 2
     assert "has a study of other settings" in capsys.readouterr().err
 
@@ -70,14 +81,16 @@ def test_a_folder_of_another_study_is_refused(study, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--processes", "0"], "--processes is 0; expected a number from 1"),
-        (["--seeds", "-1"], "--seeds is -1; expected a number from 1"),
-        (["--sedes", "1"], x),
+        (["--processes", "0"], "--processes is 0; expected 1 or more"),
+        (["--seeds", "-1"], "--seeds is -1; expected 1 or more"),
+        (["--sedes", "1"], "unrecognized arguments: --sedes 1"),
+        (["--quick", "--full"], "not allowed with argument --quick"),
     ],
 )
-def test_wrong_arguments_are_one_message(words, message, capsys, tmp_path):
-    assert main(["--out", str(tmp_path / "out"), *words]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_wrong_arguments_are_named(words, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "out"), *words])
+    assert stop.value.code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
@@ -85,3 +98,9 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, capsys):
     assert main(["--out", str(tmp_path)]) == 2
     assert "has files in it that are not a study's" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_is_being_written_is_refused(tmp_path, capsys):
+    with only_writer(tmp_path / "out", "--out"):
+        assert main(["--out", str(tmp_path / "out")]) == 2
+    assert "is being written by" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 
-from prefopt.train.spread import LOADED_IN_SHARDS
+from prefopt.train.layout import LOADED_IN_SHARDS
 from support.rank_scripts import WORLD_SIZE
 from support.trainer import data_for, make_trainer, make_world, train
 
@@ -26,6 +26,7 @@ STEPS = {
     "max_grad_norm": 0.7,  # below most of the norms here
     "per_device_train_batch_size": 2,
 }
+SAVED = {"save_strategy": "steps", "save_steps": 2}
 CASES = {  # method, options, adapter
     "full-kto": ("kto", {"precompute_ref_logps": True}, False),
     "full-dpo": ("dpo", {}, False),
@@ -101,11 +102,11 @@ def launch_environment(config: Path) -> dict[str, str]:
 
 def whole_weights(trainer) -> dict[str, Tensor]:
     """Every weight, gathered from all processes on the first; each of them has to ask."""
-    if trainer.spread.kind == LOADED_IN_SHARDS:
+    if trainer.layout.kind == LOADED_IN_SHARDS:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(trainer.model, options=options)
     else:
-        model = trainer.model_wrapped if trainer.spread.by_engine else trainer.model
+        model = trainer.model_wrapped if trainer.layout.by_engine else trainer.model
         state = trainer.accelerator.get_state_dict(model)
     return {name: tensor.detach().clone() for name, tensor in (state or {}).items()}
 
@@ -178,7 +179,7 @@ def trained(trainer, **kwargs) -> dict:
     sharded = isinstance(trainer.model, FSDPModule) or head.weight.numel() == 0  # ZeRO-3
     after = whole_weights(trainer)
     return {
-        "kind": trainer.spread.kind,
+        "kind": trainer.layout.kind,
         "sharded": sharded,
         "logs": logs,
         "weights": after,
@@ -199,10 +200,8 @@ def run_case(world, folder: Path, name: str, accumulation: int, **further) -> di
 
 
 def run_resumed(world, folder: Path, name: str, **further) -> dict:
-    """Stop after two of the steps, and go on in a new trainer; both on two processes."""
-    further |= {"save_strategy": "steps", "save_steps": 2}
-    train(built(world, folder, name, 2, **further))
-    again = built(world, folder, name, 2, **further)
+    """Resume, in a new trainer, the run that ``run_case`` made in ``folder`` with SAVED, from its second step."""
+    again = built(world, folder, name, 2, **(SAVED | further))
     return trained(again, resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 

@@ -29,7 +29,7 @@ def inline_code(text: str) -> list[str]:
 @cache
 def sources() -> dict[Path, str]:
     """Every file of the packages and of the build whose text may read a variable or write a file."""
-    folders = ["prefopt_kernels", "python", "benchmarks"]
+    folders = ["prefopt_kernels", "python", "benchmarks", "studies"]
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     return {p: p.read_text(encoding="utf-8") for p in [*files, ROOT / "setup.py", ROOT / "Makefile"]}
 
@@ -155,7 +155,9 @@ def module_problem(module: str) -> str | None:
         spec = None
     if spec is None or spec.origin is None:
         return f"no module {module}"
+    main = Path(spec.origin).with_name("__main__.py")
     has_main = "__main__" in Path(spec.origin).read_text(encoding="utf-8")
+    has_main |= spec.submodule_search_locations is not None and main.exists()  # a package
     return None if has_main else f"{module} is no program"
 
 

@@ -2,9 +2,10 @@
 
     python tests/support/kill_campaign.py --kills 30 --seed 0          (a few minutes on two cores)
 
-Half of the kills are drawn from the file operations of saving a checkpoint, some with a delay of up to 5 ms so that they
-fall inside a file; the others from the whole duration of the run. After each kill the run is resumed, and must end with
-the same weights, bit for bit, and the same metrics.jsonl. Runs are forked from a server that has imported torch.
+Half of the kills are drawn from the file operations of saving a checkpoint, some with a delay of up to 5 ms so that
+they fall inside a file; the others from the whole duration of the run. After each kill the run is resumed, and must
+end with the same weights, bit for bit, and the same metrics.jsonl. Runs are forked from a server that has imported
+torch.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The tables of options in docs/recipes.md, from prefopt/options.py: `python tests/support/option_tables.py` rewrites them."""
+"""The tables of options in docs/recipes.md, generated from prefopt/options.py; run as a script, it rewrites them."""
 
 import json
 import re

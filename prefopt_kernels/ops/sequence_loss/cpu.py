@@ -1,4 +1,4 @@
-"""The C++ function of csrc/sequence_loss: allocates what it writes, calls it once."""
+"""The C++ function of csrc/sequence_loss: allocates the outputs and calls it once a pass."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def forward(
     B = ref_logps.shape[0]
     rows = [torch.empty(B) for _ in range(5)]  # losses, logps, log_ratios, rewards, slopes
     sums = torch.empty(8, dtype=torch.float64)
-    _ops().sequence_loss_forward(
+    _extension.ops().sequence_loss_forward(
         logp.contiguous(),
         cu_seqlens.long().contiguous(),
         ref_logps.contiguous(),
@@ -44,7 +44,7 @@ def forward(
 
 def backward(dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, slopes: Tensor, tokens: int) -> Tensor:
     dlogp = torch.empty(tokens)
-    _ops().sequence_loss_backward(
+    _extension.ops().sequence_loss_backward(
         None if dlosses is None else dlosses.contiguous(),
         None if dlogps is None else dlogps.contiguous(),
         cu_seqlens.long().contiguous(),
@@ -52,10 +52,3 @@ def backward(dlosses: Tensor | None, dlogps: Tensor | None, cu_seqlens: Tensor, 
         dlogp,
     )
     return dlogp
-
-
-def _ops():
-    reason = _extension.why_not()  # loads the library: an exported graph gets here without op.py
-    if reason is not None:
-        raise RuntimeError(f"backend 'cpu' cannot run this call: {reason}")
-    return torch.ops.prefopt_kernels_cpu

@@ -24,8 +24,8 @@ MOVED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code of the process.
 
-    0: it went well. 1: it failed, or `data check` found bad rows. 2: wrong usage or input. 130: it was interrupted. 143: it was
-    terminated. A failure prints one message to stderr. The traceback goes to a file that the message names, or to stderr with
+    0: success. 1: failure, or `data check` found bad rows. 2: wrong usage or input. 130: interrupted. 143: terminated.
+    A failure prints one message to stderr. The traceback goes to a file named in the message, or to stderr with
     --traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)

@@ -12,7 +12,7 @@ from prefopt.cli.arguments import no_more
 from prefopt.errors import UserError
 from prefopt.options import SECTIONS, options_of, required
 from prefopt.read_yaml import parse_yaml
-from prefopt.recipe.foreign_names import OLD
+from prefopt.recipe.foreign_names import FOREIGN
 from prefopt.recipe.load import load_recipe
 from prefopt.recipe.schema import Recipe
 
@@ -22,8 +22,8 @@ OVERRIDE = "override "  # before the dotted keys among the parsed arguments
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of every section, with its help and default.
 
-    The bare names are accepted too, without a line of help: --beta is --loss.beta. So are the names of other libraries, which
-    the recipe translates or refuses.
+    The bare names are accepted too, without a line of help: --beta is --loss.beta. So are the names of other
+    libraries, which the recipe translates or refuses.
     """
     for section, kind in SECTIONS.items():
         group = parser.add_argument_group(section, kind.__doc__)
@@ -37,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 metavar=_metavar(hints[name]),
                 help=_help(one),
             )
-    for name in sorted(_homes().keys() | OLD.keys()):
+    for name in sorted(_homes().keys() | FOREIGN.keys()):
         home = _homes().get(name, [])
         parser.add_argument(
             _bare(name),
@@ -92,8 +92,8 @@ def _value(key: str, text: str) -> Any:
     """A value as YAML would read it, except that a name stays a name: run 7 is a folder, not a number."""
     if not text.strip():
         raise UserError(f"command line: {key} is empty; expected a value, or null for the default")
-    old = OLD.get(key)
-    section, _, name = (old.new if old and old.new else key).partition(".")
+    foreign = FOREIGN.get(key)
+    section, _, name = (foreign.new if foreign and foreign.new else key).partition(".")
     try:
         value = parse_yaml(text)
     except UserError as error:
@@ -144,6 +144,6 @@ def _word(kind: Any) -> str:
 def _help(one: Field) -> str:
     if required(one):
         return f"{one.metadata['help']} (required)"
-    default = one.default if one.default is not MISSING else one.default_factory()
+    default = one.default_factory() if one.default_factory is not MISSING else one.default
     shown = one.metadata["shown"] or (default if isinstance(default, str) else json.dumps(default))
     return f"{one.metadata['help']} (default: {shown})".replace("%", "%%")

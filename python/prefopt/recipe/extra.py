@@ -1,4 +1,4 @@
-"""``training.extra``: options of transformers.TrainingArguments without a key of their own, checked as the others are."""
+"""``training.extra``: options of transformers.TrainingArguments without a key of their own, and their checks."""
 
 import dataclasses
 import enum
@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.training_args import trainer_log_levels
 
 from prefopt.option_values import converted, in_bounds, nearest, show
-from prefopt.recipe.foreign_names import OLD
+from prefopt.recipe.foreign_names import FOREIGN
 from prefopt.train import PreferenceConfig
 
 BOUNDS = {
@@ -36,9 +36,9 @@ def checked_extra(extra: Mapping[str, Any], problems: list[str]) -> dict[str, An
     """
     hints, found = get_type_hints(PreferenceConfig), {}
     for name, value in extra.items():
-        old = OLD.get(name)
-        if old is not None and old.new is None and value not in (None, False):
-            problems.append(f"training.extra.{name} is not an option: {old.reason}; drop it")
+        foreign = FOREIGN.get(name)
+        if foreign is not None and foreign.new is None and value not in (None, False):
+            problems.append(f"training.extra.{name} is not an option: {foreign.reason}; drop it")
         try:
             found[name] = _typed(value, CHOICES.get(name, hints.get(name)))
             in_bounds(found[name], BOUNDS.get(name, {}))
@@ -67,7 +67,8 @@ def _typed(value: Any, hint: Any) -> Any:
 
 def _as(value: Any, kind: Any) -> Any:
     if isinstance(kind, enum.EnumMeta):
-        return converted(value, Literal[tuple(one.value for one in kind)])
+        members: Mapping[str, enum.Enum] = kind.__members__
+        return converted(value, Literal[tuple(one.value for one in members.values())])
     if get_origin(kind) is dict:
         kind = dict
     if get_origin(kind) is Literal and get_args(kind) == (False,):

@@ -1,4 +1,4 @@
-"""From YAML and command line to a ``Recipe``: strict, and everything that is wrong said at once."""
+"""From YAML and command line to a ``Recipe``; one error lists every problem."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +20,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """Read a recipe file and put the overrides on top.
 
     Args:
-        path: of a YAML file with the sections model, data, lora, loss and training, or the name of one that comes with the
-            package. The recipe.yaml of a run folder names that folder and what it was trained on, also after a move.
+        path: a YAML file with the sections model, data, lora, loss and training, or the name of a packaged recipe. The
+            recipe.yaml of a run folder names that folder and what it was trained on, also after a move.
         overrides: dotted keys with values, such as ``{"loss.beta": 0.2}``; ``{"lora": None}`` drops a section.
 
     Raises:
-        UserError: the file cannot be read, or any key is unknown, missing, of the wrong type, out of bounds or not a valid choice.
+        UserError: the file cannot be read, or a key is unknown, missing or has an invalid value.
     """
     path = find_recipe(path)
     try:
@@ -71,7 +71,7 @@ def make_recipe(content: Any, overrides: Mapping[str, Any] | None = None, name: 
 
 
 def _section(section: str, values: Mapping[str, Entry], name: str, problems: list[str]) -> Any:
-    """The dataclass of one section; None for a lora that is not asked for, or if there are problems."""
+    """The dataclass of one section; None for an absent lora section, or if there are problems."""
     known, hints = options_of(section), get_type_hints(SECTIONS[section])
     given = {key.partition(".")[2]: entry for key, entry in values.items() if key.startswith(f"{section}.")}
     good = {}
@@ -121,7 +121,7 @@ def _flatten(content: Mapping, name: str, problems: list[str]) -> dict[str, Entr
 
 
 def _elsewhere(option: str) -> str:
-    """A key that stands in the wrong section, or in none."""
+    """A hint for a key in the wrong section, or in none."""
     name = str(option).rpartition(".")[2]
     homes = [f"{section}.{name}" for section in SECTIONS if name in options_of(section)]
     return f"; did you mean {' or '.join(homes)}?" if homes else ""

@@ -19,15 +19,14 @@ MIB = 2**20
 def measured(folder: Path, device: torch.device, writes: bool) -> Iterator[None]:
     """Measure a block.
 
-    On a GPU the bytes are those that torch has allocated there (and, beside them, reserved); on the CPU the resident bytes
-    of this process. The peak is the largest during the block; where the system does not tell, that since the process began,
-    and ``peak_since`` says which.
+    On a GPU: bytes that torch has allocated, and reserved. On a CPU: resident bytes of this process. The peak is that
+    of the block, or that since the start of the process where the system does not reset it; ``peak_since`` says which.
 
     Args:
         folder: gets memory.json: before_bytes, peak_bytes, after_bytes, device, what, peak_since; on a GPU also
             reserved_before_bytes, reserved_peak_bytes and total_bytes.
         device: where the model is.
-        writes: whether this process prints and writes; the first one does.
+        writes: whether this process, the first rank, prints and writes.
 
     Example:
         >>> import tempfile

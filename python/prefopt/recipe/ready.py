@@ -1,14 +1,14 @@
-"""What would stop a run later, found before any model or data is loaded: missing files, packages and devices, bad options."""
+"""Checks before any model or data is loaded: missing files, packages and devices, and bad options."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -17,8 +17,8 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from prefopt.data import DataError
 from prefopt.data.build.plan import make_plan
+from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
 from prefopt.errors import UserError
@@ -31,6 +31,18 @@ from prefopt.recipe.schema import Recipe
 from prefopt.train import PreferenceConfig
 from prefopt_kernels import explain
 
+# What torch, transformers and the packages of optimizers raise for bad arguments, which they check as they like.
+LIBRARY_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Optimizers that are made from the whole model; here only their package is checked.
 OF_A_MODEL = ("apollo", "galore", "lomo")
 UNKNOWN_LENGTH = 10_000  # steps for a scheduler's trial where the recipe counts epochs
@@ -81,7 +93,7 @@ def check_device(recipe: Recipe, config: PreferenceConfig) -> None:
 
 
 def check_inputs(recipe: Recipe, folder: Path) -> None:
-    """Raise ``UserError`` or ``DataError`` for a file or folder that is not there, or a run folder that cannot be written."""
+    """Raise ``UserError`` or ``DataError`` for a missing file or folder, or a run folder that cannot be written."""
     if not str(folder).isprintable():  # transformers does not find checkpoints in such a folder
         raise UserError(
             f"{recipe.name}: training.output_dir is {str(folder)!r}, which has characters that cannot be printed"
@@ -99,7 +111,7 @@ def check_inputs(recipe: Recipe, folder: Path) -> None:
     if data.plan is None:
         _with_key("data.path", recipe, lambda: open_rows(data.path, data.split, data.revision))
     else:
-        _with_key("data.plan", recipe, lambda: _check_plan(data.plan, Path(data.path).expanduser()))
+        _with_key("data.plan", recipe, lambda: _check_plan(str(data.plan), Path(data.path).expanduser()))
     if data.eval_path is not None:
         _with_key(
             "data.eval_path",
@@ -162,18 +174,18 @@ def _of_targets(lora: Lora) -> list[str]:
 
 
 def _try_optimizer(config: PreferenceConfig) -> list[str]:
-    name = config.optim.value
+    name = OptimizerNames(config.optim).value
     try:
         optimizer = _optimizer(config, name)
-    except Exception as error:  # of torch, transformers or a package of the optimizer
+    except LIBRARY_ERRORS as error:
         return [f"training.optim is {name}: {first_line(error)}"]
     if optimizer is None:
         return []
-    name, kwargs = config.lr_scheduler_type.value, config.lr_scheduler_kwargs
+    name, kwargs = SchedulerType(config.lr_scheduler_type).value, cast(dict, config.lr_scheduler_kwargs or {})
     steps = config.max_steps if config.max_steps > 0 else UNKNOWN_LENGTH
     try:
         get_scheduler(name, optimizer, 0, steps, kwargs)  # computes the first learning rate
-    except Exception as error:  # a scheduler checks its arguments as it likes
+    except LIBRARY_ERRORS as error:
         reason = first_line(error)
         if kwargs:
             key = "training.extra.lr_scheduler_kwargs"
@@ -187,24 +199,24 @@ def _try_optimizer(config: PreferenceConfig) -> list[str]:
 def _try_loader(config: PreferenceConfig) -> list[str]:
     try:
         DataLoader(
-            [0],
+            cast(Dataset, [0]),
             num_workers=config.dataloader_num_workers,
             prefetch_factor=config.dataloader_prefetch_factor,
             persistent_workers=config.dataloader_persistent_workers,
             multiprocessing_context=config.dataloader_multiprocessing_context,
         )
-    except Exception as error:  # ValueError, TypeError and what multiprocessing raises
+    except LIBRARY_ERRORS as error:
         return [f"training.extra has options of the data loader that it refuses: {first_line(error)}"]
     return []
 
 
 def _try_checkpointing(config: PreferenceConfig) -> list[str]:
-    kwargs = config.activation_checkpointing_kwargs
+    kwargs = cast(dict, config.activation_checkpointing_kwargs)  # __post_init__ parses text
     if not config.activation_checkpointing or not kwargs:
         return []
     try:
         checkpoint(torch.nn.Identity(), torch.zeros(1), **({"use_reentrant": False} | kwargs))
-    except Exception as error:  # the arguments go to torch unchecked
+    except LIBRARY_ERRORS as error:
         key = "training.extra.gradient_checkpointing_kwargs"
         return [f"{key} is {show(kwargs)}: {first_line(error)}"]
     return []

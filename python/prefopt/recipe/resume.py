@@ -1,4 +1,4 @@
-"""What a run folder already holds, and whether a recipe may continue it."""
+"""The contents of a run folder, and whether a recipe may resume it."""
 
 import json
 import math
@@ -29,7 +29,7 @@ MAY_CHANGE = {
     "logging_strategy run_name save_only_model push_to_hub hub_model_id hub_revision hub_strategy "
     "hub_private_repo hub_always_push",
 }
-# A run leaves these before its first log, checkpoint or saved model: nothing that a new start could spoil.
+# Written before the first log, checkpoint or saved model: a new start may overwrite them.
 LEFT_BY_A_START = {*(RECORD, RECIPE_NAME, "bad_rows.jsonl", MEMORY, PARTIAL, LOCK_NAME, TRACEBACK_NAME)}
 
 
@@ -75,10 +75,11 @@ class Previous:
 
 
 def refuse_used(recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder with anything in it but what a start leaves that did not get to its first log."""
+    """Refuse a folder that holds more than a start that failed before its first log has left."""
     if not _is_unused(folder):
         raise UserError(
-            f"{recipe.name}: training.output_dir {folder} is not empty; choose another folder, or continue the run with --resume"
+            f"{recipe.name}: training.output_dir {folder} is not empty; choose another folder, or continue the run "
+            "with --resume"
         )
 
 
@@ -127,7 +128,7 @@ def differences(before: dict, now: dict) -> dict[str, list]:
         >>> differences({"loss": {"beta": 0.1}, "lora": None}, {"loss": {"beta": 0.2}, "lora": {"r": 8}})
         {'loss.beta': [0.1, 0.2], 'lora': [None, {'r': 8}]}
     """
-    found = {}
+    found: dict[str, list] = {}
     before, now = json.loads(json.dumps([before, now]))  # tuples become the lists that YAML has
     for section, options in now.items():
         if options is None or before[section] is None:
@@ -161,6 +162,6 @@ def sections_of(recipe: Recipe) -> dict[str, dict | None]:
 
 def _may_change(key: str, before: Any) -> bool:
     section, _, option = key.rpartition(".")
-    # what was moved is named by its new place; the rows are compared all the same
+    # a file that was moved has a new path; its rows are compared nevertheless
     moved = key in SOURCES and isinstance(before, str) and is_missing(before)
     return moved or option in MAY_CHANGE.get(section, "").split()

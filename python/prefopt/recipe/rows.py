@@ -4,16 +4,19 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
 from prefopt.data.build.choose import VALIDATION
 from prefopt.data.build.manifest import MANIFEST, read_manifest
 from prefopt.data.build.plan import Plan, make_plan
 from prefopt.data.build.run import build
 from prefopt.data.pairs import tokenize_pairs
+from prefopt.data.read import LoadedRows, load_rows, split_by_group
+from prefopt.data.rows import DataError
 from prefopt.data.sources import local_file
+from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.data.write import file_digest
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
@@ -23,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenized, Tokenized | None]:
-    """Training rows and, if the recipe has any, evaluation rows; those of a plan are where ``with_plan`` has put them."""
+    """Training rows and, if the recipe has any, evaluation rows; ``with_plan`` builds those of a plan first."""
     data = recipe.data
     refuse_missing_rows(recipe)
-    options = {
+    options: dict[str, Any] = {
         "on_bad_row": data.on_bad_row,
         "label_map": data.label_map,
         "as_chat": data.as_chat,
@@ -66,7 +69,7 @@ def with_plan(recipe: Recipe) -> Recipe:
     """The recipe with the rows of its plan in place: built into ``data.path``, or found there.
 
     A folder that is there is used as it is if it was built with the same arguments from the same files. The plan's
-    validation split becomes ``data.eval_path`` where the recipe names no other rows to evaluate on.
+    validation split becomes ``data.eval_path`` if the recipe names no other evaluation rows.
 
     Raises:
         DataError: the folder was built with other arguments or from a file that has changed, or is none that was built;

@@ -4,14 +4,16 @@ import dataclasses
 import json
 import logging
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, Tokenized
 from prefopt.data.labels import label_table
+from prefopt.data.rows import DataError
+from prefopt.data.tokenize import Tokenized
 from prefopt.errors import UserError
 from prefopt.failure import first_line, is_first_rank, traceback_in
 from prefopt.files import write_whole
@@ -29,7 +31,7 @@ from prefopt.recipe.models import (
     load_tokenizer,
     quantize_for,
 )
-from prefopt.recipe.ready import check_device, check_inputs, check_names, try_libraries
+from prefopt.recipe.ready import LIBRARY_ERRORS, check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
 from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
 from prefopt.recipe.schema import Recipe
@@ -160,7 +162,7 @@ def _culprit(options: dict[str, Any]) -> str | None:
     for name in reversed(options):  # first those of training.extra
         try:
             PreferenceConfig(**{key: value for key, value in options.items() if key != name})
-        except Exception:  # still refused, for whatever reason
+        except LIBRARY_ERRORS:
             continue
         return name
     return None
@@ -227,8 +229,8 @@ def _spelled_out(recipe: Recipe, config: PreferenceConfig) -> dict:
     Where null stood for the method's default, that is in its place; what is still null has no place in the method.
     """
     content = sections_of(recipe)
-    content["loss"] = {name: getattr(config, name) for name in content["loss"]}
-    content["training"]["sampler"] = config.sampler
+    content["loss"] = {name: getattr(config, name) for name in options_of("loss")}
+    content["training"] = asdict(recipe.training) | {"sampler": config.sampler}
     return absolute_paths(redacted(content))
 
 

@@ -9,7 +9,7 @@ from prefopt.options import Data, Lora, Loss, Model, Training
 class Recipe:
     """A training run.
 
-    ``name`` is the one it is reported under: its file, or "recipe". ``notes`` are written as comments at the head of the run's
+    ``name`` identifies it in messages: its file, or "recipe". ``notes`` become comments at the head of the run's
     recipe.
     """
 

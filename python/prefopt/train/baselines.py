@@ -12,11 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prefopt.train.config import PreferenceConfig
-from prefopt.train.methods import Baselines, Sequences
+from prefopt.train.methods import Baselines, Options, Sequences
 from prefopt_kernels.losses import decision_weights
 from prefopt_kernels.reference_point import CumulativeShift, EMAShift, ShiftSchedule, WindowShift
 
-SHIFTS = {"cumulative": CumulativeShift, "window": WindowShift, "ema": EMAShift}
 PLATEAU = 0.1  # share of the logs for which the margin must not have risen
 FEWEST_LOGS = 3
 
@@ -29,19 +28,21 @@ class BaselineEstimators:
     """
 
     def __init__(self, args: PreferenceConfig):
-        self.args = args
+        self.args: Options = args
         self.weighted = (args.decision_weighting or "off") != "off"
         self.shift: CumulativeShift | WindowShift | EMAShift | None = None
         self.schedule: ShiftSchedule | None = None
         self.reset(max_steps=0)
 
     def reset(self, max_steps: int) -> None:
-        """Start a run of so many optimizer steps; 0 where their number is not known yet."""
+        """Start a run of ``max_steps`` optimizer steps; 0 if their number is not known yet."""
         args = self.args
         if (args.shift or "off") == "off":
             return
-        decay = {"decay": args.shift_decay} if args.shift == "ema" else {}
-        self.shift = SHIFTS[args.shift](**decay)
+        if args.shift == "ema":
+            self.shift = EMAShift(decay=args.shift_decay)
+        else:
+            self.shift = WindowShift() if args.shift == "window" else CumulativeShift()
         when: dict[str, int] = {}
         if args.shift_start == "plateau":
             every = args.logging_steps if args.logging_steps >= 1 else args.logging_steps * max_steps
@@ -66,7 +67,7 @@ class BaselineEstimators:
         shift = mean = None
         logps = rows.logps.detach()
         if self.shift is not None:
-            rewards = self.args.beta * (logps - rows.ref_logps)
+            rewards = self.args.beta * (logps - rows.reference)
             shift = self.shift.estimate(rewards, rows.labels, update=update)
         if self.weighted:
             weights = decision_weights(
@@ -85,7 +86,7 @@ class BaselineEstimators:
 
     def state_dict(self) -> dict:
         """JSON-ready; fp32 numbers come back to the bit."""
-        if self.shift is None:
+        if self.shift is None or self.schedule is None:
             return {}
         return {
             "shift": {name: value.tolist() for name, value in self.shift.state_dict().items()},
@@ -94,7 +95,7 @@ class BaselineEstimators:
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from ``state_dict``."""
-        if self.shift is not None:
+        if self.shift is not None and self.schedule is not None:
             self.shift.load_state_dict({name: torch.tensor(value) for name, value in state["shift"].items()})
             self.schedule.load_state_dict(state["schedule"])
 

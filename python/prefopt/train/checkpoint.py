@@ -8,6 +8,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, Literal, cast
 
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError, safe_open
@@ -69,10 +70,11 @@ def _listed(checkpoint: Path) -> dict[str, dict]:
     """{file: its size and digest}; ``ValueError`` for a manifest that is none."""
     content = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     files = content.get("files") if isinstance(content, dict) else None
-    good = isinstance(files, dict) and TRAINER_STATE_NAME in files
-    for entry in files.values() if good else ():
-        good &= isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
-    if not good:
+    if (
+        not isinstance(files, dict)
+        or TRAINER_STATE_NAME not in files
+        or not all(isinstance(one, dict) and {"bytes", "sha256"} <= one.keys() for one in files.values())
+    ):
         raise ValueError("it does not list the files of a checkpoint with sizes and digests")
     return files
 
@@ -104,7 +106,7 @@ def newest_whole(run_dir: str | Path) -> Path | None:
         CheckpointError: there are checkpoints, and none of them is whole.
     """
     found = [path for path in map(Path, sort_checkpoints(str(run_dir))) if _is_checkpoint(path)]
-    problems = []
+    problems: list[str] = []
     for checkpoint in reversed(found):
         problem = problem_of(checkpoint)
         if problem is None:
@@ -123,7 +125,7 @@ def newest_whole(run_dir: str | Path) -> Path | None:
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints are whole or absent, and verified before training resumes from one."""
 
-    _partial: Path | None = None  # the folder that stands in for the run folder during a save
+    _partial: Path | None = None  # replaces the run folder during a save
     _verified: str | None = None  # by a call before ``train``, which need not read it all again
 
     def _checkpoint_files(self) -> dict[str, str]:
@@ -198,17 +200,17 @@ class ResumableTrainer(Trainer):
             os.rename(path, run_dir / PARTIAL / Path(path).name)
         remove_partial(run_dir)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Trainer's; what it resumes from is verified first, and ``True`` is the newest whole checkpoint.
 
         Raises:
             CheckpointError: a file of the checkpoint is missing, truncated or changed.
         """
-        checkpoint = self.verified(resume_from_checkpoint or None)
+        checkpoint = self.verified(cast(str | Literal[True] | None, resume_from_checkpoint or None))
         self._verified = None
         with self._training(checkpoint):
             if self.args.should_save:
-                remove_partial(self.args.output_dir)
+                remove_partial(str(self.args.output_dir))
             return super().train(checkpoint, *args, **kwargs)
 
     def _training(self, checkpoint: str | None) -> AbstractContextManager:
@@ -222,7 +224,7 @@ class ResumableTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def verified(self, checkpoint: str | bool | None) -> str | None:
+    def verified(self, checkpoint: str | Literal[True] | None) -> str | None:
         """The path of a checkpoint that training can continue from; ``True`` is the newest whole one. Writes nothing.
 
         Raises:
@@ -233,7 +235,7 @@ class ResumableTrainer(Trainer):
         result: list = [None, None]  # path, error
         if self.is_world_process_zero():
             try:
-                result[0] = str(_find(checkpoint, self.args.output_dir))
+                result[0] = str(_find(checkpoint, str(self.args.output_dir)))
             except CheckpointError as error:
                 result[1] = str(error)
         broadcast_object_list(result, from_process=0)
@@ -244,7 +246,7 @@ class ResumableTrainer(Trainer):
         return path
 
 
-def _find(checkpoint: str | bool, output_dir: str) -> Path:
+def _find(checkpoint: str | Literal[True], output_dir: str) -> Path:
     if checkpoint is True:
         path = newest_whole(output_dir)
         if path is None:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration: every option out of range or out of place, one sentence each."""
+"""The problems of a configuration: one sentence for each option that is out of range or does not fit the others."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -120,9 +120,9 @@ def _estimates(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]
         )
     if options["precompute_ref_logps"] and estimator == "microbatch" and options["sampler"] != "sequential":
         found.append(
-            f"precompute_ref_logps with kl_estimator 'microbatch' and sampler {options['sampler'] or 'label_balanced'!r}: "
-            "which rows meet in a micro-batch is then not known in advance; use kl_estimator 'window' or sampler "
-            "'sequential'"
+            "precompute_ref_logps with kl_estimator 'microbatch' and sampler "
+            f"{options['sampler'] or 'label_balanced'!r}: the rows of a micro-batch are not known in advance; use "
+            "kl_estimator 'window' or sampler 'sequential'"
         )
     return found
 
@@ -141,16 +141,16 @@ def _of_the_trainer(options: Mapping[str, Any], used: Mapping[str, Any]) -> list
         found.append("remove_unused_columns is False; the columns are chosen by the trainer")
     if "underflow_overflow" in (options["debug"] or ""):
         found.append(
-            "debug is 'underflow_overflow'; it cannot read the head's output, which is empty here, and a value that is not "
-            "finite stops the run without it"
+            "debug is 'underflow_overflow'; it cannot read the head's output, which is empty here. A value that is not "
+            "finite stops the run in any case"
         )
     accelerate = options["accelerator_config"]
     for name, value in (("dispatch_batches", True), ("even_batches", False)):
         got = accelerate.get(name) if isinstance(accelerate, dict) else getattr(accelerate, name, None)
         if got is value:
             found.append(
-                f"accelerator_config has {name} {value}; expected {not value}: each process reads as many batches of its "
-                "own rows as the others"
+                f"accelerator_config has {name} {value}; expected {not value}: every process reads the same number of "
+                "batches, each of its own rows"
             )
     return found + _compilation(options) + _best(options, used)
 
@@ -185,10 +185,12 @@ def _best(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     name = next((name for name in names if f"_{given}".endswith(f"_{name}")), None)
     if name is None:
         return [
-            f"metric_for_best_model is {given!r}; method {options['method']!r} logs {', '.join(names)}{nearest(given, names)}"
+            f"metric_for_best_model is {given!r}; method {options['method']!r} logs {', '.join(names)}"
+            f"{nearest(given, names)}"
         ]
     if options["greater_is_better"] is None and name != "loss" and name not in MORE_IS_BETTER:
         return [
-            f"metric_for_best_model is {given!r} and greater_is_better is left out; expected True or False for this metric"
+            f"metric_for_best_model is {given!r} and greater_is_better is left out; expected True or False for this "
+            "metric"
         ]
     return []

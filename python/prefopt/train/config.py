@@ -18,10 +18,10 @@ class PreferenceConfig(TrainingArguments, MethodOptions):
     """``transformers.TrainingArguments`` and the options of preference training.
 
     ``prefopt.options.MethodOptions`` declares the options with their help, bounds and the methods that have them;
-    docs/recipes.md lists them. An option that is None takes the method's default, one that the method does not use is refused.
-    Methods: "kto" (arXiv:2402.01306), "apo_zero" (arXiv:2408.06266), "enhanced_kto" (:func:`prefopt_kernels.enhanced_kto_loss`),
-    "bco" (arXiv:2404.04656), "dpo" (arXiv:2305.18290), "ipo" (arXiv:2310.12036), "cpo" (arXiv:2401.08417), "simpo"
-    (arXiv:2405.14734), "orpo" (arXiv:2403.07691) and "sft".
+    docs/recipes.md lists them. An option that is None takes the method's default; one that the method does not use is
+    refused. Methods: "kto" (arXiv:2402.01306), "apo_zero" (arXiv:2408.06266), "enhanced_kto"
+    (:func:`prefopt_kernels.enhanced_kto_loss`), "bco" (arXiv:2404.04656), "dpo" (arXiv:2305.18290), "ipo"
+    (arXiv:2310.12036), "cpo" (arXiv:2401.08417), "simpo" (arXiv:2405.14734), "orpo" (arXiv:2403.07691) and "sft".
 
     A batch size counts pairs where the method learns from pairs: both answers are always in one micro-batch.
 
@@ -35,12 +35,12 @@ class PreferenceConfig(TrainingArguments, MethodOptions):
         >>> config = PreferenceConfig(output_dir="run", use_cpu=True, method="simpo", gamma=0.5)
         >>> config.beta, config.gamma, config.sampler, config.kl_estimator
         (2.0, 0.5, 'random', None)
-        >>> PreferenceConfig(output_dir="run", betta=0.2, sampler="balanced")
+        >>> PreferenceConfig(output_dir="run", betta=0.2, beta=-1.0)
         Traceback (most recent call last):
             ...
         prefopt.errors.UserError: 2 options of PreferenceConfig are not valid:
           betta is not an option; did you mean beta?
-          sampler is 'balanced'; expected None or one of label_balanced, random, sequential; did you mean label_balanced?
+          beta is -1.0; expected a number above 0
     """
 
     learning_rate: float = field(default=1e-6)

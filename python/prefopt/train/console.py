@@ -72,8 +72,9 @@ class LogLine:
 
     def _training(self, args: Any, state: Any, logs: Mapping[str, Any]) -> str:
         tokens = logs.get("num_tokens")
-        known = None not in (tokens, self._tokens) and self._since_log > 0
-        speed = f"{(tokens - self._tokens) / self._since_log:,.0f}" if known else "-"
+        speed = "-"
+        if tokens is not None and self._tokens is not None and self._since_log > 0:
+            speed = f"{(tokens - self._tokens) / self._since_log:,.0f}"
         self._tokens, self._since_log = tokens, 0.0
         done = state.global_step - self._first_step
         left = self._total / done * (state.max_steps - state.global_step) if done > 0 else None

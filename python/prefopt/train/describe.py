@@ -1,22 +1,26 @@
-"""What run.json says of a run before it starts, and what is told about its data and its model."""
+"""What run.json contains about a run before it starts, and warnings about its data and its model."""
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.inputs import Prepared
-from prefopt.train.methods import RATED
-from prefopt.train.recorded import RecordedTrainer
+from prefopt.train.methods import RATED, Options
+
+if TYPE_CHECKING:
+    from prefopt.train.trainer import PreferenceTrainer
 
 
-def describe(trainer: RecordedTrainer, reference_kind: str, train: Prepared, evals: dict[str, Prepared]) -> None:
-    """Look at data and model, and note what run.json will say of them.
+def describe(trainer: "PreferenceTrainer", reference_kind: str, train: Prepared, evals: dict[str, Prepared]) -> None:
+    """Warn about data and model, and record what run.json says of them.
 
     Args:
         trainer: built.
         reference_kind: in words.
-        train, evals: the rows as they were prepared.
+        train, evals: the prepared rows.
     """
-    args, model, head = trainer.args, trainer.model, trainer.head
+    args, model, head = trainer.args, trainer.model, trainer.scorer.head
     if args.spec.data == RATED:
         _observe_labels(trainer.diagnostics, args, train.tokenized.counts)
     if not train.tokenized.conversational and getattr(trainer.processing_class, "chat_template", None):
@@ -25,9 +29,9 @@ def describe(trainer: RecordedTrainer, reference_kind: str, train: Prepared, eva
             0,
             "The training rows are plain text and are trained on as they are, but the tokenizer has a chat template, "
             "which is not used",
-            "Either keep to text when the model generates, as `prefopt chat` and `prefopt eval` do for this run, or set "
-            "data.as_chat: true (in python load_rows(..., as_chat=True)), which makes a user turn of each prompt and an "
-            "assistant turn of each completion",
+            "Either generate from plain text, as `prefopt chat` and `prefopt eval` do for this run, or set "
+            "data.as_chat: true (in Python load_rows(..., as_chat=True)), which makes each prompt a user turn and each "
+            "completion an assistant turn",
         )
     text = model.config.get_text_config()
     if getattr(text, "router_aux_loss_coef", None) and hasattr(text, "output_router_logits"):
@@ -59,14 +63,14 @@ def describe(trainer: RecordedTrainer, reference_kind: str, train: Prepared, eva
 
 
 def _numbers(parameter: Tensor) -> int:
-    """How many numbers a parameter stands for: bitsandbytes packs two of 4 bits into a byte."""
+    """The number of weights in a parameter; bitsandbytes packs two of 4 bits into a byte."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else packed.shape.numel()
 
 
-def _observe_labels(diagnostics: Diagnostics, args, counts: dict[str, int]) -> None:
+def _observe_labels(diagnostics: Diagnostics, args: Options, counts: dict[str, int]) -> None:
     labels = counts["desirable"], counts["undesirable"]
-    if args.needs_kl:  # KTO's advice on the weights is KTO's
+    if args.needs_kl:  # the advice on weights is KTO's
         diagnostics.observe_data(*labels, args.desirable_weight, args.undesirable_weight)
     elif not all(labels):
         diagnostics.observe_data(*labels, 1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What a run says when it goes wrong quietly: a warning with the reason and the remedy, once each."""
+"""Warnings about a run, each with its reason and its remedy, once each."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ NO_PARTNER_SHARE = 0.5
 
 
 class TrainingWarning(UserWarning):
-    """A run that is not going to give what was asked for."""
+    """The run will probably not train as intended."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Diagnostics:
 
     Args:
         max_steps: of the run.
-        fades: whether the method's pull on a row that went very wrong fades.
+        fades: whether the gradient of a row that is very wrong goes to 0.
 
     Example:
         >>> import warnings
@@ -77,7 +77,7 @@ class Diagnostics:
                 0,
                 f"The training data have no {missing} rows, so the loss only pushes likelihoods "
                 f"{'up' if desirable else 'down'}",
-                "Add rows of the other label; with desirable answers alone, supervised fine-tuning does the same for less",
+                "Add rows of the other label; with desirable answers alone, method sft does the same for less",
             )
             return
         balance = desirable * desirable_weight / max(undesirable * undesirable_weight, 1e-12)
@@ -117,10 +117,10 @@ class Diagnostics:
             self.add(
                 "exploding_rewards",
                 step,
-                f"Mean rewards are {shown}: that far from the reference the sigmoid is flat and the rows that went "
-                "wrong no longer pull back",
-                "Lower the learning rate (LoRA often 1e-5 to 5e-5, full fine-tuning 1e-6), or raise max_grad_norm's "
-                "grip by lowering it, and start again from the reference",
+                f"Mean rewards are {shown}: that far from the reference the sigmoid is flat, and rows on the wrong "
+                "side have almost no gradient",
+                "Lower the learning rate (LoRA often 1e-5 to 5e-5, full fine-tuning 1e-6), or lower "
+                "max_grad_norm, and restart from the reference",
             )
         still = bool(rewards) and not any(rewards)
         self.still_logs = self.still_logs + 1 if still and step > 1 else 0

@@ -1,4 +1,4 @@
-"""Stops a run at the first loss or gradient that is not finite, and says where."""
+"""Stops a run at the first loss or gradient that is not finite, and names the rows."""
 
 import math
 from typing import NoReturn
@@ -20,11 +20,11 @@ class NonFiniteError(RunError):
 
 
 class FiniteWatch:
-    """Remembers every micro-batch's row losses and every step's gradient norm until somebody looks.
+    """Keeps row losses of every micro-batch and gradient norms of every step until they are checked.
 
-    Looking means waiting for the device. On the CPU that is free, so it happens before each optimizer step. Elsewhere
-    the sums that are read for each log and each checkpoint tell whether to look at all; so no checkpoint ever holds what
-    came after.
+    A check waits for the device. On the CPU that is cheap, so every optimizer step is checked. Elsewhere the sums that
+    are read for each log and each checkpoint show whether a check is needed, so no checkpoint is saved after a bad
+    step.
     """
 
     def __init__(self, output_dir: str):
@@ -41,7 +41,7 @@ class FiniteWatch:
         self._norms.append((step, torch.as_tensor(norm)))
 
     def check(self) -> None:
-        """Look at everything added since the last look.
+        """Check everything added since the last check.
 
         Raises:
             NonFiniteError: naming the first bad step.
@@ -59,8 +59,8 @@ class FiniteWatch:
         if found:
             step, _, value = found[0]
             self._stop(step, "loss", value, [row for at, row, _ in found if at == step])
-        values = torch.stack([norm for _, norm in norms]).tolist() if norms else []
-        for (step, _), value in zip(norms, values, strict=True):
+        sizes = torch.stack([norm for _, norm in norms]).tolist() if norms else []
+        for (step, _), value in zip(norms, sizes, strict=True):
             if not math.isfinite(value):
                 rows = [row for at, window, _ in losses if at == step for row in window]
                 self._stop(step, "gradient norm", value, rows)

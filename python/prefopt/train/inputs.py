@@ -1,13 +1,15 @@
-"""What the trainer takes as data, brought into one form, with everything that was left out on the way."""
+"""Tokenised rows from every form of data that the trainer takes, and the rows that were left out."""
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import BadRow, LoadedRows, Tokenized, load_rows, tokenize_rows
 from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
-from prefopt.data.rows import CHAT, TEXT
+from prefopt.data.read import LoadedRows, load_rows
+from prefopt.data.rows import CHAT, TEXT, BadRow
+from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import ANSWERS, PAIRS
 
@@ -49,9 +51,7 @@ class Prepared:
         }
 
 
-def prepare_rows(
-    data: object, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str
-) -> Prepared:
+def prepare_rows(data: Any, tokenizer: PreTrainedTokenizerBase | None, args: PreferenceConfig, name: str) -> Prepared:
     """Bring data into the form that ``args.method`` learns from, and tokenise what is not yet tokenised.
 
     Args:
@@ -62,8 +62,8 @@ def prepare_rows(
         name: of the argument, for messages.
 
     Raises:
-        ValueError: no tokenizer for raw rows; rows tokenised for another ``max_length``; rows where pairs are needed, or
-            the reverse.
+        ValueError: no tokenizer for raw rows; rows tokenised for another ``max_length``, or rows for a method of pairs
+            and vice versa.
         DataError: bad rows, or none of the kind that the method learns from.
     """
     kind = args.spec.data

@@ -3,11 +3,9 @@
 CONTRIBUTING.md shows how to add one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +23,6 @@ from prefopt_kernels.losses import (
     simpo_loss,
 )
 
-if TYPE_CHECKING:
-    from prefopt.train.config import PreferenceConfig
-
 RATED, PAIRS, ANSWERS = "rated rows", "pairs", "desirable answers"
 
 # Components of the gradient, in the order in which they are switched on; the first is what remains with all others off.
@@ -44,20 +39,31 @@ class Sequences:
     labels: Tensor  # (B,) bool
     lengths: Tensor  # (B,) int64, tokens of the completion
 
-    def first(self, n: int) -> Sequences:
+    def first(self, n: int) -> "Sequences":
         """The first n sequences."""
         ref_logps = None if self.ref_logps is None else self.ref_logps[:n]
         return Sequences(self.logps[:n], ref_logps, self.labels[:n], self.lengths[:n])
 
     @staticmethod
-    def joined(parts: list[Sequences]) -> Sequences:
+    def joined(parts: "list[Sequences]") -> "Sequences":
         """The concatenation of micro-batches that all have a reference model."""
         columns = ([getattr(part, field.name) for part in parts] for field in fields(Sequences))
         return Sequences(*map(torch.cat, columns))
 
     @property
+    def reference(self) -> Tensor:
+        """``ref_logps`` of a method with a reference model."""
+        assert self.ref_logps is not None
+        return self.ref_logps
+
+    @property
+    def unpaired(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities, reference log-probabilities and labels."""
+        return self.logps, self.reference, self.labels
+
+    @property
     def pairs(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Log-probabilities, reference log-probabilities (empty without a reference) and lengths: (chosen, rejected), (P,)."""
+        """Log-probabilities, those of the reference (empty without one) and lengths: (chosen, rejected), each (P,)."""
         ref_logps = () if self.ref_logps is None else self.ref_logps.chunk(2)
         return self.logps.chunk(2), ref_logps, self.lengths.chunk(2)
 
@@ -66,13 +72,14 @@ class Sequences:
 class Baselines:
     """What the rows of an optimizer step are compared with: constants to its gradient."""
 
-    reference_point: Tensor | None = None  # 0-dim, nats
+    reference_point: Tensor | float = 0.0  # 0-dim, nats
     shift: Tensor | None = None  # 0-dim, reward units, before its bound
     gate: float = 1.0  # factor on the shift
     decision_mean: Tensor | None = None  # 0-dim
 
 
-LossFunction = Callable[[Sequences, Baselines, "PreferenceConfig"], Tensor]
+Options = Any  # a PreferenceConfig, in which the options of its method are not None
+LossFunction = Callable[[Sequences, Baselines, Options], Tensor]
 
 
 @dataclass(frozen=True)
@@ -87,42 +94,37 @@ class Method:
     title: str
     data: str  # RATED, PAIRS or ANSWERS
     loss: LossFunction | None
-    rewards: Callable[[Sequences, PreferenceConfig], Tensor] | None
+    rewards: Callable[[Sequences, Options], Tensor] | None
     needs_reference: bool = True
     fades: bool = False  # the gradient of a row that is very wrong goes to 0
-    nll_weight: Callable[[PreferenceConfig], float] = lambda args: (
-        0.0
-    )  # of desirable answers, a mean over the step's tokens
-    components: Callable[[Sequences, Baselines, PreferenceConfig], Tensor | None] | None = None
+    # weight of the desirable answers' negative log-likelihood, a mean over the step's tokens
+    nll_weight: Callable[[Options], float] = lambda args: 0.0
+    components: Callable[[Sequences, Baselines, Options], Tensor | None] | None = None
 
 
-def _unpaired(rows: Sequences) -> tuple[Tensor, Tensor | None, Tensor]:
-    return rows.logps, rows.ref_logps, rows.labels
-
-
-def _options(args: PreferenceConfig, *names: str) -> dict:
+def _options(args: Options, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _kto(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+def _kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     options = _options(args, "beta", "desirable_weight", "undesirable_weight")
-    return kto_loss(*_unpaired(rows), reference_point=baselines.reference_point, **options)
+    return kto_loss(*rows.unpaired, reference_point=baselines.reference_point, **options)
 
 
-def _apo_zero(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
-    return apo_zero_loss(*_unpaired(rows), **_options(args, "beta", "desirable_weight", "undesirable_weight"))
+def _apo_zero(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    return apo_zero_loss(*rows.unpaired, **_options(args, "beta", "desirable_weight", "undesirable_weight"))
 
 
-def _enhanced_kto(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
-    return enhanced_kto_loss(*_unpaired(rows), rows.lengths, **_enhanced_kto_options(baselines, args))
+def _enhanced_kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    return enhanced_kto_loss(*rows.unpaired, rows.lengths, **_enhanced_kto_options(baselines, args))
 
 
-def _enhanced_kto_gradients(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
-    parts = enhanced_kto_components(*_unpaired(rows), rows.lengths, **_enhanced_kto_options(baselines, args))
-    return torch.stack([parts.kto, parts.shift, parts.value, parts.weighting, parts.odds])
+def _enhanced_kto_gradients(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    found = enhanced_kto_components(*rows.unpaired, rows.lengths, **_enhanced_kto_options(baselines, args))
+    return torch.stack([found.kto, found.shift, found.value, found.weighting, found.odds])
 
 
-def _enhanced_kto_options(baselines: Baselines, args: PreferenceConfig) -> dict:
+def _enhanced_kto_options(baselines: Baselines, args: Options) -> dict[str, Any]:
     options = _options(args, "beta", "desirable_weight", "undesirable_weight", "loss_aversion", "alpha", "kappa")
     options |= {
         "odds_weight": args.odds_weight,
@@ -141,24 +143,24 @@ def _enhanced_kto_options(baselines: Baselines, args: PreferenceConfig) -> dict:
     return options
 
 
-def _bco(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
-    return bco_loss(*_unpaired(rows), beta=args.beta, shift=_gated_shift(baselines, args))
+def _bco(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    return bco_loss(*rows.unpaired, beta=args.beta, shift=_gated_shift(baselines, args))
 
 
-def _bco_gradients(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor | None:
+def _bco_gradients(rows: Sequences, baselines: Baselines, args: Options) -> Tensor | None:
     if baselines.shift is None:
         return None
-    gradients = []
+    gradients: list[Tensor] = []
     for shift in (torch.zeros_like(baselines.shift), _gated_shift(baselines, args)):
         with torch.enable_grad():
             leaf = rows.logps.detach().requires_grad_()
-            loss = bco_loss(leaf, rows.ref_logps, rows.labels, beta=args.beta, shift=shift)
+            loss = bco_loss(leaf, rows.reference, rows.labels, beta=args.beta, shift=shift)
             gradients += torch.autograd.grad(loss.sum(), leaf)
     base, whole = gradients
     return torch.stack([base, whole - base, *[torch.zeros_like(base)] * (len(COMPONENTS) - 2)])
 
 
-def _gated_shift(baselines: Baselines, args: PreferenceConfig) -> Tensor | float:
+def _gated_shift(baselines: Baselines, args: Options) -> Tensor | float:
     """The shift, clamped to its bound, times its gate."""
     if baselines.shift is None:
         return 0.0
@@ -166,36 +168,38 @@ def _gated_shift(baselines: Baselines, args: PreferenceConfig) -> Tensor | float
     return baselines.gate * (baselines.shift.clamp(-bound, bound) if bound else baselines.shift)
 
 
-def _dpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+def _dpo(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     logps, ref_logps, _ = rows.pairs
     return dpo_loss(*logps, *ref_logps, **_options(args, "beta", "label_smoothing", "robust"))
 
 
-def _ipo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+def _ipo(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     logps, ref_logps, lengths = rows.pairs
     return ipo_loss(*logps, *ref_logps, *lengths, beta=args.beta)
 
 
-def _cpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
-    logps, _, (length, _) = rows.pairs
-    return cpo_loss(*logps, length, beta=args.beta, alpha=0.0)  # the likelihood term is a mean over tokens: nll_weight
+def _cpo(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    (chosen, rejected), _, (length, _) = rows.pairs
+    return cpo_loss(
+        chosen, rejected, length, beta=args.beta, alpha=0.0
+    )  # the likelihood term is a mean over tokens: nll_weight
 
 
-def _simpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+def _simpo(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     logps, _, lengths = rows.pairs
     return simpo_loss(*logps, *lengths, beta=args.beta, gamma=args.gamma)
 
 
-def _orpo(rows: Sequences, baselines: Baselines, args: PreferenceConfig) -> Tensor:
+def _orpo(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     logps, _, lengths = rows.pairs
     return orpo_loss(*logps, *lengths, odds_weight=args.odds_weight)
 
 
-def _log_ratio(rows: Sequences, args: PreferenceConfig) -> Tensor:
-    return args.beta * (rows.logps - rows.ref_logps)
+def _log_ratio(rows: Sequences, args: Options) -> Tensor:
+    return args.beta * (rows.logps - rows.reference)
 
 
-def _per_token(factor: Callable[[PreferenceConfig], float]) -> Callable[[Sequences, PreferenceConfig], Tensor]:
+def _per_token(factor: Callable[[Options], float]) -> Callable[[Sequences, Options], Tensor]:
     return lambda rows, args: factor(args) * (rows.logps / rows.lengths.clamp(min=1))
 
 

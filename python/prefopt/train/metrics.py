@@ -41,7 +41,7 @@ class RowMetrics:
     """A micro-batch of R rows, or of R pairs whose sequences are the chosen ones and then the rejected; detached."""
 
     losses: Tensor  # (R,) fp32, each row's or pair's part of the step's mean loss
-    shares: Tensor  # (R,) fp32, the weight that it has there; 0 for a repeated row
+    weights: Tensor  # (R,) fp32, the weight that it has there; 0 for a repeated row
     labels: Tensor  # (B,) bool; B is R, or 2 R for pairs
     rewards: Tensor | None  # (B,) fp32; None where the method has none
     logps: Tensor  # (B,) fp32, nats
@@ -72,7 +72,7 @@ class MetricSums:
 
     def add_rows(self, rows: RowMetrics, world_size: int = 1) -> None:
         """Add one micro-batch; ``losses`` carry a factor ``world_size`` that DDP's mean takes out of the gradient."""
-        counted = rows.shares > 0  # (R,)
+        counted = rows.weights > 0  # (R,)
         paired = len(rows.labels) == 2 * len(counted) > 0
         sequences = counted.repeat(2) if paired else counted  # (B,)
         dtype, ones = self.vector.dtype, torch.ones_like(rows.logps)
@@ -100,7 +100,7 @@ class MetricSums:
             scalars["pairs"] = counted.sum()
             scalars["accuracies"] = (counted & (chosen > rejected)).sum()
         if rows.gradient_components is not None:
-            sizes = torch.where(counted, rows.gradient_components.abs() * rows.shares, 0).sum(1)
+            sizes = torch.where(counted, rows.gradient_components.abs() * rows.weights, 0).sum(1)
             scalars |= {f"grad/{component}": size for component, size in zip(COMPONENTS, sizes, strict=True)}
         zero = self.vector.new_zeros(())
         head = torch.stack([scalars[name].to(dtype) if name in scalars else zero for name in SCALARS])
@@ -164,8 +164,8 @@ def quotients(
         ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` as the method defines them, per row; ``entropy``
         (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; of pairs
         ``rewards/accuracies``, the share with the chosen answer ahead; ``rows_without_partner``, a count; ``shift``
-        in reward units and ``shift_gate``; ``grad/*``, the share that each part of the loss has in the sum of the
-        parts' sizes, each summed over rows.
+        in reward units and ``shift_gate``; ``grad/*``, the share of each gradient component in the sum of their
+        absolute values over rows.
     """
     logged = {}
     if loss_count:

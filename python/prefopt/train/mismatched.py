@@ -1,4 +1,4 @@
-"""KTO's reference point: which prompts meet which completions, and how far the policy has drifted on those.
+"""KTO's reference point, from prompts paired with completions of other prompts.
 
 The passes over mismatched completions carry no gradient. Unless ``kl_estimator`` is "microbatch" they run once per
 optimizer step, before its first micro-batch, in pieces of the micro-batches' size.
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prefopt.data import pair_mismatched
+from prefopt.data.collate import pair_mismatched
 from prefopt.train.precompute import rotated
 from prefopt.train.scoring import PackingCollator
 from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
@@ -33,11 +33,10 @@ class MismatchedRows:
     Args:
         kl_estimator: "window", "microbatch" or "ema": the pairing, the reduction over ranks, and the memory.
         collator: builds the mismatched sequences.
-        log_ratios: gives (n,) policy less reference, in nats, for a batch of sequences; the batch may carry ``ref_logps``.
-        device: where an estimate from no rows lies.
+        log_ratios: returns (n,) policy minus reference, nats, for a batch, which may contain ``ref_logps``.
+        device: of an estimate from no rows.
         decay: of "ema".
-        keep_up: called in place of ``log_ratios`` for a piece without sequences; where a pass of the model needs all
-            processes, it has to take part.
+        dummy_pass: called instead of ``log_ratios`` for a piece without sequences, where a pass needs all processes.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class MismatchedRows:
         log_ratios: Callable[[dict], Tensor],
         device: torch.device,
         decay: float | None = None,
-        keep_up: Callable[[], object] = lambda: None,
+        dummy_pass: Callable[[], object] = lambda: None,
     ):
         self.pair = PAIRINGS[kl_estimator]
         self.estimator = ESTIMATORS[kl_estimator](**({} if decay is None else {"decay": decay}))
@@ -55,10 +54,10 @@ class MismatchedRows:
         self.collator = collator
         self.log_ratios = log_ratios
         self.device = device
-        self.keep_up = keep_up
+        self.dummy_pass = dummy_pass
 
     def reset(self) -> None:
-        """Forget all estimates."""
+        """Restart from no estimate."""
         self.estimator.load_state_dict(self._start)
 
     def estimate(self, pieces: Sequence[Sequence[dict]], *, update: bool) -> Estimate:
@@ -81,7 +80,7 @@ class MismatchedRows:
                 batch = self.collator.mismatched(rows, masked)
             start += len(piece)
             if batch is None:
-                self.keep_up()
+                self.dummy_pass()
             else:
                 ratios.append(self.log_ratios(batch))
         log_ratios = torch.cat(ratios)  # (n,)

@@ -1,4 +1,4 @@
-"""From log-probabilities of a micro-batch to losses, rewards and gradient components, by the method's row of the table."""
+"""Losses, rewards and gradient components of a micro-batch, by the functions of its method."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Objective:
         return COMPONENTS[:2] if (self.args.shift or "off") != "off" else ()
 
     def losses(self, rows: Sequences, baselines: Baselines) -> Tensor:
-        """(R,) fp32, the loss of R unpaired rows or pairs, averaged over rows; 0 for a method whose loss is ``nll`` alone."""
+        """(R,) fp32, the loss of R unpaired rows or pairs; 0 for a method whose loss is ``nll`` alone."""
         if self.method.loss is None:
             return torch.zeros_like(rows.logps)
         return self.method.loss(rows, baselines, self.args)

@@ -1,8 +1,8 @@
 """Reference log-probabilities of a whole dataset, computed once and kept on disk.
 
-The file's name is a hash of what the numbers depend on: the tokenised rows (and through them the tokenizer, its template
-and max_length), the pairing of mismatched completions, the reference's weights, and the precision of the passes. No
-training option is in it, so a sweep over learning rates computes the reference once.
+The file's name is a hash of everything that determines the scores: the tokenised rows (and so the tokenizer, its
+template and max_length), the pairing of mismatched completions, the reference's weights, and the precision of the
+passes. It contains no training option, so a sweep over learning rates computes the scores once.
 """
 
 import hashlib
@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prefopt.data import Tokenized, pair_mismatched
+from prefopt.data.collate import pair_mismatched
 from prefopt.data.collate_pairs import SIDES
 from prefopt.data.pairs import are_pairs
+from prefopt.data.tokenize import Tokenized
 from prefopt.files import temporary
 from prefopt.train.scoring import PackingCollator
 
@@ -40,7 +41,7 @@ def rotated(groups: Sequence[int]) -> list[int]:
 
 
 def fixed_partners(groups: Sequence[int], block: int | None) -> list[int]:
-    """One mismatched partner for every row of a dataset: anywhere (``block`` None), or rotated within blocks of rows."""
+    """A mismatched partner for every row of a dataset: from all rows (``block`` None), or rotated within blocks."""
     if block is None:
         return pair_mismatched(groups)
     partners = []
@@ -95,7 +96,7 @@ def with_reference(
             batch = collator([sequences[name].feature(position) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
         if in_lockstep and len(mine) * accelerator.num_processes < len(passes):
-            score(collator.of_nobody())
+            score(collator.dummy_batch())
         columns = {name: torch.zeros(len(rows)) for name in sequences}
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values

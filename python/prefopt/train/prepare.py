@@ -1,19 +1,21 @@
-"""What happens to a model before it is trained: checks, its adapter, its dropout, its 4-bit weights.
+"""Checks and changes of a model before training: its adapter, its dropout, its 4-bit weights.
 
-Of what ``peft.prepare_model_for_kbit_training`` does to a model in 4 or 8 bits, this much is done here:
+In place of ``peft.prepare_model_for_kbit_training``, for models in 4 bits:
 
-- its weights are frozen: ``get_peft_model`` does that for every model;
-- inputs take a gradient under activation checkpointing: for every model with an adapter;
-- norms, embedding and head are *not* made fp32. Frozen norms gain nothing, as the architectures square and sum in fp32
-  anyway; an fp32 head and embedding cost 4 bytes for each of vocabulary x hidden (0.9 GB each for DeepSeek-R1-Distill-Qwen-1.5B),
-  and hidden states that came out in fp32 would take the fused log-probabilities off the matrix units. The adapter is fp32.
+- ``get_peft_model`` freezes the weights, as for every model;
+- inputs take a gradient under activation checkpointing, as for every model with an adapter;
+- norms, embedding and head are *not* cast to fp32. Frozen norms gain nothing, because the architectures square and sum
+  in fp32. An fp32 head and embedding cost 4 bytes per weight (0.9 GB each for DeepSeek-R1-Distill-Qwen-1.5B), and fp32
+  hidden states would keep the fused log-probabilities off the tensor cores. The adapter is fp32.
 """
 
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -29,15 +31,18 @@ from prefopt.train.config import PreferenceConfig
 from prefopt.train.vocabulary import check_token_indices
 from prefopt_kernels.integrations.transformers import lm_head_of
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 # Training and evaluation, with and without gradient, adapter on and off, and each of them checkpointed or not.
 COMPILED_VARIANTS = 16
 
 
-def check_arguments(model: object, args: object, train_dataset: object, ref_model: object, peft_config: object) -> None:
+def check_arguments(model: Any, args: object, train_dataset: object, ref_model: object, peft_config: object) -> None:
     """Raise ``TypeError`` or ``ValueError`` for arguments that do not fit; changes nothing."""
     if not isinstance(args, PreferenceConfig):
         raise TypeError(f"args is a {type(args).__name__}; expected a PreferenceConfig")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}; expected a PreTrainedModel, loaded, or a PeftModel of one")
     if train_dataset is None:
@@ -55,7 +60,7 @@ def check_arguments(model: object, args: object, train_dataset: object, ref_mode
     check_separate(model, ref_model, adapted_later=peft_config is not None)
 
 
-def _check_adapter(model: nn.Module, peft_config: object) -> None:
+def _check_adapter(model: PreTrainedModel, peft_config: object) -> None:
     if peft_config is None:
         return
     from peft import PeftConfig, PeftModel
@@ -70,6 +75,11 @@ def _check_adapter(model: nn.Module, peft_config: object) -> None:
     check_token_indices(model, peft_config)
 
 
+def _base(model: Any) -> Any:
+    """The model inside an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_best(args: PreferenceConfig, eval_sets: Iterable[str]) -> None:
     """Raise ``ValueError`` where there are several evaluation sets and the metric of the best checkpoint names none."""
     metric, names = (args.metric_for_best_model or "").removeprefix("eval_"), set(eval_sets) - {""}
@@ -78,8 +88,8 @@ def check_best(args: PreferenceConfig, eval_sets: Iterable[str]) -> None:
     if not any(metric.startswith(f"{name}_") for name in names):
         expected = ", ".join(f"eval_{name}_loss" for name in sorted(names))
         raise ValueError(
-            f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, such "
-            f"as {expected}"
+            f"metric_for_best_model is {metric!r} and eval_dataset has several sets; expected a metric of one of them, "
+            f"such as {expected}"
         )
 
 
@@ -88,8 +98,8 @@ def check_steps(args: PreferenceConfig, rows: int) -> None:
     batch = args.train_batch_size * args.world_size
     if args.dataloader_drop_last and rows < batch:
         raise ValueError(
-            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there is "
-            "nothing to train on"
+            f"dataloader_drop_last is True and train_dataset has {rows} rows, fewer than the {batch} of a batch: there "
+            "is nothing to train on"
         )
     if args.max_steps <= 0 and args.num_train_epochs <= 0:
         raise ValueError(
@@ -119,12 +129,13 @@ def check_separate(model: nn.Module, ref_model: nn.Module, *, adapted_later: boo
     for tensor in (*ref_model.parameters(), *ref_model.buffers()):
         if _storage(tensor) in names:
             raise ValueError(
-                f"ref_model shares the memory of {names[_storage(tensor)]} with model, so that training changes both; {hint}"
+                f"ref_model shares the memory of {names[_storage(tensor)]} with model, so that training changes both; "
+                f"{hint}"
             )
 
 
 def _storage(tensor: Tensor) -> tuple[torch.device, int]:
-    """What two tensors have in common if they share memory; of a tensor without memory, such as meta, the tensor itself."""
+    """Equal for two tensors that share memory; unique for a tensor without memory, such as one on meta."""
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     try:
         pointer = local.untyped_storage().data_ptr()
@@ -133,13 +144,13 @@ def _storage(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, pointer or id(tensor)
 
 
-def load_reference(path: str, model: nn.Module) -> PreTrainedModel:
+def load_reference(path: str, model: PreTrainedModel) -> PreTrainedModel:
     """The reference from a folder or the hub, in the dtype and with the attention of ``model``.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     return from_pretrained(
         AutoModelForCausalLM,
         path,
@@ -151,7 +162,7 @@ def load_reference(path: str, model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
-    """Undo on an exception what was done to models: adapters, hooks, dropout, modes, what is trained; not their device.
+    """Undo changes of models on an exception: adapters, hooks, dropout, modes, ``requires_grad``; not their device.
 
     Example:
         >>> from torch import nn
@@ -164,15 +175,15 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
         ...     model[0].p
         0.1
     """
-    models = [model for model in models if model is not None]
-    fields = [vars(module) for model in models for module in model.modules()]
+    present = [model for model in models if model is not None]
+    fields = [vars(module) for model in present for module in model.modules()]
     for name in ("config", "generation_config"):
-        fields += [vars(getattr(model, name)) for model in models if getattr(model, name, None)]
+        fields += [vars(getattr(model, name)) for model in present if getattr(model, name, None)]
     inner = [  # but not buffers, which a move to another device replaces
         value for each in fields for name, value in each.items() if isinstance(value, dict) and name != "_buffers"
     ]
     kept = [(each, dict(each)) for each in [*fields, *inner]]
-    trained = [(p, p.requires_grad) for model in models for p in model.parameters()]
+    trained = [(p, p.requires_grad) for model in present for p in model.parameters()]
     try:
         yield
     except BaseException:
@@ -184,7 +195,9 @@ def unchanged_if_refused(*models: nn.Module | None) -> Iterator[None]:
         raise
 
 
-def ready(model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: object) -> nn.Module:
+def ready(
+    model: PreTrainedModel, ref_model: nn.Module | None, args: PreferenceConfig, peft_config: "PeftConfig | None"
+) -> PreTrainedModel:
     """The model to train: in its adapter, without dropout, with a gradient where something can take one."""
     keep_gradients_of_four_bits(model)
     if peft_config is not None:
@@ -202,7 +215,7 @@ def ready(model: nn.Module, ref_model: nn.Module | None, args: PreferenceConfig,
     return model
 
 
-def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
+def with_adapter(model: PreTrainedModel, peft_config: "PeftConfig", seed: int) -> PreTrainedModel:
     """The model inside a new adapter; the same seed gives the same one."""
     from peft import get_peft_model
 
@@ -210,14 +223,14 @@ def with_adapter(model: nn.Module, peft_config: object, seed: int) -> nn.Module:
     with warnings.catch_warnings():
         # peft asks transformers for an attribute by its former name; nothing a user could act on
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        return get_peft_model(model, peft_config)
+        return cast(PreTrainedModel, get_peft_model(model, peft_config))
 
 
-def compile_layers(model: nn.Module, options: dict) -> None:
-    """Compile the repeated layers of a model in place, each by itself, with ``options`` of ``torch.compile``.
+def compile_layers(model: nn.Module, plugin: TorchDynamoPlugin) -> None:
+    """Compile the repeated layers of a model in place, each by itself; equal layers share a graph.
 
-    The head stays as it is, as its input is scored in a hook. In place, so that no wrapper changes the names of the weights.
-    Equal layers share a graph. A batch may have any length, so its size is symbolic from the start.
+    The head is not compiled, because a hook scores its input. In place, because a wrapper would rename the weights.
+    Sizes are symbolic from the start, because a batch may have any length.
 
     Raises:
         ValueError: no list of layers is found.
@@ -230,7 +243,7 @@ def compile_layers(model: nn.Module, options: dict) -> None:
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, COMPILED_VARIANTS)
     for layer in layers:
-        layer.compile(**{**options, "dynamic": True})
+        layer.compile(backend=plugin.backend.value.lower(), mode=plugin.mode, dynamic=True)
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
@@ -243,8 +256,8 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 def keep_gradients_of_four_bits(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU, for the packed form has no gradient.
 
-    On CPUs with AVX512-BF16 the first forward pass in evaluation mode packs a layer's weights for good; every later step
-    would train without the gradient that passes through that layer, and without a word.
+    On CPUs with AVX512-BF16 the first forward pass in evaluation mode packs a layer's weights permanently; later steps
+    would silently lose the gradient that passes through the layer.
 
     Raises:
         ValueError: a layer was packed before it came here.
@@ -254,8 +267,8 @@ def keep_gradients_of_four_bits(model: nn.Module) -> None:
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ValueError(
-                f"model was evaluated before, which packed the 4-bit weights of {name} for inference; load it again, and "
-                "train it before it is evaluated"
+                f"model was evaluated before, which packed the 4-bit weights of {name} for inference; load it again, "
+                "and train it before it is evaluated"
             )
         module.support_avx512bf16_for_cpu = False
 
@@ -278,8 +291,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: nn.Module) -> int:
-    """The id to fill rows up with: masked everywhere, so the end of sequence does if there is no other."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
+    """The padding id; padding is masked, so the end-of-sequence id serves if there is no other."""
     config = model.config.get_text_config()
     for source in (tokenizer, config):
         for name in ("pad_token_id", "eos_token_id"):

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics, warnings, the state that a checkpoint holds beside Trainer's, and the run folder."""
+"""What a run writes: metrics, warnings, the state in a checkpoint besides Trainer's, and the run folder."""
 
 import json
 import logging
@@ -6,16 +6,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerState
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.checkpoint import CheckpointError, ResumableTrainer
+from prefopt.train.config import PreferenceConfig
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.finite import FiniteWatch
 from prefopt.train.metrics import MetricSums, quotients
@@ -30,19 +33,21 @@ STATE_NAME = "prefopt_state.json"
 
 
 class RecordedTrainer(ResumableTrainer):
-    """The part of the trainer that does not compute. The subclass sets these before ``_reset_state``:"""
+    """Logs, checkpoints and the run folder. The subclass sets these attributes before ``_reset_state``."""
 
+    args: PreferenceConfig
+    model: PreTrainedModel
     objective: Objective
     baselines: BaselineEstimators
-    mismatched: MismatchedRows | None  # None where the method has no reference point to estimate
+    mismatched: MismatchedRows | None  # None for a method without a reference point
     run_folder: RunFolder
     _reference_fingerprint: str | None
 
     def _reset_state(self) -> None:
-        """A run's own state: everything that a checkpoint has to hold beside Trainer's."""
+        """Reset the state that a checkpoint holds besides Trainer's."""
         device = self.args.device
         self._sums = {mode: MetricSums(device) for mode in ("train", "eval")}
-        self._watch = FiniteWatch(self.args.output_dir)
+        self._watch = FiniteWatch(str(self.args.output_dir))
         self._num_tokens = 0
         self._loss_sum: float | None = 0.0  # over steps, up to the last log
         self._resumed_between_logs = False
@@ -94,20 +99,20 @@ class RecordedTrainer(ResumableTrainer):
             self.run_folder.update(diagnostics=self.diagnostics.state_dict()["findings"])
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None):
-        """Trainer's; on the CPU, where looking is free, the step is checked before the optimizer takes it."""
+        """Trainer's; on the CPU, where synchronising is cheap, the step is checked before the optimizer takes it."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(grad_norm, DTensor):
             grad_norm = grad_norm.full_tensor()
-        # A gradient scaler (fp16) meets infinite gradients on purpose and skips those steps itself.
+        # A gradient scaler (fp16) produces infinite gradients on purpose and skips those steps itself.
         if self.accelerator.scaler is None:
             self._watch.add_gradient(self.state.global_step + 1, grad_norm)
             self._sums["train"].add_gradient(grad_norm)
-        if self._looking_is_free:
+        if self._sync_is_cheap:
             self._watch.check()
         return grad_norm
 
     @property
-    def _looking_is_free(self) -> bool:
+    def _sync_is_cheap(self) -> bool:
         return self.args.device.type == "cpu"
 
     def evaluation_loop(
@@ -139,7 +144,7 @@ class RecordedTrainer(ResumableTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Trainer's; a model card that is there already stays as it is, where PEFT would write into it."""
-        card = Path(output_dir or self.args.output_dir) / "README.md"
+        card = Path(output_dir or str(self.args.output_dir)) / "README.md"
         before = card.read_bytes() if self.args.should_save and card.is_file() else None
         super()._save(output_dir, state_dict)
         if before is not None:
@@ -156,15 +161,15 @@ class RecordedTrainer(ResumableTrainer):
             self._warn_of_resized_base()
 
     def _warn_of_resized_base(self) -> None:
-        published = resized_from(self.model)
+        base = cast(PreTrainedModel, cast(PeftModel, self.model).get_base_model())
+        published = resized_from(base)
         if published is None:
             return
-        config = self.model.get_base_model().config
         logger.warning(
-            "the adapter was trained on a vocabulary of %d rows, which are saved with it, and %s has %d: to load it, resize the "
-            "base in the same way (resize_token_embeddings), save it, and name it by --base",
+            "the adapter was trained on a vocabulary of %d rows, which are saved with it, and %s has %d: to load it, "
+            "resize the base in the same way (resize_token_embeddings), save it, and name it by --base",
             embedding_rows(self.model),
-            config._name_or_path,
+            base.name_or_path,
             published,
         )
 
@@ -218,7 +223,7 @@ class RecordedTrainer(ResumableTrainer):
         self.baselines.load_state_dict(state["baselines"])
         self.diagnostics.load_state_dict(state["diagnostics"])
 
-    def verified(self, checkpoint: str | bool | None) -> str | None:
+    def verified(self, checkpoint: str | Literal[True] | None) -> str | None:
         """As above; also refuses a checkpoint that was trained against another reference."""
         path = super().verified(checkpoint)
         state = (_own_state(Path(path)) if path is not None else None) or {}

@@ -8,12 +8,14 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from prefopt.train.spread import adapter_off
+from prefopt.train.layout import adapter_off
 
 
 class AdapterOff:
@@ -21,12 +23,12 @@ class AdapterOff:
 
     kind = "adapter off"
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):  # a PeftModel
         self.model = model
 
     @contextmanager
     def running(self, training: bool) -> Iterator[nn.Module]:
-        """The reference, in the mode of the policy: the same modules are."""
+        """The model in the policy's mode, with its adapters off."""
         with adapter_off(self.model):
             yield self.model
 
@@ -75,30 +77,22 @@ class TheModelItself:
         return weights_fingerprint(self.model)
 
 
-class NoReference:
-    """For the methods whose loss has none."""
-
-    kind = "none"
-    model = None
-
-    def fingerprint(self) -> None:
-        """Of nothing."""
-        return None
+Reference = AdapterOff | FrozenModel | TheModelItself
 
 
 def choose_reference(
-    model: nn.Module,
+    model: PreTrainedModel,
     ref_model: nn.Module | None,
     *,
     fresh_adapter: bool,
     precompute: bool,
     may_copy: bool = True,
-) -> AdapterOff | FrozenModel | TheModelItself:
+) -> Reference:
     """What plays the reference.
 
     Args:
         model: the policy, before training.
-        ref_model: the one asked for, or None.
+        ref_model: a given reference, or None.
         fresh_adapter: the trainer made the adapter itself, so the model without it is the starting point.
         precompute: scores are computed before training; no copy is needed for that.
         may_copy: False where the model's weights are in shards already.
@@ -127,7 +121,7 @@ def choose_reference(
 
 
 @torch.no_grad()
-def _adapter_changes(model: nn.Module) -> bool:
+def _adapter_changes(model: Any) -> bool:
     """Whether a few tokens come out differently without the adapter."""
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
     was_training = model.training
@@ -165,5 +159,5 @@ def weights_fingerprint(module: nn.Module, without: tuple[str, ...] = ()) -> str
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prefopt.data import BadRow
+from prefopt.data.rows import BadRow
 from prefopt.files import write_whole
 from prefopt.redact import redacted
 
@@ -20,8 +20,8 @@ class RunFolder:
     """Writes the files; does nothing where ``active`` is False (every process but the first).
 
     run.json is replaced as a whole whenever something in it changes; metrics.jsonl grows by a line per log.
-    ``changes`` are the recipe's options that a resumed run changes, as {dotted key: [before, now]}; None if the run is not
-    resumed by a recipe.
+    ``changes`` are the options of the recipe that a resumed run changes, as {dotted key: [before, now]}; None if no
+    recipe resumes the run.
     """
 
     def __init__(self, path: str | Path, active: bool):
@@ -70,7 +70,7 @@ class RunFolder:
     def start_metrics(self, last_step: int) -> None:
         """Drop the logs that a resumed run is about to write again; 0 drops all.
 
-        They are those after ``last_step``, and those from the end of training on. So is a last line that a kill cut short.
+        Drops the logs after ``last_step`` and from the end of training on, and a truncated last line.
         """
         file = self.path / "metrics.jsonl"
         if not self.active or not file.is_file():

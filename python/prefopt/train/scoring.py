@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from prefopt.data.collate import PreferenceCollator
+from prefopt.data.collate_pairs import PairCollator
+from prefopt.train.methods import Sequences
 from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
 from prefopt_kernels.integrations.transformers.head import own_positions
 from prefopt_kernels.modules import sequence_logps
@@ -14,7 +16,7 @@ from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 
 
 class Scores(NamedTuple):
-    """Sums over the completion's tokens; the last two only where asked for."""
+    """Sums over the tokens of each completion; the last two are optional."""
 
     logps: Tensor  # (B,) fp32, nats
     entropies: Tensor | None = None  # (B,) fp32, nats
@@ -22,12 +24,12 @@ class Scores(NamedTuple):
 
 
 class PackingCollator:
-    """A collator whose batches also say where their completion tokens are.
+    """A collator whose batches contain the positions of their completion tokens.
 
-    Found here, on the CPU and possibly in a worker process, so that no step has to wait for the device to learn it.
+    They are computed here, on the CPU and possibly in a worker process, so that no step waits for the device.
     """
 
-    def __init__(self, collator: PreferenceCollator):
+    def __init__(self, collator: PreferenceCollator | PairCollator):
         self.collator = collator
 
     def __call__(self, features: Sequence[dict]) -> dict:
@@ -37,14 +39,15 @@ class PackingCollator:
     def mismatched(self, features: Sequence[dict], partners: Sequence[int]) -> dict | None:
         """Prompts with their partners' completions, in the same form; None if no row has a partner.
 
-        ``index`` (n,) names the row of ``features`` that each sequence stands for.
+        ``index`` (n,) is the row of ``features`` of each sequence.
         """
+        assert isinstance(self.collator, PreferenceCollator)
         batch = self.collator.build_mismatched(features, partners)
         batch = {name.removeprefix("kl_"): value for name, value in batch.items()}
         return self._packed(batch) if len(batch["index"]) else None
 
-    def of_nobody(self) -> dict:
-        """A batch of one token after another, of no row: for a pass whose result nobody reads."""
+    def dummy_batch(self) -> dict:
+        """A batch of two tokens that keeps an idle rank in the collectives; its scores are not used."""
         token = {"prompt_ids": [0], "completion_ids": [0], "label": True, "group": 0, "row": 0}
         return self([token])
 
@@ -114,3 +117,19 @@ def to_device(batch: dict, device: torch.device) -> dict:
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+
+
+def sequences(batch: dict, logps: Tensor, ref_logps: Tensor | None) -> Sequences:
+    """A scored micro-batch."""
+    return Sequences(logps, ref_logps, batch["labels"], batch["cu_seqlens"].diff())
+
+
+def outputs(rows: Sequences, rewards: Tensor | None, count: int) -> dict[str, Tensor]:
+    """What ``predict`` returns for ``count`` rows or pairs, detached."""
+    values = {"logps": rows.logps.detach(), "ref_logps": rows.ref_logps, "rewards": rewards}
+    return {name: per_row(value, count) for name, value in values.items() if value is not None}
+
+
+def per_row(values: Tensor, count: int) -> Tensor:
+    """(R,) for unpaired rows; (P, 2) for pairs, given the chosen answers first and then the rejected ones."""
+    return values if len(values) == count else values.view(2, count).T.contiguous()

@@ -1,19 +1,22 @@
 """TRL's KTOTrainer with our losses and one reference point per optimizer step; needs TRL 1.16.
 
 What TRL does stays TRL's: data, reference model, forward passes, metrics, checkpoints. Its ``_compute_loss`` runs as it
-is, on log-probabilities of the reference that are computed here, and its loss is then left aside for ours. A window's
-micro-batches are scored under the reference, and their mismatched completions under the policy, at its first micro-batch;
-that is the same number of forward passes in another order. BCO's shift needs the policy's scores of the whole window
-too, so with several micro-batches each is scored once more, without gradient.
+is, on reference log-probabilities that are computed here, and its loss is replaced by ours. A window's
+micro-batches are scored under the reference, and their mismatched completions under the policy, at its first
+micro-batch: the same number of forward passes in another order. BCO's shift needs the policy's scores of the whole
+window, so with several micro-batches each is scored once more, without gradient.
 """
 
 import difflib
 import inspect
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import KTOConfig, KTOTrainer
 
 from prefopt.options import in_force
@@ -29,7 +32,7 @@ TRL_LOSS_TYPE = {
     "apo_zero_unpaired": "apo_zero_unpaired",
     "bco": "apo_zero_unpaired",
 }
-KL_ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL}
+KL_ESTIMATORS: dict[str, type[WindowKL] | type[MicrobatchKL]] = {"window": WindowKL, "microbatch": MicrobatchKL}
 ENHANCED_KTO = {  # of prefopt's defaults, those that enhanced_kto_loss does not have itself
     name: in_force({"method": "enhanced_kto"})[name]
     for name in ("loss_aversion", "alpha", "decision_weighting", "odds_weight")
@@ -44,9 +47,8 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
 
     ``KTOConfig(loss_type=...)`` may also be "enhanced_kto" (:func:`prefopt_kernels.losses.enhanced_kto_loss`) and "bco"
     (arXiv:2404.04656, with one shift per optimizer step, of all its rows and ranks:
-    :class:`prefopt_kernels.reference_point.WindowShift`). Every argument of TRL's trainer and of its configuration keeps
-    its meaning. ``kl_estimator="microbatch"`` with "kto" or
-    "apo_zero_unpaired" logs what TRL's trainer logs.
+    :class:`prefopt_kernels.reference_point.WindowShift`). Every argument of TRL's trainer and of its configuration
+    keeps its meaning. ``kl_estimator="microbatch"`` with "kto" or "apo_zero_unpaired" logs what TRL's trainer logs.
 
     Args:
         model, ref_model, args, and all further ones: as for ``trl.KTOTrainer``.
@@ -72,8 +74,8 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
-        ref_model: nn.Module | None = None,
+        model: str | PreTrainedModel | PeftModel,
+        ref_model: PreTrainedModel | None = None,
         args: KTOConfig | None = None,
         *further,
         kl_estimator: str = "window",
@@ -131,8 +133,8 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
                 (known,) = self._known(model, [inputs])
             else:
                 if position == 0:
-                    self._knowledge = self._known(model, self._window)
-                known = self._knowledge[position]
+                    self._window_scores = self._known(model, self._window)
+                known = self._window_scores[position]
             return self._loss(model, inputs | known["inputs"], return_outputs, **known["points"])
 
     def _loss(self, model, inputs: dict, return_outputs: bool, z0: Tensor | None, shift: Tensor | None):
@@ -152,7 +154,7 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
         logps, ref_logps = _summed(passes[0].log_probs, inputs), inputs["ref_logps"]
         labels = torch.as_tensor(inputs["label"], dtype=torch.bool, device=logps.device)
         if self._needs_shift:
-            mode = "train" if self.model.training else "eval"
+            mode = "train" if cast(nn.Module, self.model).training else "eval"
             if shift is None:
                 rewards = self.beta * (logps.detach() - ref_logps)
                 shift = self._shift.estimate(rewards, labels, update=mode == "train")
@@ -164,10 +166,10 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
         return (loss, result[1]) if return_outputs else loss
 
     def _losses(self, logps, ref_logps, labels, lengths, z0, shift) -> Tensor:
-        rows = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": self.beta}
+        rows: dict[str, Any] = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": self.beta}
         if self.method == "bco":
             return bco_loss(**rows, shift=shift)
-        weights = {
+        weights: dict[str, Any] = {
             "desirable_weight": self.desirable_weight,
             "undesirable_weight": self.undesirable_weight,
         }
@@ -200,10 +202,10 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
     def _known(self, model: nn.Module, window: list[dict]) -> list[dict]:
         """For each micro-batch: the reference's scores, as TRL names them, and the two points where they are known."""
         window = [self._prepare_inputs(batch) for batch in window]
-        update = self.model.training
+        update = cast(nn.Module, self.model).training
         references = [self._reference(batch) for batch in window]
-        known = [{"inputs": {"ref_logps": logps}} for logps, _ in references]
-        points = [None] * len(window)
+        known: list[dict[str, dict]] = [{"inputs": {"ref_logps": logps}} for logps, _ in references]
+        points: list[Tensor | None] = [None] * len(window)
         if self.calculate_KL:
             ratios = [
                 super(FusedKTOTrainer, self)._compute_kl_logps(model, batch) - kl_logps
@@ -214,16 +216,16 @@ class FusedKTOTrainer(ResumableTrainer, KTOTrainer):
             else:
                 points = [self._kl.estimate(ratio, update=update) for ratio in ratios]
             for entry in known:
-                entry["inputs"]["ref_KL_logps"] = torch.zeros_like(points[0])[None]
+                entry["inputs"]["ref_KL_logps"] = ratios[0].new_zeros(1)
         shift = None
-        if self._needs_shift and len(window) > 1:  # of one alone, the pass with the gradient tells
+        if self._needs_shift and len(window) > 1:  # for one, the pass with the gradient gives the rewards
             rewards = [
                 self.beta * (self._policy(model, batch) - logps)
                 for batch, (logps, _) in zip(window, references, strict=True)
             ]
             labels = torch.cat([torch.as_tensor(batch["label"]) for batch in window]).bool()
-            rewards = torch.cat(rewards)
-            shift = self._shift.estimate(rewards, labels.to(rewards.device), update=update)
+            together = torch.cat(rewards)
+            shift = self._shift.estimate(together, labels.to(together.device), update=update)
         for entry, z0 in zip(known, points, strict=True):
             entry["points"] = {"z0": z0, "shift": shift}
         return known
@@ -261,7 +263,7 @@ def _check(method: str, args: KTOConfig | None, kl_estimator: str, options: dict
     names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in LOSS_KWARGS]
     for name in options:
         _check_name("loss_options", name, names)
-    if method == "bco" and (args.desirable_weight, args.undesirable_weight) != (1.0, 1.0):
+    if method == "bco" and args is not None and (args.desirable_weight, args.undesirable_weight) != (1.0, 1.0):
         raise ValueError(
             f"desirable_weight is {args.desirable_weight} and undesirable_weight {args.undesirable_weight}; expected 1 "
             "for loss_type 'bco', which has no class weights"

@@ -3,12 +3,9 @@
 And a base whose vocabulary was resized under an adapter.
 """
 
-from peft import PeftModel
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data import DataError
-from prefopt.data.rows import BadRow
+from prefopt.data.rows import BadRow, DataError
 from prefopt.data.vocabulary import padding_beyond, remedy, rows_beyond
 from prefopt.errors import UserError
 from prefopt.train.inputs import Prepared
@@ -17,7 +14,7 @@ SHOWN = 10
 
 
 def check_token_ids(
-    models: list[nn.Module],
+    models: list[PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None,
     sets: list[Prepared],
     pad_token_id: int | None = None,
@@ -46,7 +43,7 @@ def check_token_ids(
         )
 
 
-def embedding_rows(model: nn.Module) -> int:
+def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding; not read from its weight, of which ZeRO-3 and tensor parallelism keep a part."""
     rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
     return rows if isinstance(rows, int) else model.config.get_text_config().vocab_size
@@ -61,17 +58,17 @@ def check_token_indices(model: PreTrainedModel, peft_config: object) -> None:
         wrong = [i for i in ids if not 0 <= i < rows]
         if wrong:
             raise ValueError(
-                f"peft_config.{name} has {wrong[0]}, and the vocabulary has {rows} rows; expected ids from 0 to {rows - 1}: "
-                "resize the model first (model.resize_token_embeddings), or correct the ids"
+                f"peft_config.{name} has {wrong[0]}, and the vocabulary has {rows} rows; expected ids from 0 to "
+                f"{rows - 1}: resize the model first (model.resize_token_embeddings), or correct the ids"
             )
 
 
-def resized_from(model: PeftModel) -> int | None:
-    """Rows of the vocabulary that the base of an adapter is published with, where this one has others; otherwise None.
+def resized_from(base: PreTrainedModel) -> int | None:
+    """Vocabulary rows of the published base of an adapter, if ``base`` has another number; otherwise None.
 
-    None as well where the model has no name, its base is not on this machine, or it comes with code of its own.
+    Also None for a model without a name, one that is not on this machine, and one with code of its own.
     """
-    config = model.get_base_model().config
+    config = base.config
     if not config._name_or_path:
         return None
     try:
@@ -84,4 +81,4 @@ def resized_from(model: PeftModel) -> int | None:
     except (OSError, ValueError):
         return None
     rows = published.get_text_config().vocab_size
-    return None if rows == embedding_rows(model) else rows
+    return None if rows == embedding_rows(base) else rows

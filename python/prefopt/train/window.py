@@ -1,4 +1,4 @@
-"""The micro-batches of an optimizer step: how much each of their rows counts in the step's loss."""
+"""The weight of each row in the mean loss of an optimizer step."""
 
 import torch
 import torch.distributed as dist
@@ -7,19 +7,18 @@ from accelerate import Accelerator
 from prefopt.data.collate import RawFeatures
 
 
-def share_out(batches: list[dict], accelerator: Accelerator, *, by_tokens: bool) -> None:
-    """Number the batches, and give every row its share of the step's mean loss over all ranks.
+def set_row_weights(batches: list[dict], accelerator: Accelerator, *, by_tokens: bool) -> None:
+    """Number the batches, and weight every row for the step's mean loss over all ranks.
 
-    ``shares`` (R,) sum to 1 over all rows or pairs of the step, times the number of processes, which the mean of DDP takes
-    out again. With ``by_tokens`` also ``token_shares`` (R,), the same in proportion to the tokens of the desirable
-    answer: of a mean over tokens.
+    ``row_weights`` (R,) sum to the number of processes over all rows or pairs of the step; DDP's mean divides by that
+    number. With ``by_tokens`` also ``token_weights`` (R,), in proportion to the tokens of the desirable answer.
     """
     last = len(batches) - 1
     total = sum(drop_repeats(batch, accelerator, last=position == last) for position, batch in enumerate(batches))
-    counted = [batch["shares"] > 0 for batch in batches]
+    counted = [batch["row_weights"] > 0 for batch in batches]
     for position, batch in enumerate(batches):
         batch["position"] = position
-        batch["shares"] *= accelerator.num_processes / total
+        batch["row_weights"] *= accelerator.num_processes / total
     if not by_tokens or not batches:
         return
     tokens = [
@@ -30,11 +29,11 @@ def share_out(batches: list[dict], accelerator: Accelerator, *, by_tokens: bool)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(everywhere)
     for batch, lengths in zip(batches, tokens, strict=True):
-        batch["token_shares"] = lengths * accelerator.num_processes / everywhere
+        batch["token_weights"] = lengths * accelerator.num_processes / everywhere
 
 
 def drop_repeats(batch: dict, accelerator: Accelerator, *, last: bool) -> int:
-    """Set ``shares`` (R,): 1, or 0 for a row that the dataloader repeats to give every rank a full last batch.
+    """Set ``row_weights`` (R,): 1, or 0 for a row that the dataloader repeats to fill the last batch of every rank.
 
     Returns:
         How many rows of all ranks' micro-batches are not repeats; by arithmetic, without a reduction.
@@ -46,6 +45,6 @@ def drop_repeats(batch: dict, accelerator: Accelerator, *, last: bool) -> int:
     mine = everywhere - len(rows) * accelerator.process_index
     mine = max(0, min(len(rows), mine))
     device = batch["input_ids"].device
-    batch["shares"] = (torch.arange(len(rows), device=device) < mine).float()
+    batch["row_weights"] = (torch.arange(len(rows), device=device) < mine).float()
     batch["features"] = RawFeatures(rows[:mine])
     return everywhere

@@ -12,11 +12,13 @@ from prefopt_kernels.ops.linear_logprob.transform import Transform
 try:
     import triton
 except ImportError as error:
-    triton, _MISSING = None, f"triton cannot be imported: {error}"
+    triton, INTERPRETED, _MISSING = None, False, f"triton cannot be imported: {error}"
 else:
     from prefopt_kernels.ops.linear_logprob.triton_kernels.backward import gradients
     from prefopt_kernels.ops.linear_logprob.triton_kernels.frozen import fill_unit
     from prefopt_kernels.ops.linear_logprob.triton_kernels.inputs import LOG2_E, Call
+
+    INTERPRETED = triton.knobs.runtime.interpret  # read once: torch.compile cannot trace it
 
 
 FILTERS_HEAD = True  # whether the backward uses tile_max
@@ -30,7 +32,7 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
         if capability < (8, 0):
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
         return None
-    if hidden.device.type != "cpu" or not triton.knobs.runtime.interpret:
+    if hidden.device.type != "cpu" or not INTERPRETED:
         return (
             f"hidden is on {hidden.device}, the Triton kernels run on CUDA devices (on the CPU with TRITON_INTERPRET=1)"
         )

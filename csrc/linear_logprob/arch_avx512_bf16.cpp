@@ -1,14 +1,13 @@
-// AVX-512 with the bf16 dot product: bf16 is multiplied as it lies in memory; fp32 and fp16 as in isa_avx512.cpp.
-#include "x86.h"
+// AVX-512 with the bf16 dot product: bf16 is multiplied as it lies in memory; fp32 and fp16 run on arch_avx512.cpp.
+#include "params.h"
 #if PREFOPT_X86
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #include <immintrin.h>
 #define PREFOPT_ISA avx512_bf16
 #define PREFOPT_LANES 16
-#include "kernel_table.h"
+#include "kernels.h"
 
-namespace prefopt {
-namespace avx512_bf16 {
+namespace prefopt::avx512_bf16 {
 
 // A unit is a pair of neighbours along the contracted dimension; the products of a pair are summed in fp32.
 struct DotBf16 {
@@ -29,16 +28,7 @@ struct DotBf16 {
   }
 };
 
-}  // namespace avx512_bf16
+const Kernels kBfloat16 = kernels<DotBf16, bf16>();
 
-const Isa kIsaAvx512Bf16 = {"avx512_bf16",
-                            has_avx512_bf16,
-                            {avx512_bf16::kernels<avx512_bf16::DotF32, float>(),
-                             avx512_bf16::kernels<avx512_bf16::DotBf16, avx512_bf16::bf16>(),
-                             avx512_bf16::kernels<avx512_bf16::DotF32, avx512_bf16::fp16>()}};
-}  // namespace prefopt
-#else
-namespace prefopt {
-const Isa kIsaAvx512Bf16 = {"avx512_bf16", nullptr, {}};
-}
+}  // namespace prefopt::avx512_bf16
 #endif

@@ -1,14 +1,15 @@
-"""A model spread over processes: the ways that the trainer knows, and what each of them asks of it."""
+"""The distributed layouts that the trainer supports: whole, FSDP2 and DeepSpeed's ZeRO."""
 
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
     "whole on each process",
@@ -20,14 +21,14 @@ WHOLE, FSDP2, LOADED_IN_SHARDS, ZERO, ZERO_3 = (
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # sections of DeepSpeed's configuration
 
 
-class Spread:
-    """How ``trainer``'s model lies on its processes.
+class Layout:
+    """How the model of ``trainer`` is distributed.
 
     Args:
         trainer: built; its model is not wrapped yet.
 
     Raises:
-        ValueError: a way that nobody has tried with this trainer.
+        ValueError: an unsupported layout.
     """
 
     def __init__(self, trainer: Trainer):
@@ -42,7 +43,7 @@ class Spread:
             self.kind = ZERO_3 if stage == 3 else ZERO
         else:
             self.kind = WHOLE
-        # an engine places the policy itself; otherwise Trainer says whether anybody should
+        # an engine places the policy itself; otherwise Trainer decides
         self._moves = trainer.place_model_on_device or self.by_engine
 
     @property
@@ -66,7 +67,7 @@ class Spread:
         return self.kind in (FSDP2, ZERO, ZERO_3)
 
     def frozen(self, model: nn.Module) -> nn.Module:
-        """A model that is never trained, spread like the policy, or on this process's device."""
+        """A model that is never trained, sharded like the policy, or on the device of this process."""
         if self.kind == FSDP2:
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -98,8 +99,8 @@ class Spread:
         processes = self.accelerator.num_processes
         if self.kind != WHOLE or processes > 1:
             raise ValueError(
-                f"torch_compile is True with {processes} processes and the model {self.kind}, which is not supported; set "
-                "torch_compile to False, or train on one process"
+                f"torch_compile is True with {processes} processes and the model {self.kind}, which is not supported; "
+                "set torch_compile to False, or train on one process"
             )
 
     def _deepspeed_config(self) -> dict:
@@ -107,7 +108,7 @@ class Spread:
 
 
 def refuse_unsupported(trainer: Trainer) -> None:
-    """Ways of spreading a model over devices that nobody has tried with this trainer."""
+    """Raise ``ValueError`` for an unsupported layout."""
     if trainer.args.n_gpu > 1:
         raise ValueError(
             "several GPUs are visible to one process, which Trainer would use through nn.DataParallel; start with "
@@ -119,7 +120,7 @@ def refuse_unsupported(trainer: Trainer) -> None:
 
 
 def _why_not(trainer: Trainer) -> str | None:
-    parallel, model = trainer.accelerator.parallelism_config, trainer.model
+    parallel, model = trainer.accelerator.parallelism_config, cast(PreTrainedModel, trainer.model)
     loaded = trainer.is_distributed_loading_by_transformers
     layout = getattr(model.config, "distributed_config", None) if loaded else None
     for sizes, name, what in (
@@ -139,7 +140,7 @@ def _why_not(trainer: Trainer) -> str | None:
         return _why_not_fsdp(trainer.accelerator.state.fsdp_plugin)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         return (
-            "the model's weights were partitioned by DeepSpeed while it was loaded, and the trainer looks at them "
+            "the model's weights were partitioned by DeepSpeed while it was loaded, and the trainer reads them "
             "whole first; set zero3_init_flag: false"
         )
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -154,7 +155,7 @@ def _why_not_fsdp(plugin) -> str | None:
     if plugin.cpu_ram_efficient_loading:
         return (
             "fsdp_cpu_ram_efficient_loading is on, which gives the weights to the first process only, and the trainer "
-            "looks at them on each; set it to false"
+            "reads them on each; set it to false"
         )
     return None
 
@@ -178,16 +179,16 @@ def _settled(config: dict) -> dict:
 
 
 @contextlib.contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
+def adapter_off(model: Any) -> Iterator[None]:
     """PEFT's ``disable_adapter``, also for a model sharded by FSDP2.
 
-    PEFT switches the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, a whole
-    one and its shard. Both switches have to meet the same one, or the shard stays without a gradient.
+    PEFT turns the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, the
+    whole one and its shard. Both changes must reach the same one, or the shard stays without a gradient.
     """
     sharded = [
         module
         for module in model.modules()
-        if isinstance(module, FSDPModule) and any(p.requires_grad for p in module.parameters())
+        if isinstance(module, FSDPModule) and any(p.requires_grad for p in cast(nn.Module, module).parameters())
     ]
     with model.disable_adapter():
         yield

@@ -1,32 +1,17 @@
-// Host side of sequence_loss on the CPU; not launch_cpu.cpp, because the build on the fly keeps objects of all folders
-// in one. Python has checked the arguments, made them contiguous and allocated the outputs
-// (ops/sequence_loss/backend_cpu.py).
-#include "sequence_loss_cpu.h"
-
+// Host side of sequence_loss. Python (ops/sequence_loss/cpu.py) makes the tensors contiguous and allocates the outputs.
 #include <string.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include "sequence_loss.h"
+#include <algorithm>
+
+#include "../cpu/tensors.h"
+#include "formulas.h"
 
 namespace prefopt {
-
-using torch::stable::Tensor;
 
 namespace {
 
 constexpr int64_t kTokens = 1 << 16;  // of a thread: 8 us of additions, about what it takes to wake one
 constexpr int64_t kRows = 256;        // of a thread: 6 us for KTO, 60 us with every component
-
-template <class T>
-const T* read(const Tensor& tensor) {
-  return reinterpret_cast<const T*>(tensor.data_ptr());
-}
-
-template <class T>
-T* write(const Tensor& tensor) {
-  return reinterpret_cast<T*>(tensor.data_ptr());
-}
 
 // Eight sums side by side, so that an addition need not wait for the one before. The order depends on `count` alone.
 double sum(const float* values, int64_t count) {
@@ -36,6 +21,14 @@ double sum(const float* values, int64_t count) {
     for (int k = 0; k < 8; k++) parts[k] += values[i + k];
   for (int k = 0; i < count; i++, k++) parts[k] += values[i];
   return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+}
+
+// (B + 1,), non-decreasing from 0 to T
+const int64_t* checked_begins(const Tensor& cu_seqlens, int64_t B, int64_t T) {
+  const int64_t* begins = checked<const int64_t>(cu_seqlens, "cu_seqlens", {B + 1});
+  STD_TORCH_CHECK(begins[0] == 0 && begins[B] == T && std::is_sorted(begins, begins + B + 1),
+                  "cu_seqlens does not go from 0 to the number of tokens");
+  return begins;
 }
 
 }  // namespace
@@ -48,12 +41,15 @@ void sequence_loss_forward(const Tensor& logp, const Tensor& cu_seqlens, const T
   Form form{static_cast<Method>(method), static_cast<Weighting>(win), static_cast<Weighting>(decision), {}};
   memcpy(&form.n, numbers.data(), sizeof form.n);
   const int64_t T = logp.numel(), B = ref_logps.numel();
-  const int64_t* begins = read<int64_t>(cu_seqlens);
-  const int64_t* counts = lengths ? read<int64_t>(*lengths) : nullptr;
-  const float *tokens = read<float>(logp), *ref = read<float>(ref_logps);
-  const bool* desirable = read<bool>(labels);
-  float *loss = write<float>(losses), *total = write<float>(logps), *log_ratio = write<float>(log_ratios);
-  float *reward = write<float>(rewards), *slope = write<float>(slopes);
+  const int64_t* begins = checked_begins(cu_seqlens, B, T);
+  const int64_t* counts = checked<const int64_t>(lengths, "lengths", {B});
+  const float* tokens = checked<const float>(logp, "logp", {T});
+  const float* ref = checked<const float>(ref_logps, "ref_logps", {B});
+  const bool* desirable = checked<const bool>(labels, "labels", {B});
+  float *loss = checked<float>(losses, "losses", {B}), *total = checked<float>(logps, "logps", {B});
+  float *log_ratio = checked<float>(log_ratios, "log_ratios", {B}), *reward = checked<float>(rewards, "rewards", {B});
+  float* slope = checked<float>(slopes, "slopes", {B});
+  double* by_class = checked<double>(sums, "sums", {8});  // SUMS of op.py
   const auto length = [&](int64_t i) {
     return static_cast<double>(std::max<int64_t>(1, counts ? counts[i] : begins[i + 1] - begins[i]));
   };
@@ -75,7 +71,7 @@ void sequence_loss_forward(const Tensor& logp, const Tensor& cu_seqlens, const T
       int64_t rows = 0;
       for (const double weight : weights)
         if (!isnan(weight)) mean += weight, rows++;
-      mean /= rows;  // NaN where every row is
+      mean /= static_cast<double>(rows);  // NaN where every row is
     }
   }
 
@@ -94,7 +90,6 @@ void sequence_loss_forward(const Tensor& logp, const Tensor& cu_seqlens, const T
     }
   });
 
-  double* by_class = write<double>(sums);  // SUMS of op.py
   memset(by_class, 0, 8 * sizeof(double));
   for (int64_t i = 0; i < B; i++) {
     double* mine = by_class + (desirable[i] ? 0 : 4);
@@ -108,10 +103,11 @@ void sequence_loss_forward(const Tensor& logp, const Tensor& cu_seqlens, const T
 void sequence_loss_backward(std::optional<Tensor> dlosses, std::optional<Tensor> dlogps, const Tensor& cu_seqlens,
                             const Tensor& slopes, const Tensor& dlogp) {
   const int64_t T = dlogp.numel(), B = slopes.numel();
-  const int64_t* begins = read<int64_t>(cu_seqlens);
-  const float* slope = read<float>(slopes);
-  const float *by_loss = dlosses ? read<float>(*dlosses) : nullptr, *by_sum = dlogps ? read<float>(*dlogps) : nullptr;
-  float* out = write<float>(dlogp);
+  const int64_t* begins = checked_begins(cu_seqlens, B, T);
+  const float* slope = checked<const float>(slopes, "slopes", {B});
+  const float* by_loss = checked<const float>(dlosses, "dlosses", {B});
+  const float* by_sum = checked<const float>(dlogps, "dlogps", {B});
+  float* out = checked<float>(dlogp, "dlogp", {T});
   torch::stable::parallel_for(0, B, std::max<int64_t>(1, kTokens * B / std::max<int64_t>(1, T)),
                               [&](int64_t first, int64_t last) {
                                 for (int64_t i = first; i < last; i++) {
@@ -122,3 +118,8 @@ void sequence_loss_backward(std::optional<Tensor> dlosses, std::optional<Tensor>
 }
 
 }  // namespace prefopt
+
+STABLE_TORCH_LIBRARY_IMPL(prefopt_kernels_cpu, CPU, m) {
+  m.impl("sequence_loss_forward", TORCH_BOX(&prefopt::sequence_loss_forward));
+  m.impl("sequence_loss_backward", TORCH_BOX(&prefopt::sequence_loss_backward));
+}

@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from prefopt.train.spread import (
+from prefopt.train.layout import (
     FSDP2,
     LOADED_IN_SHARDS,
     WHOLE,
     ZERO,
     ZERO_3,
-    Spread,
+    Layout,
     refuse_unsupported,
 )
 from support.distributed import launch_environment
@@ -67,7 +67,7 @@ def in_parts() -> nn.Module:
     ],
 )
 def test_the_ways_that_are_known(options, kind, in_lockstep):
-    spread = Spread(a_trainer(**options))
+    spread = Layout(a_trainer(**options))
     assert (spread.kind, spread.in_lockstep) == (kind, in_lockstep)
 
 
@@ -113,18 +113,18 @@ def test_weights_in_shards_already_are_refused(tmp_path):
 
 
 def test_evaluation_before_training_is_refused_where_the_model_is_not_sharded_yet():
-    spread = Spread(a_trainer(fsdp=fsdp_plugin()))
+    spread = Layout(a_trainer(fsdp=fsdp_plugin()))
     with pytest.raises(ValueError, match="evaluate was called before train"):
         spread.check_prepared(nn.Linear(2, 2))
-    Spread(a_trainer()).check_prepared(nn.Linear(2, 2))
+    Layout(a_trainer()).check_prepared(nn.Linear(2, 2))
 
 
 def test_a_reference_beside_an_engine_has_the_dtype_of_the_policy():
     config = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
-    frozen = Spread(a_trainer(zero=config)).frozen(nn.Linear(2, 2))
+    frozen = Layout(a_trainer(zero=config)).frozen(nn.Linear(2, 2))
     assert frozen.weight.dtype == torch.bfloat16
     config["bf16"]["enabled"] = "auto"
-    assert Spread(a_trainer(zero=config)).frozen(nn.Linear(2, 2)).weight.dtype == torch.float32
+    assert Layout(a_trainer(zero=config)).frozen(nn.Linear(2, 2)).weight.dtype == torch.float32
 
 
 def test_a_reference_is_moved_where_the_policy_would_be():
@@ -133,7 +133,7 @@ def test_a_reference_is_moved_where_the_policy_would_be():
     engine = a_trainer(zero={})
     for trainer, device in ((placed, "meta"), (kept, "cpu"), (engine, "meta")):
         trainer.accelerator.device = torch.device("meta")
-        assert Spread(trainer).frozen(nn.Linear(2, 2)).weight.device.type == device
+        assert Layout(trainer).frozen(nn.Linear(2, 2)).weight.device.type == device
 
 
 @pytest.mark.parametrize(

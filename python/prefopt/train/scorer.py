@@ -1,0 +1,146 @@
+"""The forward passes of a trainer without gradient: policy, reference, and the precomputed scores of a data set."""
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from prefopt.train.inputs import Prepared
+from prefopt.train.precompute import fixed_partners, with_reference
+from prefopt.train.reference import AdapterOff, Reference, choose_reference
+from prefopt.train.scoring import PackingCollator, Scores, score, to_device
+from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
+
+if TYPE_CHECKING:
+    from prefopt.train.trainer import PreferenceTrainer
+
+POLICY_OUTPUTS = ("entropy", "mean_logit")
+
+
+class Scorer:
+    """Scores batches of ``PackingCollator`` under the policy and the reference.
+
+    Args:
+        trainer: built, with its ``layout``.
+        collator: of unpaired rows.
+        ref_model, fresh_adapter: as for ``choose_reference``.
+    """
+
+    def __init__(
+        self,
+        trainer: "PreferenceTrainer",
+        collator: PackingCollator,
+        ref_model: nn.Module | None,
+        *,
+        fresh_adapter: bool,
+    ):
+        self.trainer, self.args, self.collator = trainer, trainer.args, collator
+        self.head = self.reference_head = _checked_head(trainer.model)
+        self.reference: Reference | None = None
+        self.fingerprint: str | None = None
+        layout, model, precompute = trainer.layout, trainer.model, self.args.precompute_ref_logps
+        if not self.args.spec.needs_reference:
+            return
+        reference = choose_reference(
+            model, ref_model, fresh_adapter=fresh_adapter, precompute=precompute, may_copy=layout.may_copy
+        )
+        if precompute and layout.prepared_later and reference.model is model:
+            # Training shards or moves the model's own weights, so a copy gives the scores.
+            reference.model = copy.deepcopy(model)
+        if reference.model is not model:
+            self.reference_head = _checked_head(reference.model)
+        # With an adapter the reference cannot be mistaken for a checkpoint, so its weights need not be read.
+        if precompute or not isinstance(reference, AdapterOff):
+            self.fingerprint = reference.fingerprint()
+        if reference.model is not model:
+            reference.model = layout.frozen(reference.model)
+        self.reference = reference
+
+    @property
+    def second_model(self) -> nn.Module | None:
+        """The reference model, if it is not the policy."""
+        second = None if self.reference is None else self.reference.model
+        return None if second is self.trainer.model else second
+
+    @property
+    def _policy(self) -> nn.Module:
+        """The model for passes without gradient. Not DDP's wrapper, whose forward pass needs all processes."""
+        return self.trainer.model_wrapped if self.trainer.layout.by_engine else self.trainer.model
+
+    def policy(self, model: nn.Module, batch: dict) -> Scores:
+        """The policy's scores, with gradient unless it is off; ``model`` is Trainer's wrapped model."""
+        with self.trainer.accelerator.autocast():
+            return score(model, self.head, batch, backend=self.args.backend, outputs=POLICY_OUTPUTS)
+
+    @torch.no_grad()
+    def policy_logps(self, batch: dict) -> Tensor:
+        """(B,) nats, without gradient."""
+        with self.trainer.accelerator.autocast():
+            return score(self._policy, self.head, batch, backend=self.args.backend).logps
+
+    @torch.no_grad()
+    def reference_logps(self, batch: dict) -> Tensor:
+        """(B,) nats, in the policy's mode (training or evaluation, autocast): equal weights give equal bits."""
+        assert self.reference is not None
+        batch = to_device(batch, self.args.device)
+        with self.reference.running(self.trainer.model.training) as model, self.trainer.accelerator.autocast():
+            model = self._policy if model is self.trainer.model else model
+            return score(model, self.reference_head, batch, backend=self.args.backend).logps
+
+    def known_ref_logps(self, batch: dict) -> Tensor | None:
+        """(B,) nats, precomputed or computed here; None for a method without a reference."""
+        if not self.args.spec.needs_reference:
+            return None
+        return batch["ref_logps"] if "ref_logps" in batch else self.reference_logps(batch)
+
+    @torch.no_grad()
+    def log_ratios(self, batch: dict) -> Tensor:
+        """(n,) nats, policy minus reference of mismatched sequences."""
+        batch = to_device(batch, self.args.device)
+        logps, ref_logps = self.policy_logps(batch), self.known_ref_logps(batch)
+        assert ref_logps is not None
+        return logps - ref_logps
+
+    def dummy_pass(self) -> None:
+        """The passes of ``log_ratios`` on a dummy batch, which keeps an idle rank in the collectives."""
+        known = {"ref_logps": torch.zeros(1)} if self.args.precompute_ref_logps else {}
+        self.log_ratios(self.collator.dummy_batch() | known)
+
+    def scored(self, prepared: Prepared, batch_size: int) -> Dataset:
+        """The rows, with the reference's scores as columns under ``precompute_ref_logps``."""
+        args, rows = self.args, prepared.tokenized.dataset
+        if not args.precompute_ref_logps:
+            return rows
+        if self.reference is None:
+            raise ValueError(
+                "the reference was freed once its scores were computed, so new rows cannot be scored; pass them as "
+                "eval_dataset when the trainer is built, or set precompute_ref_logps=False"
+            )
+        partners = None
+        if args.needs_kl:
+            block = batch_size if args.kl_estimator == "microbatch" else None
+            partners = fixed_partners(rows["group"][:], block)
+        return with_reference(
+            prepared.tokenized,
+            partners,
+            self.reference_logps,
+            self.collator,
+            identity=(str(self.fingerprint), str(self.trainer.accelerator.mixed_precision)),
+            cache_dir=args.reference_cache_dir,
+            batch_size=args.precompute_batch_size or args.per_device_eval_batch_size,
+            accelerator=self.trainer.accelerator,
+            in_lockstep=self.trainer.layout.in_lockstep,
+        )
+
+    def free_reference(self) -> None:
+        """Drop a second model; an adapter that is switched off costs nothing and can score further rows."""
+        kept = isinstance(self.reference, AdapterOff)
+        self.reference, self.reference_head = (AdapterOff(self.trainer.model) if kept else None), self.head
+
+
+def _checked_head(model: nn.Module) -> LMHead:
+    head = lm_head_of(model)
+    check_lm_head(model, head)
+    return head
