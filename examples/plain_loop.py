@@ -1,7 +1,7 @@
 """KTO in a plain PyTorch loop: a model, a frozen copy as its reference, AdamW, and nothing else.
 
-python examples/plain_loop.py trains a small random model on eight answers, half of them good, and prints the loss of each
-step. It falls from 0.5, where policy and reference agree.
+python examples/plain_loop.py trains a small random model on eight answers, half of them good, and prints the loss of
+each step. It falls from 0.5, where policy and reference agree.
 """
 
 import copy

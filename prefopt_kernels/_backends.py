@@ -12,8 +12,8 @@ def select_backend(backends: Mapping[str, ModuleType], backend: str, *operands: 
     """The name of the backend that runs a call: the named one, or for "auto" the first that can.
 
     Args:
-        backends: modules by name, in the order in which "auto" tries them. ``why_not(*operands)`` returns the reason why a
-            module cannot run the call, or None.
+        backends: modules by name, in the order in which "auto" tries them. ``why_not(*operands)`` returns the reason
+            why a module cannot run the call, or None.
         backend: a name, or "auto", which the environment variable PREFOPT_BACKEND replaces.
         operands: of the call.
 

@@ -1,4 +1,4 @@
-"""Packed sequences: the tokens of all of them one after the other, and ``cu_seqlens`` with the row where each begins."""
+"""Packed sequences: all their tokens one after another, and ``cu_seqlens``, the row where each begins."""
 
 from itertools import pairwise
 

@@ -9,9 +9,9 @@ of :mod:`prefopt_kernels.integrations.trl.kto`. The plugin names that class as `
 does not return it from ``get_trainer_cls``, because Axolotl's builder of preference trainers then leaves out the model
 that it passes to all others (``_get_trainer_cls`` in its core/builders/rl.py returns no positional arguments).
 
-``PrefoptPlugin``, ``PrefoptArgs`` and ``FusedKTOTrainer`` are made when they are first asked for: they are subclasses of
-Axolotl's and pydantic's classes, which this package does not need otherwise. Calls and signatures are those of Axolotl
-0.19.0, read and run on 21 November 2026.
+``PrefoptPlugin``, ``PrefoptArgs`` and ``FusedKTOTrainer`` are made when they are first asked for: they are subclasses
+of Axolotl's and pydantic's classes, which this package does not need otherwise. Calls and signatures are those of
+Axolotl 0.19.0, read and run on 21 November 2026.
 """
 
 import difflib

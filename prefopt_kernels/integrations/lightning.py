@@ -31,7 +31,7 @@ def __getattr__(name: str):
 
 
 def batch_logps(model: nn.Module, head: LMHead, batch: dict, prefix: str = "", backend: str = "auto") -> Tensor:
-    """(B,) nats: sums over the completion's tokens of ``{prefix}input_ids``, ``attention_mask``, ``completion_mask``."""
+    """(B,) nats: sums over the completions in ``{prefix}input_ids``, ``attention_mask``, ``completion_mask``."""
     ids = batch[f"{prefix}input_ids"]
     packing = pack_completions(ids, batch[f"{prefix}completion_mask"])
     mask = batch[f"{prefix}attention_mask"]
@@ -83,7 +83,8 @@ def _module() -> type:
                 raise ValueError(f"method is {method!r}; expected one of {METHODS}")
             if ref_model is None and not hasattr(model, "disable_adapter"):
                 raise ValueError(
-                    f"ref_model is None and {type(model).__name__} has no adapter to switch off; expected a reference model"
+                    f"ref_model is None and {type(model).__name__} has no adapter to switch off; expected a reference "
+                    "model"
                 )
             self.model, self.ref_model = model, ref_model
             self.beta, self.method, self.backend = beta, method, backend

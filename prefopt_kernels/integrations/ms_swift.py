@@ -37,7 +37,8 @@ def register() -> None:
     """Make ms-swift train ``rlhf_type="kto"`` with :class:`FusedKTOTrainer`.
 
     Raises:
-        RuntimeError: ms-swift is not installed, not of the tested version (4.6), or has another trainer for KTO already.
+        RuntimeError: ms-swift is not installed, not of the tested version (4.6), or has another trainer for KTO
+            already.
     """
     reason = why_not()
     if reason is not None:
@@ -81,13 +82,13 @@ class FusedScores:
             raise ValueError("the model is an encoder-decoder; expected a causal language model")
         if self.template.sequence_parallel_size > 1:
             raise ValueError(
-                f"sequence_parallel_size is {self.template.sequence_parallel_size}; expected 1, because a token's target "
-                "may lie on another rank"
+                f"sequence_parallel_size is {self.template.sequence_parallel_size}; expected 1, because a token's "
+                "target may lie on another rank"
             )
         refuse_partitioned(self.model)
 
     def forward(self, model: nn.Module, batch: dict) -> tuple:
-        """ms-swift's answer: log-probabilities and sums of logits of the good rows and of the bad, and of the mismatched."""
+        """ms-swift's answer: log-probabilities and sums of logits of the good, bad and mismatched rows."""
         kl_logps = self._compute_kl_logps(model, batch)
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         logps, logits, outputs = self._score(model, batch, "completion_", **router)

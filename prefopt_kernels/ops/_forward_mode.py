@@ -13,6 +13,7 @@ def refuse_tangents(op: str, operands: dict[str, Tensor | None]) -> None:
     for name, operand in operands.items():
         if isinstance(operand, Tensor) and forward_ad.unpack_dual(operand).tangent is not None:
             raise NotImplementedError(
-                f"{op} has no forward-mode derivative, and {name} carries a tangent (torch.func.jvp, jacfwd or hessian, or "
+                f"{op} has no forward-mode derivative, and {name} carries a tangent (torch.func.jvp, jacfwd or "
+                "hessian, or "
                 f"torch.autograd.forward_ad); use reverse mode, torch.autograd.grad or backward(), or detach {name}"
             )

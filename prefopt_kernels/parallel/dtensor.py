@@ -1,4 +1,5 @@
-"""A head that is kept in DTensors: which of its mesh dimensions share the vocabulary, and which only store it in pieces.
+"""A head that is kept in DTensors: which of its mesh dimensions share the vocabulary, and which only store it in
+pieces.
 
 Tensor parallel: its ranks work on the same tokens, and each scores them with its own rows of the head. Data parallel
 (FSDP2): its ranks work on tokens of their own, so that the rows are brought together, and the gradient is the mean.
@@ -65,8 +66,8 @@ def resolve_head(
 
     Args:
         weight, bias, lora: as for ``linear_logprob``; DTensors or plain tensors.
-        dtype: in which the pieces of weight and bias are brought together; left out, their own. Gradients travel back in
-            the parameters' own.
+        dtype: in which the pieces of weight and bias are brought together; left out, their own. Gradients travel back
+            in the parameters' own.
 
     Raises:
         ValueError: a mesh does not say what its dimensions are for.
@@ -109,8 +110,8 @@ def plain_hidden(hidden: Tensor) -> Tensor:
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
-            f"hidden is a DTensor with placements {hidden.placements}; expected it whole on every rank: sequences that are "
-            "spread over processes (context or sequence parallel) are not supported"
+            f"hidden is a DTensor with placements {hidden.placements}; expected it whole on every rank: sequences that "
+            "are spread over processes (context or sequence parallel) are not supported"
         )
     return hidden.to_local()
 
@@ -140,14 +141,14 @@ def _shares(tensor: Tensor) -> list[bool]:
     names = mesh.mesh_dim_names
     if names is None:
         raise ValueError(
-            "the head is a DTensor on a mesh without names, which does not say whether its ranks share the vocabulary or the "
-            "data; expected init_device_mesh(..., mesh_dim_names=('tp',)), or ('dp',)"
+            "the head is a DTensor on a mesh without names, which does not say whether its ranks share the vocabulary "
+            "or the data; expected init_device_mesh(..., mesh_dim_names=('tp',)), or ('dp',)"
         )
     for i, name in enumerate(names):
         if mesh.size(i) > 1 and name not in (*VOCABULARY_DIMS, *DATA_DIMS):
             raise ValueError(
-                f"the head is a DTensor over mesh dimension {name!r}; expected one of {VOCABULARY_DIMS} (the vocabulary is "
-                f"shared) or of {DATA_DIMS} (gradients are averaged)"
+                f"the head is a DTensor over mesh dimension {name!r}; expected one of {VOCABULARY_DIMS} (the "
+                f"vocabulary is shared) or of {DATA_DIMS} (gradients are averaged)"
             )
     return [name in VOCABULARY_DIMS for name in names]
 

@@ -38,16 +38,17 @@ def vocab_parallel_linear_logprob(
               \qquad \log p_t = z_{t,y_t} - \mathrm{lse}_t
 
     Every rank calls with the same T tokens, or none: there is no check, which would be a collective more. Forward: an
-    all-reduce of 4 T bytes (maximum) and one of 24 T (fp64; 8 T more for "entropy", 16 T for "mean_logit"). Backward: one
-    all-reduce of the gradient of ``hidden``, in its dtype, and one of A's where ``lora`` has a trained one. The results
-    are the same on every rank; gradients of the shards stay where the shards are. Differentiable as ``linear_logprob``.
+    all-reduce of 4 T bytes (maximum) and one of 24 T (fp64; 8 T more for "entropy", 16 T for "mean_logit"). Backward:
+    one all-reduce of the gradient of ``hidden``, in its dtype, and one of A's where ``lora`` has a trained one. The
+    results are the same on every rank; gradients of the shards stay where the shards are. Differentiable as
+    ``linear_logprob``.
 
     Args:
         hidden: (T, H) fp32 | bf16 | fp16, the same on every rank.
         weight_shard: (V_r, H), dtype of ``hidden``: this rank's rows of the head. Ranks may hold different numbers of
             rows, and none.
-        targets: (T,) int64 | int32, the same on every rank, ids of the whole vocabulary; negative where a token does not
-            count.
+        targets: (T,) int64 | int32, the same on every rank, ids of the whole vocabulary; negative where a token does
+            not count.
         bias_shard: (V_r,), dtype of ``hidden``, or None.
         vocab_start: id of this rank's first row. The shards of the group cover the vocabulary without overlap.
         group: process group or one-dimensional DeviceMesh of the ranks that share the vocabulary; left out, all ranks.
@@ -243,6 +244,6 @@ def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora
         raise ValueError(f"vocab_start is {vocab_start!r}; expected the id of the first row, 0 or above")
     if "is_top1" in outputs:
         raise ValueError(
-            "outputs has 'is_top1', which needs the largest logit of every shard, and the op keeps none; expected names "
-            "out of ('entropy', 'mean_logit')"
+            "outputs has 'is_top1', which needs the largest logit of every shard, and the op keeps none; expected "
+            "names out of ('entropy', 'mean_logit')"
         )

@@ -62,7 +62,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def traceback_in(folder: Path) -> Iterator[None]:
-    """Let ``end`` write the traceback of a failure inside this block into ``folder``; one of an earlier start is removed."""
+    """Let ``end`` write the traceback of a failure inside this block into ``folder``; an older one is removed."""
     (folder / TRACEBACK_NAME).unlink(missing_ok=True)
     try:
         yield

@@ -32,10 +32,12 @@ def make_savable(model: PreTrainedModel, name: str) -> None:
     if left is not None:
         config.do_sample = before
         raise UserError(
-            f"the generation config of {name} cannot be saved with the model: {left}; correct its generation_config.json"
+            f"the generation config of {name} cannot be saved with the model: {left}; correct its "
+            "generation_config.json"
         )
     logger.warning(
-        "the generation config of %s has sampling values without do_sample, which cannot be saved; do_sample is now true",
+        "the generation config of %s has sampling values without do_sample, which cannot be saved; do_sample is now "
+        "true",
         name,
     )
 

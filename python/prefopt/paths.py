@@ -1,8 +1,8 @@
 """Local paths in a run's recipe.yaml, stored so that they are found from any folder and after the project has moved.
 
 A local path is stored absolute, and so is the run folder itself. Where a stored path no longer exists, it is looked for
-relative to where the run folder is now, as it was relative to the stored run folder: so a project that is moved as a whole
-stays usable. Hub ids and names of what comes with the package stay as they are.
+relative to where the run folder is now, as it was relative to the stored run folder: so a project that is moved as a
+whole stays usable. Hub ids and names of what comes with the package stay as they are.
 """
 
 import os

@@ -34,8 +34,8 @@ def from_pretrained(
         kind: one of transformers' Auto classes.
         path, revision: where it is.
         failure: the first half of the error message, such as "cannot load a tokenizer from m".
-        trust_remote_code: run Python code that comes with the model. Where the argument is left out, transformers asks on
-            stdin, so it is always passed.
+        trust_remote_code: run Python code that comes with the model. Where the argument is left out, transformers asks
+            on stdin, so it is always passed.
         options: passed on.
 
     Raises:

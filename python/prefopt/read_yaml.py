@@ -38,8 +38,8 @@ def parse_yaml(text: str) -> Any:
     """The content of a YAML document; None if it is empty.
 
     Raises:
-        UserError: invalid YAML, a repeated key, or a document beyond the bounds. The message is one sentence without the
-            name of the file.
+        UserError: invalid YAML, a repeated key, or a document beyond the bounds. The message is one sentence without
+            the name of the file.
 
     Example:
         >>> parse_yaml("{beta: 0.2, report_to: [none]}")
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Nodes at and below ``node``, an alias counted wherever it stands; ``sizes`` has None for what is being counted."""
+    """Nodes at and below ``node``, counting every use of an alias; ``sizes`` has None for what is being counted."""
     known = sizes.get(id(node), 0)
     if known is None:
         raise UserError("an alias contains itself")

@@ -1,4 +1,4 @@
-"""The cross-entropy with Liger's name against torch's, whose definition Liger follows; then against Liger's own kernel."""
+"""The cross-entropy with Liger's name against torch's definition, then against Liger's own kernel."""
 
 import inspect
 import subprocess
@@ -122,8 +122,8 @@ def test_refusals(call, message):
         call(Batch())
 
 
-# Liger's cross-entropy is a Triton kernel. Triton's interpreter runs it on the CPU, if asked before it is imported; not with
-# class weights or a softcap, whose Python floats it does not take.
+# Liger's cross-entropy is a Triton kernel. Triton's interpreter runs it on the CPU, if asked before it is imported; not
+# with class weights or a softcap, whose Python floats it does not take.
 WITH_LIGER = """
 import os, sys
 os.environ["TRITON_INTERPRET"] = "1"

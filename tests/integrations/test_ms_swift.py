@@ -1,8 +1,9 @@
 """The external plugin for ms-swift, on a stand-in of ms-swift's KTO trainer that builds logits.
 
-Checked by hand on 21 November 2026 against ms-swift 4.6.0 with TRL 0.29.1: ``rlhf_trainers/kto_trainer.py`` (``forward``,
-``_get_model_kwargs``, ``get_batch_logps``, ``_compute_kl_logps``), ``trainers/mixin.py`` (``prepare_logits_to_keep``,
-``get_cu_seqlens``), ``trainers/trainer_factory.py`` and ``utils/utils.py`` (``import_external_file``).
+Checked by hand on 21 November 2026 against ms-swift 4.6.0 with TRL 0.29.1: ``rlhf_trainers/kto_trainer.py``
+(``forward``, ``_get_model_kwargs``, ``get_batch_logps``, ``_compute_kl_logps``), ``trainers/mixin.py``
+(``prepare_logits_to_keep``, ``get_cu_seqlens``), ``trainers/trainer_factory.py`` and ``utils/utils.py``
+(``import_external_file``).
 """
 
 import contextlib

@@ -1,4 +1,5 @@
-"""Whole features that fused trainers of others refuse or miss: KTO's loss and gradient are plain torch's, and it trains.
+"""Whole features that fused trainers of others refuse or miss: KTO's loss and gradient are plain torch's, and it
+trains.
 
 TRL 1.16 refuses an adapter on the head, and fails at trainable tokens in tied embeddings; Liger's fused loss refuses
 both, and prompt learning. The heads themselves are tested in test_transformers_adapters.py.

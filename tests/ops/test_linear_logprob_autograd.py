@@ -1,4 +1,4 @@
-"""How linear_logprob sits in autograd: when the unit gradient is made, what is saved, who calls a kernel, autocast, checkpoints."""
+"""linear_logprob in autograd: the unit gradient, what is saved, launches, autocast, checkpoints."""
 
 import pytest
 import torch
@@ -172,7 +172,7 @@ def test_no_second_derivative(wanted, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("wanted", [("hidden",), OPERANDS], ids="+".join)
 def test_autocast(wanted, dtype, backend):
-    """fp32 operands are cast as for a linear layer; the gradients arrive in fp32. The numbers are those of the cast ones."""
+    """fp32 operands are cast as for a linear layer; the gradients arrive in fp32."""
     made = problem("normal", T, H, V, bias=True)
     x = leaves(made, wanted)
     with torch.autocast("cpu", dtype):

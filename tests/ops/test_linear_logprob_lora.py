@@ -1,4 +1,4 @@
-"""A low-rank adapter on the head, ``lora=(A, B, scale)``: judged like the rest, against fp64 on the head W + scale B A."""
+"""A low-rank adapter on the head, ``lora=(A, B, scale)``, against fp64 on the head W + scale B A."""
 
 from dataclasses import replace
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""The policy that judges linear_logprob must be able to fail: bugs planted into right results, each of which it must find."""
+"""The tolerance policy of linear_logprob must be able to fail: it must find each planted bug."""
 
 from dataclasses import replace
 

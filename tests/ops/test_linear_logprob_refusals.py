@@ -1,4 +1,4 @@
-"""What linear_logprob refuses: the documented type, the argument's name, what was got and what is expected, before any work."""
+"""What linear_logprob refuses: the documented type, the argument's name, what it got and what it expects."""
 
 import math
 import re

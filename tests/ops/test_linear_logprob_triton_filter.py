@@ -1,4 +1,4 @@
-"""grad_filter and head_grad_filter: what is left out stays under the documented bound, and nothing is left out unasked."""
+"""grad_filter and head_grad_filter: the error stays under the documented bound; off unless asked for."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def peaked():
 
 
 def hidden_bound(made, eps):
-    """|g_t| q_t max |W_v|, q_t the probability of a row's tokens below eps (no softcap, factor 1): docstring of the op."""
+    """|g_t| q_t max |W_v|, q_t the probability of a row's tokens below eps: the bound in the op's docstring."""
     p = (made.hidden.double() @ made.weight.double().T).softmax(1)
     lost = torch.where(p < eps, p, 0).sum(1)
     assert (lost <= min(1.0, eps * V) + 1e-12).all()

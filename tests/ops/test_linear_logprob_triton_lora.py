@@ -21,7 +21,7 @@ def adapter(rank: int, dtype: torch.dtype):
 
 
 def merged(made, A, B) -> tuple[Results, Results]:
-    """Truth and plain fp32 for the head with its adapter in it, with gradients and terms of A and B by the chain rule."""
+    """Truth and plain fp32 for the head with its adapter, with gradients of A and B by the chain rule."""
     truths = []
     for judge, dtype in ((exact, torch.float64), (baseline, torch.float32)):
         a, b = A.to(dtype), B.to(dtype)

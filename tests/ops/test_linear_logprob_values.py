@@ -1,4 +1,4 @@
-"""Values and gradients of linear_logprob against fp64: families, dtypes, transforms, shapes, for every backend of this machine."""
+"""Values and gradients of linear_logprob against fp64, for every backend of this machine."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -138,7 +138,7 @@ def test_no_hidden_dimension(backend):
 @pytest.mark.parametrize("ignored", [0.0, 0.5, 0.95])
 @dtypes
 def test_rows_that_do_not_count(dtype, ignored, backend):
-    """Rows that do not count are 0 and cost nothing, and change nothing for the others: the same bits as without them."""
+    """Rows that do not count are 0 and change nothing for the others: the same bits as without them."""
     made = problem("normal", 50, 65, 300, dtype=dtype, bias=True, ignored=ignored)
     check(made, ours(made, OPERANDS, backend))
     counts = made.targets >= 0

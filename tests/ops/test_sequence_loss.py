@@ -126,7 +126,7 @@ def test_no_tokens_at_all(case, backend):
 
 
 def grid(values=EXTREME) -> Problem:
-    """Every log-ratio of ``values`` under both labels, one token each; logps is the log-ratio where that is negative."""
+    """Every log-ratio of ``values`` under both labels, one token each; logps is the log-ratio where negative."""
     ratios = torch.tensor(values).repeat(2)
     logp = ratios.clamp(max=0)
     B = len(ratios)

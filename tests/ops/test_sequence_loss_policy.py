@@ -1,4 +1,4 @@
-"""What the comparison of sequence_loss with fp64 finds: planted bugs; and whether its truth and its rows are good ones."""
+"""The comparison of sequence_loss with fp64 finds planted bugs, and its truth and its rows are good ones."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What sequence_loss refuses: the documented type, the argument's name, what was got and what is expected, before any work."""
+"""What sequence_loss refuses: the documented type, the argument's name, what it got and what it expects."""
 
 import math
 import re
@@ -55,12 +55,29 @@ def bad(message, error=ValueError, **changed):
         bad("logp has dtype torch.float64; expected torch.float32", TypeError, logp=torch.zeros(5).double()),
         bad("logp has layout torch.sparse_coo; expected a strided", TypeError, logp=torch.zeros(5).to_sparse()),
         bad("cu_seqlens is a tuple; expected a tensor of shape (B + 1,)", TypeError, cu_seqlens=(0, 5)),
-        bad("cu_seqlens has dtype torch.float32; expected torch.int64 or torch.int32", TypeError, cu_seqlens=torch.tensor([0.0, 5.0])),
+        bad(
+            "cu_seqlens has dtype torch.float32; expected torch.int64 or torch.int32",
+            TypeError,
+            cu_seqlens=torch.tensor([0.0, 5.0]),
+        ),
         bad("cu_seqlens has shape (1,); expected (B + 1,) with at least one sequence", cu_seqlens=torch.tensor([0])),
         bad("cu_seqlens is on meta; expected cpu, where logp is", cu_seqlens=meta([0, 2, 5])),
-        bad("cu_seqlens runs from 0 to 4; expected from 0 to T = 5, the rows of logp", cu_seqlens=torch.tensor([0, 2, 4])),
-        bad("cu_seqlens runs from 1 to 5; expected from 0 to T = 5, the rows of logp", cu_seqlens=torch.tensor([1, 2, 5])),
-        bad("cu_seqlens[2] is 1, below cu_seqlens[1] = 3; expected non-decreasing values", cu_seqlens=torch.tensor([0, 3, 1, 5]), **{n: torch.zeros(3, dtype=d) for n, d in (("ref_logps", torch.float32), ("labels", torch.bool), ("lengths", torch.int64))}),
+        bad(
+            "cu_seqlens runs from 0 to 4; expected from 0 to T = 5, the rows of logp",
+            cu_seqlens=torch.tensor([0, 2, 4]),
+        ),
+        bad(
+            "cu_seqlens runs from 1 to 5; expected from 0 to T = 5, the rows of logp",
+            cu_seqlens=torch.tensor([1, 2, 5]),
+        ),
+        bad(
+            "cu_seqlens[2] is 1, below cu_seqlens[1] = 3; expected non-decreasing values",
+            cu_seqlens=torch.tensor([0, 3, 1, 5]),
+            **{
+                n: torch.zeros(3, dtype=d)
+                for n, d in (("ref_logps", torch.float32), ("labels", torch.bool), ("lengths", torch.int64))
+            },
+        ),
         bad("ref_logps has shape (3,); expected (2,), one for each sequence", ref_logps=torch.zeros(3)),
         bad("ref_logps has dtype torch.float16; expected torch.float32", TypeError, ref_logps=torch.zeros(2).half()),
         bad("labels has shape (2, 1); expected (2,), one for each sequence", labels=torch.ones(2, 1) > 0),
@@ -72,7 +89,10 @@ def bad(message, error=ValueError, **changed):
         bad("reference_point has shape (2,); expected ()", reference_point=torch.zeros(2)),
         bad("reference_point is nan; expected a finite number or a 0-dim tensor", reference_point=math.nan),
         bad("reference_point is a str; expected a finite number", TypeError, reference_point="0"),
-        bad("method is 'kot'; expected one of ('kto', 'apo_zero', 'bco', 'enhanced_kto'); did you mean 'kto'?", method="kot"),
+        bad(
+            "method is 'kot'; expected one of ('kto', 'apo_zero', 'bco', 'enhanced_kto'); did you mean 'kto'?",
+            method="kot",
+        ),
         bad("method is None; expected one of", method=None),
         bad("beta is 0; expected a finite number above 0", beta=0),
         bad("beta is a Tensor; expected a finite number above 0", TypeError, beta=torch.tensor(0.1)),
@@ -83,25 +103,53 @@ def bad(message, error=ValueError, **changed):
         bad("shift_gate is 1.1; expected a number in [0, 1]", shift_gate=1.1, **ENHANCED),
         bad("shift_bound is 0; expected a finite number above 0", shift_bound=0, **ENHANCED),
         bad("shift has dtype torch.int64; expected floating point", TypeError, shift=torch.tensor(1), **ENHANCED),
-        bad("win_weighting is 'prelek'; expected one of (None, 'tversky-kahneman', 'prelec'); did you mean 'prelec'?", win_weighting="prelek", **ENHANCED),
-        bad("decision_weighting is 'tk'; expected one of (None, 'tversky-kahneman', 'prelec')", decision_weighting="tk", **ENHANCED),
+        bad(
+            "win_weighting is 'prelek'; expected one of (None, 'tversky-kahneman', 'prelec'); did you mean 'prelec'?",
+            win_weighting="prelek",
+            **ENHANCED,
+        ),
+        bad(
+            "decision_weighting is 'tk'; expected one of (None, 'tversky-kahneman', 'prelec')",
+            decision_weighting="tk",
+            **ENHANCED,
+        ),
         bad("decision_clip is -1; expected (low, high) with 0 < low <= high", decision_clip=(-1, 0.5), **ENHANCED),
-        bad("decision_clip is (2.0, 0.5); expected (low, high) with 0 < low <= high", decision_clip=(2.0, 0.5), **ENHANCED),
+        bad(
+            "decision_clip is (2.0, 0.5); expected (low, high) with 0 < low <= high",
+            decision_clip=(2.0, 0.5),
+            **ENHANCED,
+        ),
         bad("decision_clip is 2; expected (low, high)", TypeError, decision_clip=2, **ENHANCED),
         bad("decision_mean is 0; expected a finite number above 0", decision_mean=0, **ENHANCED),
         bad("odds_weight is -0.1; expected a finite number, 0 or above", odds_weight=-0.1, **ENHANCED),
-        bad("odds_baseline is a NoneType; expected a finite number or a 0-dim tensor", TypeError, odds_baseline=None, **ENHANCED),
+        bad(
+            "odds_baseline is a NoneType; expected a finite number or a 0-dim tensor",
+            TypeError,
+            odds_baseline=None,
+            **ENHANCED,
+        ),
         bad("desirable_weight is -1; expected a finite number, 0 or above", desirable_weight=-1),
         bad("main_bound is 0; expected a finite number above 0", main_bound=0, **ENHANCED),
         bad("odds_bound is -2; expected a finite number above 0", odds_bound=-2, **ENHANCED),
         bad("shift is 0.5; expected 0.0, because method 'kto' does not take it", shift=0.5),
         bad("alpha is 0.88; expected 1.0, because method 'bco' does not take it", alpha=0.88, method="bco"),
-        bad("reference_point is 1.0; expected 0.0, because method 'apo_zero' does not take it", reference_point=1.0, method="apo_zero"),
-        bad("reference_point is a tensor; expected 0.0, because method 'bco'", reference_point=torch.tensor(0.0), method="bco"),
+        bad(
+            "reference_point is 1.0; expected 0.0, because method 'apo_zero' does not take it",
+            reference_point=1.0,
+            method="apo_zero",
+        ),
+        bad(
+            "reference_point is a tensor; expected 0.0, because method 'bco'",
+            reference_point=torch.tensor(0.0),
+            method="bco",
+        ),
         bad("desirable_weight is 2.0; expected 1.0, because method 'bco'", desirable_weight=2.0, method="bco"),
-        bad("backend is 'trition'; expected one of ['auto', 'cpu', 'triton', 'reference']; did you mean 'triton'?", backend="trition"),
+        bad(
+            "backend is 'trition'; expected one of ['auto', 'cpu', 'triton', 'reference']; did you mean 'triton'?",
+            backend="trition",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused(changed, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         sequence_loss(**arguments(**changed))

@@ -48,10 +48,17 @@ def os_error(number: int, name: str | None) -> OSError:
         (os_error(28, "run/model.safetensors"), "No space left on device: 'run/model.safetensors'"),
         (os_error(5, None), "Input/output error"),
         (NonFiniteError("step 3: the loss is nan.", 3, [1]), "step 3: the loss is nan."),
-        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: CUDA out of memory.; use smaller batches (training.per_device_train_batch_size, or --batch-size), a smaller data.max_length, or training.gradient_checkpointing true"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: DefaultCPUAllocator: can't allocate memory; use smaller batches"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            "out of memory: CUDA out of memory.; use smaller batches (training.per_device_train_batch_size, or "
+            "--batch-size), a smaller data.max_length, or training.gradient_checkpointing true",
+        ),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "out of memory: DefaultCPUAllocator: can't allocate memory; use smaller batches",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_fails_is_one_sentence_and_exit_code_1(error, message, here, monkeypatch, capsys):
     fails_with(monkeypatch, error)
     assert main(["train", "r.yaml"]) == 1
@@ -256,9 +263,13 @@ def test_dashes_and_underscores_are_the_same(here, monkeypatch):
         (["--learning-rte", "1"], "--learning-rte is unknown; did you mean --learning-rate?"),
         (["--max_prompt_length", "9"], "max_prompt_length is not an option: a prompt is never cut"),
         (["--beta", "x"], "loss.beta is 'x'; expected a number or null"),
-        (["--training.adam_beta1", "0.8"], "training.adam_beta1 is unknown; options of transformers.TrainingArguments without a key here go into training.extra"),
+        (
+            ["--training.adam_beta1", "0.8"],
+            "training.adam_beta1 is unknown; options of transformers.TrainingArguments without a key here go into "
+            "training.extra",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_is_none_leads_to_the_right_one(words, message, here, capsys):
     assert main(["train", "r.yaml", *words]) == 2
     assert capsys.readouterr().err.startswith(f"prefopt: command line: {message}")

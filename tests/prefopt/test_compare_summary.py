@@ -1,4 +1,4 @@
-"""The arithmetic of a comparison: equal sequences, medians, efficiency, what is refused below 50 steps, and files of it."""
+"""The arithmetic of a comparison: equal sequences, medians, efficiency, what is refused below 50 steps."""
 
 import copy
 import csv
@@ -42,12 +42,14 @@ SEEDS = (42, 43, 44)
 METHODS_HERE = ("kto", "dpo", "sft")
 # (ms of a step, tokens in it, peak bytes, first loss, last loss, margin, accuracy, likelihood) by seed
 RUNS = {
-    "kto": ((100.0, 400, 3 * 2**20, 0.5, 0.4, 1.0, 0.7, -2.0),
-            (200.0, 400, 4 * 2**20, 0.5, 0.3, 3.0, 0.9, -1.0),
-            (400.0, 400, 8 * 2**20, 0.5, 0.2, 2.0, 0.8, -1.5)),
+    "kto": (
+        (100.0, 400, 3 * 2**20, 0.5, 0.4, 1.0, 0.7, -2.0),
+        (200.0, 400, 4 * 2**20, 0.5, 0.3, 3.0, 0.9, -1.0),
+        (400.0, 400, 8 * 2**20, 0.5, 0.2, 2.0, 0.8, -1.5),
+    ),
     "dpo": ((50.0, 400, 2**20, 0.7, 0.6, 0.001, 0.5, -2.0),) * 3,
     "sft": ((50.0, 100, 2**20, 4.0, 3.0, 0.0, 0.5, -0.5),) * 3,
-}  # fmt: skip
+}
 
 
 def content_of(timed: int) -> dict:
@@ -83,20 +85,26 @@ def content_of(timed: int) -> dict:
                         score("likelihood", "desirable, per token", CHANGE, likelihood + 2.5, low=0.1),
                     ],
                 }
-            )  # fmt: skip
+            )
     return {
         "recipe": "recipes/مقارنة الطرق.yaml",
         "model": "base",
         "changes": [],
         "settings": {"steps": WARMUP + timed, "loss.beta": None, "loss.precompute_ref_logps": False},
         "methods": {
-            method: {"sequences_per_step": 4 if method == "sft" else 8, "left_out": []}
-            for method in METHODS_HERE
+            method: {"sequences_per_step": 4 if method == "sft" else 8, "left_out": []} for method in METHODS_HERE
         },
         "timed_steps": timed,
-        "rows": {"kind": "pairs", "train": 15, "held_out": 5, "paired_by_prompt": 0, "without_pair": 0, "shared_prompts": 0},
+        "rows": {
+            "kind": "pairs",
+            "train": 15,
+            "held_out": 5,
+            "paired_by_prompt": 0,
+            "without_pair": 0,
+            "shared_prompts": 0,
+        },
         "runs": runs,
-    }  # fmt: skip
+    }
 
 
 def score(task: str, metric: str, model: str, value: float, low: float = -9.0) -> dict:
@@ -139,8 +147,12 @@ def test_fewer_than_50_timed_steps_have_no_figure_of_time():
     notes = notes_of(content, lines)
     timed = [one for one in MEASURES if one.timed]
     assert {one.key for one in timed} == {
-        "step_ms", "tokens_per_second", "sequences_per_second", "efficiency", "train_s",
-    }  # fmt: skip
+        "step_ms",
+        "tokens_per_second",
+        "sequences_per_second",
+        "efficiency",
+        "train_s",
+    }
     for line in lines[1:]:
         assert {line.cell(one) for one in timed} == {TOO_FEW}
         assert line.cell(next(one for one in MEASURES if one.key == "margin")) != TOO_FEW

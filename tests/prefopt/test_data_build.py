@@ -29,8 +29,9 @@ def cells(table):
 # ---------------------------------------------------------------- the counts
 
 # Counted by hand from tests/fixtures/data, line by line; the outcomes of the lines stand in test_data_convert.py.
-# Dropped answers: "Eleven." of kto-mix is ultrafeedback's; "Twelve." is there twice; "عمّان." is good in one set and bad in
-# the other; lines 1 and 11 of hh-rlhf exchange their labels; SHP's comment c2 wins once and loses once, c1 and c3 come twice.
+# Dropped answers: "Eleven." of kto-mix is ultrafeedback's; "Twelve." is there twice; "عمّان." is good in one set and
+# bad in the other; lines 1 and 11 of hh-rlhf exchange their labels; SHP's comment c2 wins once and loses once, c1 and
+# c3 come twice.
 COUNTED = """
                                                  ultrafeedback_binarized  hh-rlhf  shp  oasst1  kto-mix-14k  all
 rows read                                                             10       12   11      26            8   67
@@ -87,7 +88,9 @@ def test_the_combined_set_has_the_counts_that_were_counted_by_hand(tmp_path, cap
     kept = {(row["completion"][0]["content"], row["label"]) for row in rows}
     assert {("Twelve.", False), ("بغداد.", False), ("Until it walks.", False)} <= kept
     assert not {"عمّان.", "A week is fine.", "No idea."} & {text for text, _ in kept}
-    assert [row["source"] for row in rows if row["completion"][0]["content"] == "Eleven."] == ["ultrafeedback_binarized"]  # fmt: skip
+    assert [row["source"] for row in rows if row["completion"][0]["content"] == "Eleven."] == [
+        "ultrafeedback_binarized"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_the_combined_set_has_the_counts_that_were_counted_by_hand(tmp_path, cap
         ("oasst1", ["--language", "ar"], 26, 6, 6, {"in another language": 4}, 2, 1),
         ("kto-mix-14k", ["--max-rows", "2"], 8, 7, 7, None, None, None),
     ],
-)  # fmt: skip
+)
 def test_each_set_alone(tmp_path, capsys, kind, options, read, used, answers, dropped, kept, groups):
     out = tmp_path / "set"
     assert run(capsys, *words(kind), "--out", out, "--validation", 0, *options)[0] == 0
@@ -127,7 +130,7 @@ def test_arabic_rows_stay_as_they_were_written(tmp_path, capsys):
     text = (out / "train.jsonl").read_text(encoding="utf-8")
     assert "الدار البيضاء." in text and "مراكش 😀" in text and "\\u" not in text
     low = tmp_path / "low"
-    assert run(capsys, source, "--out", low, "--language", "ar", "--language-share", "0.2", "--validation", 0)[0] == 0  # fmt: skip
+    assert run(capsys, source, "--out", low, "--language", "ar", "--language-share", "0.2", "--validation", 0)[0] == 0
     assert len(read(low)) == 4
 
 
@@ -163,7 +166,7 @@ def test_parquet_and_jsonl_sources_give_the_same_rows(tmp_path, capsys, suffix):
     files = [(tmp_path / name / f"train.{suffix}").read_bytes() for name in "ab"]
     assert files[0] == files[1]
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
-    assert manifests[0]["sources"][0]["sha256_of_rows"] == manifests[1]["sources"][0]["sha256_of_rows"]  # fmt: skip
+    assert manifests[0]["sources"][0]["sha256_of_rows"] == manifests[1]["sources"][0]["sha256_of_rows"]
 
 
 # ---------------------------------------------------------------- splits, and again
@@ -188,12 +191,18 @@ def test_the_same_plan_gives_the_same_bytes_and_another_seed_another_order(tmp_p
         build(plan, tmp_path / name)
     files = {name: {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in "abc"}
     assert files["a"] == files["b"]
-    assert sorted(files["a"]) == ["counts.json", "counts.txt", "manifest.json", f"train.{suffix}", f"validation.{suffix}"]  # fmt: skip
+    assert sorted(files["a"]) == [
+        "counts.json",
+        "counts.txt",
+        "manifest.json",
+        f"train.{suffix}",
+        f"validation.{suffix}",
+    ]
     assert files["a"][f"train.{suffix}"] != files["c"][f"train.{suffix}"]
 
 
 def test_the_labels_are_not_in_the_order_of_the_pairs(tmp_path):
-    lines = [json.dumps({"prompt": f"q{i}", "chosen": f"y{i}", "rejected": f"n{i}"}) for i in range(200)]  # fmt: skip
+    lines = [json.dumps({"prompt": f"q{i}", "chosen": f"y{i}", "rejected": f"n{i}"}) for i in range(200)]
     (tmp_path / "p.jsonl").write_text("\n".join(lines), encoding="utf-8")
     build(make_plan([str(tmp_path / "p.jsonl")], validation=0.0), tmp_path / "set")
     labels = [row["label"] for row in read(tmp_path / "set")]
@@ -231,7 +240,7 @@ def test_a_folder_is_read_as_data_by_its_splits(tmp_path):
 def test_a_hub_dataset_is_loaded_at_the_commit_that_is_recorded(tmp_path, monkeypatch):
     import datasets
 
-    asked, rows = {}, [json.loads(line) for line in open(FIXTURES / "kto-mix-14k.jsonl", encoding="utf-8")]  # fmt: skip
+    asked, rows = {}, [json.loads(line) for line in open(FIXTURES / "kto-mix-14k.jsonl", encoding="utf-8")]
 
     def load_dataset(name, **kwargs):
         asked.update(name=name, **kwargs)
@@ -271,7 +280,7 @@ def test_inspect_shows_counts_lengths_and_rows(tmp_path, capsys):
     train = json.loads((tmp_path / "set" / "counts.json").read_text())["total"]["splits"]["train"]
     assert f"train: {train['rows']} rows (chat messages)" in text
     shown = re.search(r"  all +(\d+) +(\d+) +(\d+)\n", text).groups()
-    assert [int(one) for one in shown] == [train[name] for name in ("desirable", "undesirable", "groups")]  # fmt: skip
+    assert [int(one) for one in shown] == [train[name] for name in ("desirable", "undesirable", "groups")]
     assert "groups in more than one split: 0" in text and text.count("asked: ") == 2
     assert main(["data", "inspect", str(FIXTURES / "arabic.jsonl"), "--rows", "7"]) == 0
     text = capsys.readouterr().out

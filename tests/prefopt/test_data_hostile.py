@@ -1,4 +1,4 @@
-"""Files and rows as they should not be: each is one sentence with its place, of bounded length, and hides no other row."""
+"""Broken files and rows: each gets one sentence with its place, of bounded length, and hides no other row."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def only_bad(path):
         ({**GOOD, "label": float("nan")}, "label is nan; expected true or false"),
         ({**GOOD, "group": float("inf")}, "group is inf; expected text or an integer"),
     ],
-)  # fmt: skip
+)
 def test_a_row_that_could_not_be_written_or_compared(tmp_path, capsys, row, reason):
     path = write(tmp_path / "rows.jsonl", dumped(GOOD), dumped(row), dumped({**GOOD, "prompt": "b"}))
     assert only_bad(path) == reason
@@ -67,7 +67,7 @@ def test_a_row_that_could_not_be_written_or_compared(tmp_path, capsys, row, reas
         (b"null", "is a NoneType; expected an object"),
         (b'{"note": {"a": 1, "a": 2}}', "has the key 'a' twice"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_is_no_row(tmp_path, line, reason):
     path = write(tmp_path / "rows.jsonl", dumped(GOOD), line, dumped(GOOD))
     assert only_bad(path).startswith(reason)
@@ -84,10 +84,14 @@ BIG = "x" * 2_000_000
         {**GOOD, "source": [BIG]},
         {"prompt": [{"role": BIG, "content": "a"}], "completion": [], "label": True},
         {"prompt": [{"role": "user", "content": "a", BIG: 1}], "completion": [], "label": True},
-        {"prompt": [{"role": "user", "content": "a"}] * 10_000, "completion": [{"role": "assistant", "content": "b"}], "label": True},
+        {
+            "prompt": [{"role": "user", "content": "a"}] * 10_000,
+            "completion": [{"role": "assistant", "content": "b"}],
+            "label": True,
+        },
         {**GOOD, BIG + "\ud800": 1},
     ],
-)  # fmt: skip
+)
 def test_a_message_about_a_huge_row_is_short(tmp_path, row):
     path = write(tmp_path / "rows.jsonl", dumped(GOOD), dumped(row), dumped(GOOD))
     assert len(only_bad(path)) < 300
@@ -187,8 +191,11 @@ def test_one_true_and_one_point_zero_are_three_labels():
     rows = [{**GOOD, "label": label} for label in (1, True, 1.0, 0, False, "1")]
     loaded = load_rows(rows, label_map={1: False, 0: True}, on_bad_row="skip")  # the wrong way round
     assert dict(zip(loaded.rows["line"], loaded.rows["label"], strict=True)) == {
-        1: False, 2: True, 4: True, 5: False,
-    }  # fmt: skip
+        1: False,
+        2: True,
+        4: True,
+        5: False,
+    }
     assert [bad.reason for bad in loaded.bad] == [
         "label is 1.0; expected true or false, or a label of label_map (1, 0)",
         "label is '1'; expected true or false, or a label of label_map (1, 0)",

@@ -1,4 +1,4 @@
-"""manifest.json of a built folder: files stay inside the folder and are the ones that were built; each fault is one sentence."""
+"""manifest.json of a built folder: its files lie inside the folder and are the ones that were built."""
 
 import json
 import shutil

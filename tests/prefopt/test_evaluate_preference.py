@@ -19,8 +19,8 @@ from prefopt.evaluate.subject import load_subject
 from support.evaluate import BETA, make_run, write_lines
 from support.tiny_models import CHATML, ROWS, make_rows, make_tokenizer
 
-# Two fp32 forward passes of a random two-layer model, summed over up to 60 tokens of about 10 nats each: rounding of some
-# 1e-6 a token. A token more or less would change a sum by nats.
+# Two fp32 forward passes of a random two-layer model, summed over up to 60 tokens of about 10 nats each: rounding of
+# some 1e-6 a token. A token more or less would change a sum by nats.
 NATS = 2e-3
 
 

@@ -1,4 +1,4 @@
-"""Export: adapters with their base's name, merged weights that are the same function, folders that are whole or not there."""
+"""Export: adapters with their base's name, merged weights of the same function, folders whole or absent."""
 
 import copy
 import json

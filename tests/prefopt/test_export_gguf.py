@@ -1,4 +1,4 @@
-"""GGUF files: read back by transformers they are the same tokenizer and the same function, up to what the format rounds."""
+"""GGUF files: transformers reads the same tokenizer and the same function back, up to the format's rounding."""
 
 import copy
 import math
@@ -244,7 +244,7 @@ def test_biases_of_a_llama_change_places_with_their_rows(tmp_path):
 
 
 def test_scaled_rotary_frequencies_of_llama_3(tmp_path):
-    """Divisors by the published rule: 1 for short waves, the factor for long ones, between them a blend of frequencies."""
+    """Divisors by the published rule: 1 for short waves, the factor for long ones, a blend between them."""
     run = make_run(tmp_path, "llama", "gpt-2", rope_parameters=LLAMA3_ROPE)
     tensors = fields_of(export_run(run.folder, "gguf") / "run-q8_0.gguf")[1]
     expected = []
@@ -345,7 +345,7 @@ def test_without_the_gguf_package_one_sentence(runs, monkeypatch, tmp_path):
     ids=["qwen2", "tied", "qwen3", "llama", "biases", "linear-rope", "llama3-rope"],
 )
 def test_llama_cpp_gives_the_same_tokens_and_logits(arch, split, changes, tmp_path):
-    """What transformers cannot read back (biases, rotary scaling, other heads of a Qwen3, SmolLM's digits) can be seen here."""
+    """What transformers cannot read back: biases, rotary scaling, a Qwen3's other heads, SmolLM's digits."""
     llama_cpp = pytest.importorskip(
         "llama_cpp", reason="llama.cpp is not installed (pip install llama-cpp-python builds it)"
     )

@@ -1,4 +1,4 @@
-"""Evaluations on page and card: base and run never mixed up, chance in words, pictures, and metadata that loads again."""
+"""Evaluations on page and card: base and run are told apart, chance in words, and metadata loads again."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The page as a browser meets it: one file, whole or not there, with every text from data escaped and set its own way."""
+"""The page in a browser: one file, whole or absent, with every text from data escaped."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the tests of linear_logprob share: problems, their truth in fp64 and in plain torch, and the backends of this machine."""
+"""What the tests of linear_logprob share: problems, their truth in fp64 and in plain torch, the backends."""
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -73,7 +73,7 @@ def problem(
     seed: int = 0,
     transform: str = "plain",
 ) -> Problem:
-    """Operands of a family in ``dtype``, about ``ignored`` of the targets negative, weights for the outputs ``through``."""
+    """Operands of a family in ``dtype``, about ``ignored`` of the targets negative, weights for ``through``."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, targets = FAMILIES[family](T, H, V, generator)
     offset = torch.randint(-8, 9, (V,), generator=generator) / 8  # exact in every dtype
@@ -208,8 +208,8 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
     }
     below = top - target
     clear = (below == 0) | (below > 4 * torch.finfo(torch.float32).eps * logits.amax(1))
-    # onehot - p and log p + entropy cancel where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative error of p;
-    # the slope of the softcap is at most 1, and is rounded as a difference from 1.
+    # onehot - p and log p + entropy cancel where p is near 1; exp makes the rounding of z, eps |z| / 2, a relative
+    # error of p; the slope of the softcap is at most 1, and is rounded as a difference from 1.
     none = torch.zeros(())
     weights = sum(problem.upstream.get(name, none).abs() for name in ("logp", "entropy")) * counts
     dz = (dz.abs() + weights[:, None] * p) * (1 + z.abs()) * factor
@@ -297,8 +297,8 @@ def check(problems: Problem | list[Problem], results: Results | list[Results]) -
 def through_logp(**arguments) -> TokenLogprobs:
     """What a training step takes: a gradient through logp, numbers to log from the rest.
 
-    An output that a compiled function returns with a gradient gets one, zeros if need be, and then the gradient that the
-    forward has made for a frozen head does not do: the backward recomputes.
+    An output that a compiled function returns with a gradient gets one, zeros if need be, and then the gradient that
+    the forward has made for a frozen head does not do: the backward recomputes.
     """
     out = linear_logprob(**arguments)  # torch 2.11 does not trace _replace
     return TokenLogprobs(out.logp, out.lse.detach(), out.entropy.detach(), *out[3:])

@@ -1,7 +1,9 @@
-"""Run by test_offline.py in a fresh process: every command on a local model and local rows, with the network taken away.
+"""Run by test_offline.py in a fresh process: every command on a local model and local rows, with the network taken
+away.
 
-The Hugging Face libraries read their offline switches when they are imported, and tests/conftest.py sets those; here they
-are unset. Prints one JSON object as its last line: the exit code of each command, and the connections that were tried.
+The Hugging Face libraries read their offline switches when they are imported, and tests/conftest.py sets those; here
+they are unset. Prints one JSON object as its last line: the exit code of each command, and the connections that were
+tried.
 """
 
 import io

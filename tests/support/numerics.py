@@ -1,4 +1,4 @@
-"""The one tolerance policy of the tests, and the families of inputs that the ops are tried on. docs/numerics.md says why."""
+"""The tolerance policy of the tests and the families of inputs; docs/numerics.md says why."""
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ def assert_as_good_as_torch(
 ) -> None:
     """Against fp64, ``ours`` may err ``factor`` times as much as ``baseline``, plus a few roundings.
 
-    ``baseline`` is what plain torch makes of the same inputs. The roundings keep a baseline that is right by luck from being
-    the yardstick: 2 eps of the dtype of ``ours`` times the norm of ``exact``, for the result and what it is made of; and where
-    ``terms`` (the sum of the absolute values of the terms that ``exact`` is the sum of) is given, 2 eps of fp32 times its
-    norm, because a sum that cancels keeps the rounding of its terms.
+    ``baseline`` is what plain torch makes of the same inputs. The roundings keep a baseline that is right by luck from
+    being the yardstick: 2 eps of the dtype of ``ours`` times the norm of ``exact``, for the result and what it is made
+    of; and where ``terms`` (the sum of the absolute values of the terms that ``exact`` is the sum of) is given, 2 eps
+    of fp32 times its norm, because a sum that cancels keeps the rounding of its terms.
     """
     assert exact.dtype == torch.float64, f"{name}: exact is {exact.dtype}"
     assert ours.shape == baseline.shape == exact.shape, f"{name}: {ours.shape}, {exact.shape}"
@@ -63,7 +63,7 @@ def peak(T: int, H: int, V: int, generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def extreme(T: int, H: int, V: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of 1e4 in size; in every second row the target is the largest, so that logp is a difference of two such."""
+    """Logits of size 1e4; in every second row the target is the largest, so logp is a difference of two such."""
     hidden, weight, targets = normal(T, H, V, generator)
     hidden, weight = 60 * hidden, 60 * weight
     targets[::2] = (hidden @ weight.T).argmax(1)[::2]

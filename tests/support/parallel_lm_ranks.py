@@ -10,7 +10,8 @@ from support.causal_lm import VOCAB, make
 
 STEPS = 2
 TIED, UNTIED = "tied qwen3", "llama"
-# FSDP2's units beside the layers, from the first to the last; whether the last of them gives up its weights after a forward
+# FSDP2's units beside the layers, from the first to the last; whether the last of them gives up its weights after a
+# forward
 LAYOUTS = {
     "root": ([], False),
     "with the norm": (["model.norm", "lm_head"], False),

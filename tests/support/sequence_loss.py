@@ -1,4 +1,4 @@
-"""What the tests of sequence_loss share: problems, their truth from the textbook formulas in fp64, and the backends of this machine."""
+"""What the tests of sequence_loss share: problems, their truth by the textbook formulas in fp64, the backends."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -118,7 +118,7 @@ class Results:
 
 
 def ours(problem: Problem, settings: dict, backend: str, through=("losses", "logps"), call=sequence_loss) -> Results:
-    """The call and the gradient of sum(by_loss losses) + sum(by_logps logps), or of the part ``through``; on the CPU."""
+    """The call and the gradient of sum(by_loss losses) + sum(by_logps logps), or of the part ``through``."""
     place = device(backend)
     logp = problem.logp.to(place, copy=True).requires_grad_(bool(through))
     rows = (problem.cu_seqlens, problem.ref_logps, problem.labels, problem.lengths)

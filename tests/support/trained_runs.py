@@ -47,7 +47,7 @@ class Run(NamedTuple):
 
 
 def make_split_tokenizer(split: str, path: Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that splits text as "qwen2", "llama-bpe", "smollm" or "gpt-2" tokenizers do; 4 ids are left free."""
+    """A byte-level BPE that splits text as "qwen2", "llama-bpe", "smollm" or "gpt-2" do; 4 ids are left free."""
     core = Tokenizer(tokenizer_models.BPE(ignore_merges=split == "llama-bpe"))
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -123,7 +123,7 @@ def make_run(
     data: dict | None = None,
     **changes,
 ) -> Run:
-    """``folder/base`` and ``folder/run``: an adapter whose matrices are all different from zero, and the run's files."""
+    """``folder/base`` and ``folder/run``: an adapter of nonzero matrices, and the run's files."""
     base, run = folder / "base", folder / "run"
     tokenizer = make_split_tokenizer(split, base)
     make_base(arch, tokenizer, base, dtype, **changes)
@@ -140,7 +140,7 @@ def make_run(
 
 
 def adapt(base: Path, run: Path, lora: dict) -> PeftModel:
-    """Write an adapter whose values are all away from their start into ``run``; the base with it, in evaluation mode."""
+    """Write an adapter without zeros into ``run``; return the base with it, in evaluation mode."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
     set_seed(1)
@@ -164,8 +164,8 @@ def logits_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 def assert_same_function(merged: torch.nn.Module, trained: torch.nn.Module, ids: torch.Tensor) -> None:
     """The merged model errs as the trained one does in fp32, against fp64.
 
-    A merged weight is off by a rounding or two of fp32, as each product in the trained model is: the same size of error,
-    and some room for luck.
+    A merged weight is off by a rounding or two of fp32, as each product in the trained model is: the same size of
+    error, and some room for luck.
     """
     own = logits_of(trained, ids).double()
     with torch.no_grad():

@@ -141,7 +141,7 @@ class LigerFusedLinearCPOLoss(PairLoss):
 class LigerFusedLinearSimPOLoss(PairLoss):
     r"""SimPO, called as Liger's class is.
 
-    .. math:: L = -\tfrac{1}{P} \sum_i \log \sigma\bigl(\beta (m_{w,i} - m_{l,i}) - \gamma\bigr) + \alpha \, \mathrm{NLL}
+    .. math:: L = -\tfrac{1}{P} \sum_i \log \sigma\bigl(\beta (m_{w,i} - m_{l,i}) - \gamma\bigr) + \alpha\,\mathrm{NLL}
 
     with m the mean log-probability of a completion's token (arXiv:2405.14734, eq. 6). As in Liger the NLL, which the
     paper does not have, is on unless ``compute_nll_loss=False``.
@@ -155,7 +155,8 @@ class LigerFusedLinearSimPOLoss(PairLoss):
         >>> import torch
         >>> from prefopt_kernels.integrations.liger import LigerFusedLinearSimPOLoss
         >>> hidden, weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
-        >>> LigerFusedLinearSimPOLoss(compute_nll_loss=False, gamma=0.0)(weight, hidden, torch.tensor([[1, 2, 3], [4, 5, 6]]))[0]
+        >>> targets = torch.tensor([[1, 2, 3], [4, 5, 6]])
+        >>> LigerFusedLinearSimPOLoss(compute_nll_loss=False, gamma=0.0)(weight, hidden, targets)[0]
         tensor(0.6931)
     """
 

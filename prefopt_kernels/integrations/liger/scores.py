@@ -1,4 +1,4 @@
-"""What the classes with Liger's signatures share: padded sequences in, log-probabilities and Liger's logged sums out."""
+"""Shared by the classes with Liger's signatures: padded sequences in, log-probabilities and logged sums out."""
 
 from typing import NamedTuple
 

@@ -139,8 +139,8 @@ def _check_plain(layer: nn.Module, name: str) -> None:
     if name in layer.lora_variant:
         kind = type(layer.lora_variant[name]).__name__
         raise ValueError(
-            f"adapter {name!r} on the lm_head is a {kind}, which is more than a product of two matrices; expected plain "
-            "LoRA there (use_dora=False and no other variant)"
+            f"adapter {name!r} on the lm_head is a {kind}, which is more than a product of two matrices; expected "
+            "plain LoRA there (use_dora=False and no other variant)"
         )
     dropout = layer.lora_dropout[name]
     if dropout.training and getattr(dropout, "p", 0.0) > 0:
@@ -166,8 +166,8 @@ def _with_trained_tokens(layer: nn.Module) -> HeadOperands:
         )
     if is_dtensor(weight):
         raise ValueError(
-            "trainable_token_indices reaches a head that is spread over processes, which is not supported; expected the "
-            "whole embedding to be trained, with modules_to_save, or a head that each process has whole"
+            "trainable_token_indices reaches a head that is spread over processes, which is not supported; expected "
+            "the whole embedding to be trained, with modules_to_save, or a head that each process has whole"
         )
     rows, new = [], []
     for name in layer.active_adapters:

@@ -22,8 +22,8 @@ PROBE_GAIN = 16.0  # the second probe's hidden state is this much longer: a soft
 class LMHead:
     """The last layer of a causal LM: ``z = softcap * tanh(logit_scale * (W h + r B A h + b) / softcap)``.
 
-    W, b and the adapter (A, B, r) are those of the moment they are asked for: an adapter that is switched off, or merged
-    into W, is None.
+    W, b and the adapter (A, B, r) are those of the moment they are asked for: an adapter that is switched off, or
+    merged into W, is None.
     """
 
     module: nn.Module  # where the hidden states arrive
@@ -96,8 +96,8 @@ def lm_head_of(model: nn.Module) -> LMHead:
         model: has ``get_output_embeddings()`` and ``config``; not wrapped by DDP.
 
     Raises:
-        ValueError: the model has an encoder or no output embedding, or that is quantised, or an adapter sits on it that is
-            not a plain LoRA without dropout.
+        ValueError: the model has an encoder or no output embedding, or that is quantised, or an adapter sits on it that
+            is not a plain LoRA without dropout.
 
     Example:
         >>> import torch
@@ -262,8 +262,8 @@ def own_positions(model: nn.Module, head: LMHead, hidden: Tensor, input_ids: Ten
     if hidden.shape[:2] != (B, L):
         prompt = f", after {head.virtual_tokens} of the prompt" if head.virtual_tokens else ""
         raise ValueError(
-            f"{type(model).__name__} brings hidden states of shape {tuple(hidden.shape)} to its head for input_ids of shape "
-            f"{tuple(input_ids.shape)}; expected one per token{prompt}"
+            f"{type(model).__name__} brings hidden states of shape {tuple(hidden.shape)} to its head for input_ids of "
+            f"shape {tuple(input_ids.shape)}; expected one per token{prompt}"
         )
     return hidden
 
@@ -273,8 +273,8 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
     """Compare ``head``'s formula with the logits that the model itself computes for two tokens.
 
     The second token's hidden state is lengthened on its way into the head, so that a softcap shows. A second sequence
-    differs in the second token, which must not change the logits of the first. Without dropout, so nothing random is drawn;
-    a model on the meta device is not checked.
+    differs in the second token, which must not change the logits of the first. Without dropout, so nothing random is
+    drawn; a model on the meta device is not checked.
 
     Raises:
         ValueError: they differ by more than rounding, so the model does something to its logits that its
@@ -310,8 +310,8 @@ def check_lm_head(model: nn.Module, head: LMHead) -> None:
     ((V, some, expected, terms, weight_dtype),) = caught
     if logits.shape[-1] != V:
         raise ValueError(
-            f"{type(model).__name__} gives {logits.shape[-1]} logits per token and its lm_head has {V} rows; expected as "
-            "many: a vocabulary that is cut after the head is not supported yet"
+            f"{type(model).__name__} gives {logits.shape[-1]} logits per token and its lm_head has {V} rows; expected "
+            "as many: a vocabulary that is cut after the head is not supported yet"
         )
     logits = logits.full_tensor() if is_dtensor(logits) else logits
     _check_causal(model, logits[:, -ids.shape[1]])
@@ -369,14 +369,14 @@ def _check_causal(model: nn.Module, logits: Tensor) -> None:
     change = (first - second).norm() / first.norm()
     if change > unit**0.5:
         raise ValueError(
-            f"{type(base_model_of(model)).__name__} is not causal: the logits of a token change by {change:.1%} with the token "
-            "after it; expected a causal language model"
+            f"{type(base_model_of(model)).__name__} is not causal: the logits of a token change by {change:.1%} with "
+            "the token after it; expected a causal language model"
         )
 
 
 def _expected_logits(head: LMHead, L: int, hidden: Tensor) -> tuple:
-    """Of the last ``L`` positions: V, some ids, their logits (L, ids) in fp64, the sizes of the terms that these are sums of,
-    and the dtype of the weight.
+    """Of the last ``L`` positions: V, some ids, their logits (L, ids) in fp64, the sizes of the terms that these are
+    sums of, and the dtype of the weight.
     """
     V = head.weight.shape[0]
     weight, bias, lora, _group, start = head.resolved(hidden.dtype)

@@ -1,9 +1,9 @@
 """A causal LM of transformers whose loss comes from ``linear_logprob``, by the model's own forward.
 
 Two things of the model change. Its head is called with an empty slice of the hidden states, which are caught on the
-way; and its ``loss_function`` takes those in place of the logits. Everything else a model does in its forward stays: the
-auxiliary loss of a mixture of experts, multimodal inputs, tuples as outputs. There is nothing a subclass of ``Trainer``
-could add: Trainer calls ``model(**inputs, num_items_in_batch=...)`` and takes the loss it gets.
+way; and its ``loss_function`` takes those in place of the logits. Everything else a model does in its forward stays:
+the auxiliary loss of a mixture of experts, multimodal inputs, tuples as outputs. There is nothing a subclass of
+``Trainer`` could add: Trainer calls ``model(**inputs, num_items_in_batch=...)`` and takes the loss it gets.
 """
 
 import functools
@@ -62,8 +62,8 @@ class FusedForward:
         self._applied = False
         self._handle.remove()
         _give_back_loss(self._model, self._own_loss)
-        # Where another library has wrapped the forward since (accelerate does for mixed precision, for good), ours stays
-        # inside it and passes everything on.
+        # Where another library has wrapped the forward since (accelerate does for mixed precision, for good), ours
+        # stays inside it and passes everything on.
         if self._model.__dict__.get("forward") == self._forward:
             del self._model.forward
             delattr(self._model, ATTRIBUTE)
@@ -86,8 +86,8 @@ class FusedForward:
             return plain(*args, **kwargs)
         if model is not self._model or model.get_output_embeddings() is not self.head.module:
             raise RuntimeError(
-                f"{type(model).__name__} is not the model that was patched, or got another lm_head since (an adapter, more "
-                "tokens, torch.nn.DataParallel); undo the patch, and call patch_forward last"
+                f"{type(model).__name__} is not the model that was patched, or got another lm_head since (an adapter, "
+                "more tokens, torch.nn.DataParallel); undo the patch, and call patch_forward last"
             )
         refuse_context_parallel()
         return_dict = kwargs.get("return_dict")
@@ -104,8 +104,8 @@ class FusedForward:
             self._catching, self._hidden = False, None
         if not self._scored:
             raise RuntimeError(
-                f"{type(model).__name__} did not call its loss_function for these labels; is its forward that of another "
-                "library's fused loss? Expected the model's own"
+                f"{type(model).__name__} did not call its loss_function for these labels; is its forward that of "
+                "another library's fused loss? Expected the model's own"
             )
         if not torch.compiler.is_compiling():  # it would compile again for each number
             self.calls += 1
@@ -145,8 +145,8 @@ class FusedForward:
         if hidden is None or hidden.shape[:-1] != shift_labels.shape:
             got = "none" if hidden is None else f"shape {tuple(hidden.shape)}"
             raise ValueError(
-                f"labels have shape {tuple(labels.shape)} and the hidden states that reached the lm_head {got}; expected a "
-                "hidden state for each label: leave logits_to_keep out"
+                f"labels have shape {tuple(labels.shape)} and the hidden states that reached the lm_head {got}; "
+                "expected a hidden state for each label: leave logits_to_keep out"
             )
         targets = shift_labels.flatten().to(hidden.device)
         targets = torch.where(targets == ignore_index, -100, targets)
@@ -180,8 +180,9 @@ def patch_forward(model: nn.Module, *, backend: str = "auto", eval_logits: bool 
         counts the losses computed this way, outside of compiled graphs.
 
     Raises:
-        ValueError: the model is patched already; is compiled; is wrapped by PEFT's AdaptionPrompt; has no loss of a causal LM in the place where transformers
-            keeps it; or processes its logits, or its loss, in a way that four probing tokens show and we do not know.
+        ValueError: the model is patched already; is compiled; is wrapped by PEFT's AdaptionPrompt; has no loss of a
+            causal LM in the place where transformers keeps it; or processes its logits, or its loss, in a way that four
+            probing tokens show and we do not know.
 
     Example:
         >>> import torch
@@ -261,8 +262,8 @@ def _give_back_loss(model: nn.Module, own_loss) -> None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and afterwards each in its own again, and sharded as before.
 
-    But for the 4-bit layers of bitsandbytes: on some CPUs their first pass in that mode packs the weights for good, in a form
-    that has no gradient. They do the same in either mode.
+    But for the 4-bit layers of bitsandbytes: on some CPUs their first pass in that mode packs the weights for good, in
+    a form that has no gradient. They do the same in either mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -318,8 +319,8 @@ def _checked_loss(model: nn.Module, head: LMHead) -> tuple[Tensor, Tensor]:
     wanted = (outputs.logits, probe["labels"])
     if len(seen) != 1 or not all(map(_same, seen[0], wanted)):
         raise ValueError(
-            f"{name} does not give its logits and its labels to its loss_function, once and as they are; its loss would "
-            "have to be known"
+            f"{name} does not give its logits and its labels to its loss_function, once and as they are; its loss "
+            "would have to be known"
         )
     # A logit is rounded to the head's dtype, and a loss is the difference of two: a few roundings of the largest.
     (dtype,) = dtypes
@@ -343,8 +344,8 @@ def _check_reached(wrapper: nn.Module, base: nn.Module, fused: FusedForward) -> 
         fused._forced = False
     if fused.calls != before + 1:
         raise ValueError(
-            f"{type(wrapper).__name__} calls {type(base).__name__} past the patched forward (PEFT's AdaptionPrompt keeps "
-            "the forward that it found); use completion_logprobs, or another kind of adapter"
+            f"{type(wrapper).__name__} calls {type(base).__name__} past the patched forward (PEFT's AdaptionPrompt "
+            "keeps the forward that it found); use completion_logprobs, or another kind of adapter"
         )
 
 

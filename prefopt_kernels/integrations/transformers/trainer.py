@@ -45,7 +45,8 @@ def _trainer() -> type:
                 raise ValueError("compute_loss_func is given; expected none: it needs the logits")
             if self.label_smoother is not None:
                 raise ValueError(
-                    f"label_smoothing_factor is {self.args.label_smoothing_factor}; expected 0: smoothing needs the logits"
+                    f"label_smoothing_factor is {self.args.label_smoothing_factor}; expected 0: smoothing needs the "
+                    "logits"
                 )
             self.backend, self.fused_calls, self._fused = backend, 0, False
 

@@ -1,7 +1,7 @@
 """Per-token log-probabilities under a linear head, without materialising the logits.
 
-Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend is a
-module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition.
+Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend
+is a module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition.
 """
 
 from collections.abc import Sequence
@@ -61,18 +61,18 @@ def linear_logprob(
     .. math:: \log p_t = z_{t,y_t} - \log \sum_v e^{z_{t,v}}, \qquad
               z = \frac{c}{\tau} \tanh\frac{s\,(W h + b)}{c} \quad\text{(no softcap: } z = s\,(W h + b) / \tau\text{)}
 
-    Logits and sums are fp32 whatever the inputs' dtype. Differentiable once in ``hidden``, ``weight`` and ``bias``, through
-    ``logp``, ``lse`` and ``entropy``. With a frozen head the forward also computes the unit gradient d logp / d hidden, when
-    and only when ``hidden`` requires a gradient, and the backward is one elementwise product. Under ``torch.autocast`` the
-    operands are cast to the autocast dtype, as for a linear layer.
+    Logits and sums are fp32 whatever the inputs' dtype. Differentiable once in ``hidden``, ``weight`` and ``bias``,
+    through ``logp``, ``lse`` and ``entropy``. With a frozen head the forward also computes the unit gradient d logp / d
+    hidden, when and only when ``hidden`` requires a gradient, and the backward is one elementwise product. Under
+    ``torch.autocast`` the operands are cast to the autocast dtype, as for a linear layer.
 
-    With ``lora = (A, B, r)`` the raw logits are ``W h + r B (A h) + b``: the product of a low-rank adapter on the head, with
-    gradients to A, B and ``hidden``; A h is summed in fp32 and W is neither changed nor copied.
+    With ``lora = (A, B, r)`` the raw logits are ``W h + r B (A h) + b``: the product of a low-rank adapter on the head,
+    with gradients to A, B and ``hidden``; A h is summed in fp32 and W is neither changed nor copied.
 
     ``grad_filter = e`` lets a backend leave out of d logp / d hidden the tiles of (tokens, vocabulary) in which every
-    probability is below e (the target's own term always stays). What is lost of a row is at most the probability q of the
-    tokens left out, so :math:`\|\Delta\,dh_t\| \le |g_t|\,\frac{|s|}{\tau}\,q_t \max_v \|W_v\|` with
-    :math:`q_t \le \min(1, e V)`, where g_t is the gradient that reaches logp_t (and lse_t). Never applied through entropy.
+    probability is below e (the target's own term always stays). What is lost of a row is at most the probability q of
+    the tokens left out, so :math:`\|\Delta\,dh_t\| \le |g_t|\,\frac{|s|}{\tau}\,q_t \max_v \|W_v\|` with :math:`q_t \le
+    \min(1, e V)`, where g_t is the gradient that reaches logp_t (and lse_t). Never applied through entropy.
 
     Args:
         hidden: (T, H) fp32 | bf16 | fp16. Hidden states that predict the targets (already shifted).
@@ -82,20 +82,23 @@ def linear_logprob(
         logit_scale: s, multiplies the raw logits.
         softcap: c, bounds the logits by tanh (Gemma 2), or None.
         temperature: tau, divides the logits last.
-        outputs: names out of "entropy" (nats), "mean_logit" (mean of z over V), "is_top1" (no logit is above the target's).
-        lora: (A, B, r): A (R, H), B (V, R), each of ``hidden``'s dtype or fp32, and the factor r (PEFT's alpha / R); or None.
-        grad_filter: e for the gradient of ``hidden``, a probability; 0 is exact. Only the triton backend skips; the others
-            compute everything, which keeps the bound.
-        head_grad_filter: the same for the gradients of ``weight``, ``bias`` and ``lora``'s B; tiles below both are not even
-            recomputed. Its error is bounded by e times the sum of the absolute upstream gradients per vocabulary row.
+        outputs: names out of "entropy" (nats), "mean_logit" (mean of z over V), "is_top1" (no logit is above the
+            target's).
+        lora: (A, B, r): A (R, H), B (V, R), each of ``hidden``'s dtype or fp32, and the factor r (PEFT's alpha / R); or
+            None.
+        grad_filter: e for the gradient of ``hidden``, a probability; 0 is exact. Only the triton backend skips; the
+            others compute everything, which keeps the bound.
+        head_grad_filter: the same for the gradients of ``weight``, ``bias`` and ``lora``'s B; tiles below both are not
+            even recomputed. Its error is bounded by e times the sum of the absolute upstream gradients per vocabulary
+            row.
         backend: "auto" or one of "reference", "cpu", "triton". A named backend that cannot run raises with the reason.
             The environment variable PREFOPT_BACKEND replaces "auto".
-        keep_unit: whether a frozen head's forward computes the unit gradient. It serves a backward through ``logp`` alone:
-            set it to False where the loss goes through ``lse`` or ``entropy``.
+        keep_unit: whether a frozen head's forward computes the unit gradient. It serves a backward through ``logp``
+            alone: set it to False where the loss goes through ``lse`` or ``entropy``.
 
     Returns:
-        TokenLogprobs; ``logp`` and ``lse`` (T,) fp32 in nats, exactly 0 where ``targets < 0``, as is every other output.
-        ``mean_logit`` and ``is_top1`` carry no gradient.
+        TokenLogprobs; ``logp`` and ``lse`` (T,) fp32 in nats, exactly 0 where ``targets < 0``, as is every other
+        output. ``mean_logit`` and ``is_top1`` carry no gradient.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; named in the message.

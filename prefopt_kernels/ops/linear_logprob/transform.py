@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Transform(NamedTuple):
-    """``z = softcap * tanh(scale * raw / softcap) / temperature``; without a softcap ``z = scale * raw / temperature``."""
+    """``z = softcap * tanh(scale * raw / softcap) / temperature``; without softcap ``scale * raw / temperature``."""
 
     scale: float
     softcap: float | None

@@ -1,7 +1,8 @@
 """Sums of token log-probabilities, the loss of each sequence and its gradient, in one call.
 
-Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend is a
-module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition, which autograd differentiates.
+Start here. One public function, one custom op with one fake and one autograd rule, and the choice of backend. A backend
+is a module with ``why_not``, ``forward`` and ``backward``; reference.py is the definition, which autograd
+differentiates.
 """
 
 import math
@@ -71,35 +72,38 @@ def sequence_loss(
               \ell_i = L(\mathrm{logps}_i, \mathrm{ref}_i, s_i, n_i)
 
     where L is the loss that ``method`` names: :func:`prefopt_kernels.kto_loss`, ``apo_zero_loss``, ``bco_loss`` or
-    ``enhanced_kto_loss``, whose docstrings have the formulas. Sums over tokens are fp64, rounded once to fp32. The forward also
-    computes d loss / d logps in closed form, so that the backward is one multiplication for each token:
-    :math:`d\,\mathrm{logp}_t = d\ell_i \, \partial\ell_i / \partial\mathrm{logps}_i + d\,\mathrm{logps}_i`.
-    Nothing waits for a device, and the same call gives the same bits.
+    ``enhanced_kto_loss``, whose docstrings have the formulas. Sums over tokens are fp64, rounded once to fp32. The
+    forward also computes d loss / d logps in closed form, so that the backward is one multiplication for each token:
+    :math:`d\,\mathrm{logp}_t = d\ell_i \, \partial\ell_i / \partial\mathrm{logps}_i + d\,\mathrm{logps}_i`. Nothing
+    waits for a device, and the same call gives the same bits.
 
     Args:
         logp: (T,) fp32, nats per token, 0 where a token does not count.
-        cu_seqlens: (B + 1,) int32 | int64, non-decreasing from 0 to T: the row at which each sequence begins, and T. Its
-            values are checked on the CPU only, where reading them is free.
+        cu_seqlens: (B + 1,) int32 | int64, non-decreasing from 0 to T: the row at which each sequence begins, and T.
+            Its values are checked on the CPU only, where reading them is free.
         ref_logps: (B,) fp32, nats under the reference model; a constant to the gradient.
         labels: (B,) bool, True is desirable.
-        lengths: (B,) int32 | int64, tokens of each sequence that count; None: the differences of ``cu_seqlens``. Read by the
-            decision weight and the odds ratio.
-        method: "kto", "apo_zero", "bco" or "enhanced_kto". A keyword that the method does not take must keep its default.
-        reference_point, shift, shift_gate, odds_baseline, decision_mean: as the loss; a number, or a 0-dim tensor on the device
-            of ``logp``, a constant to the gradient. Under torch.compile give what changes as a tensor: each number is compiled.
+        lengths: (B,) int32 | int64, tokens of each sequence that count; None: the differences of ``cu_seqlens``. Read
+            by the decision weight and the odds ratio.
+        method: "kto", "apo_zero", "bco" or "enhanced_kto". A keyword that the method does not take must keep its
+            default.
+        reference_point, shift, shift_gate, odds_baseline, decision_mean: as the loss; a number, or a 0-dim tensor on
+            the device of ``logp``, a constant to the gradient. Under torch.compile give what changes as a tensor: each
+            number is compiled.
         beta, shift_bound, loss_aversion, alpha, kappa, win_weighting, decision_weighting, decision_clip, odds_weight,
             desirable_weight, undesirable_weight, main_bound, odds_bound: as the loss.
         backend: "auto" or one of "reference", "cpu", "triton". A named backend that cannot run raises with the reason.
             The environment variable PREFOPT_BACKEND replaces "auto".
 
     Returns:
-        SequenceLoss. ``losses``, ``logps``, ``log_ratios`` and ``rewards`` are (B,) fp32; ``sums`` is (8,) fp64 on the device
-        of ``logp``, named by ``SUMS``: the number of rows of each class and the sums of their rewards, logps and losses,
-        to be added over calls and processes. The gradient flows through ``losses`` and ``logps``.
+        SequenceLoss. ``losses``, ``logps``, ``log_ratios`` and ``rewards`` are (B,) fp32; ``sums`` is (8,) fp64 on the
+        device of ``logp``, named by ``SUMS``: the number of rows of each class and the sums of their rewards, logps and
+        losses, to be added over calls and processes. The gradient flows through ``losses`` and ``logps``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; named in the message.
-        RuntimeError: the named backend cannot run here; or a second derivative is asked for, which only the reference has.
+        RuntimeError: the named backend cannot run here; or a second derivative is asked for, which only the reference
+            has.
         NotImplementedError: ``logp`` carries a forward-mode tangent, as in ``torch.func.jvp``.
 
     Example:

@@ -1,4 +1,4 @@
-"""The definition of sequence_loss in plain torch: fp64 sums, the functions of prefopt_kernels.losses, torch's autograd."""
+"""The definition of sequence_loss in plain torch: fp64 sums, prefopt_kernels.losses, torch's autograd."""
 
 import math
 

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return TERMINATED if stopped else INTERRUPTED
     except BrokenPipeError:  # the reader has what it wants, as in `prefopt train --list | head -1`
         return BROKEN_PIPE
-    except Exception as error:  # the last resort: every failure ends in one sentence
+    except Exception as error:  # noqa: BLE001  the last resort: every failure ends in one sentence
         return failure.end(error, "--traceback" in words)
 
 

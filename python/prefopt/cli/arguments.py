@@ -16,9 +16,9 @@ BNB_KERNEL = "kernels-community/quantization-bitsandbytes"
 def disable_hub_kernels() -> None:
     """Keep libraries from downloading compiled kernels from the hub; call it before they are imported.
 
-    Where the package kernels is installed, transformers downloads kernels for some architectures, and bitsandbytes one for
-    CPUs with AVX512-BF16 whenever it is imported. Both have implementations of their own. Variables that are set already
-    are kept.
+    Where the package kernels is installed, transformers downloads kernels for some architectures, and bitsandbytes one
+    for CPUs with AVX512-BF16 whenever it is imported. Both have implementations of their own. Variables that are set
+    already are kept.
     """
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)

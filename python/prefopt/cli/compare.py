@@ -30,7 +30,8 @@ def add_compare_command(commands: Any) -> None:
         "compare",
         run,
         "train methods side by side on the same model, prompts, tokens and steps",
-        usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--tiny] [--SECTION.OPTION VALUE ...]",
+        usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--tiny] "
+        "[--SECTION.OPTION VALUE ...]",
         epilog="Writes compare.json, compare.csv, compare.md, plots and report.html. A second start with the same "
         "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
         "loss.method and training.output_dir are not used.",

@@ -94,7 +94,7 @@ def _check_command(actions: Any) -> None:
     check.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="folder or hub id of a tokenizer, to count its tokens and show which are scored (default: that of --model)",
+        help="folder or hub id of a tokenizer, to count tokens and show which are scored (default: that of --model)",
     )
     check.add_argument(
         "--model",

@@ -23,8 +23,8 @@ def add_eval_command(commands: Any) -> None:
         "eval",
         evaluate,
         "judge a run beside the model it started from",
-        epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all, and the run's "
-        "report.html and model card again. " + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
+        epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all, and the "
+        "run's report.html and model card again. " + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
     )
     parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder, or a saved model or adapter")
     parser.add_argument("--suite", required=True, choices=list(SUITES), help="what to measure (required)")

@@ -84,8 +84,8 @@ def _chat_command(commands: Any) -> None:
         "chat",
         run,
         "talk to a run, in the format that it was trained with",
-        epilog="A line is a turn; /reset forgets the conversation, /quit leaves. Works on a pipe too: the answers alone go "
-        "to stdout.",
+        epilog="A line is a turn; /reset forgets the conversation, /quit leaves. Works on a pipe too: the answers "
+        "alone go to stdout.",
     )
     _run_argument(chat)
     chat.add_argument("--system", type=utf8_argument, help="system prompt")

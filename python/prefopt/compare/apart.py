@@ -84,6 +84,6 @@ def _work(job: bytes, log: Path, connection: Connection) -> None:
     except UserError as error:
         traceback.print_exc()
         connection.send((REFUSED, str(error)))
-    except Exception as error:  # an exception may not cross to the parent process; its first line does
+    except Exception as error:  # noqa: BLE001  an exception may not cross to the parent process; its first line does
         traceback.print_exc()
         connection.send((FAILED, first_line(error)))

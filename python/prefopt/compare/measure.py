@@ -40,8 +40,9 @@ def measure(job: Job, on_step: Callable[[], None]) -> dict:
     """Train and judge.
 
     Returns:
-        What compare.json has of a run: settings, ``step_ms`` of the timed steps, ``tokens`` and ``sequences`` in them, ``peak_bytes``,
-        ``losses`` (first, last) and ``scores``; or instead ``stopped``, the reason why training could not be finished.
+        What compare.json has of a run: settings, ``step_ms`` of the timed steps, ``tokens`` and ``sequences`` in them,
+        ``peak_bytes``, ``losses`` (first, last) and ``scores``; or instead ``stopped``, the reason why training could
+        not be finished.
     """
     plan, method = job.plan, job.method
     about = {"method": method, "seed": job.seed, "steps": plan.steps, "versions": versions()}
@@ -90,7 +91,7 @@ def measure(job: Job, on_step: Callable[[], None]) -> dict:
 
 
 class _Clock(TrainerCallback):
-    """Times each step from the end of the one before, so with the making of its batches, but without the log between."""
+    """Times each step from the end of the last one: making the batches included, logging excluded."""
 
     def __init__(self, on_step: Callable[[], None]):
         self.on_step = on_step

@@ -71,15 +71,17 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
     ]
     if any(METHODS[method].data == ANSWERS for method in methods):
         notes.append(
-            "SFT learns from the desirable answers alone: it goes through the same prompts and sees half of the sequences."
+            "SFT learns from the desirable answers alone: it goes through the same prompts and sees half of the "
+            "sequences."
         )
     if content["timed_steps"] >= FEWEST_TIMED:
         notes.append(
-            f"Times are of the {content['timed_steps']:,} steps after {WARMUP} of warm-up, making the batches included and "
-            "logging excluded, with the device synchronised at the end of each; the training time is of all steps. Tokens are "
+            f"Times are of the {content['timed_steps']:,} steps after {WARMUP} of warm-up, making the batches included "
+            "and logging excluded, with the device synchronised at the end of each; the training time is of all steps. "
+            "Tokens are "
             "those trained on: what a method scores again, under the reference model or for its reference point, costs "
-            f"time and is not counted. Efficiency is tokens per second relative to {METHODS[yardstick_of(methods)].title} in "
-            "the same round."
+            "time and is not counted. Efficiency is tokens per second relative to "
+            f"{METHODS[yardstick_of(methods)].title} in the same round."
         )
     if settings["loss.precompute_ref_logps"]:
         notes.append("The reference's scores were computed before the first step, outside all times.")
@@ -87,11 +89,13 @@ def _how(content: dict, methods: list[str], seeds: list[int], steps: int) -> lis
     libraries = ", Python and its libraries included" if "resident" in str(peaks) else ""
     notes += [
         f"Peak memory is the most bytes {'; or '.join(peaks)}{libraries}.",
-        f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the log-ratio "
-        f"to the base model in nats, whatever the method; accuracy is the share of {of} in which the desirable answer has the higher reward. Learned: the 95 % interval of the "
+        f"Margin and accuracy are of {rows['held_out']:,} held-out {rows['kind']}: rewards are {beta:g} times the "
+        "log-ratio "
+        f"to the base model in nats, whatever the method; accuracy is the share of {of} in which the desirable answer "
+        "has the higher reward. Learned: the 95 % interval of the "
         "margin, for SFT of the change in the desirable answers' likelihood, is above 0.",
-        "The loss is another function for each method, so losses compare with nothing in another line; first and last are "
-        "means of a tenth of the steps.",
+        "The loss is another function for each method, so losses compare with nothing in another line; first and last "
+        "are means of a tenth of the steps.",
     ]
     left: dict[str, list[str]] = {}
     for method, one in content["methods"].items():

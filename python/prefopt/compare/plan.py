@@ -18,8 +18,8 @@ FEWEST_TIMED = 50  # steps; with fewer there is no figure of time
 class Plan:
     """What all runs share.
 
-    ``sequences`` is how many a micro-batch has for the methods that see both labels, ``steps`` the optimizer steps of every
-    method.
+    ``sequences`` is how many a micro-batch has for the methods that see both labels, ``steps`` the optimizer steps of
+    every method.
     """
 
     recipe: Recipe
@@ -89,9 +89,9 @@ def steps_of(recipe: Recipe, count: int, batch: int) -> int:
 def loss_of(recipe: Recipe, method: str) -> tuple[Loss, list[str]]:
     """The recipe's loss with another method, and the options that were left out on the way.
 
-    An option goes to another method only where both have the same default: where they differ (simpo's beta is per token,
-    cpo's alpha weighs a likelihood), the same name means something else. What the recipe's own method has no use for goes to
-    every method that has.
+    An option goes to another method only where both have the same default: where they differ (simpo's beta is per
+    token, cpo's alpha weighs a likelihood), the same name means something else. What the recipe's own method has no use
+    for goes to every method that has.
 
     Example:
         >>> from prefopt.recipe import make_recipe

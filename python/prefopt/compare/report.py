@@ -47,7 +47,7 @@ def write_report(out: Path, content: dict) -> Path:
 
 
 def as_csv(lines: Sequence[Line]) -> str:
-    """A line for each method and one for the base model; three columns for each measure, in words where there is no figure."""
+    """A line for each method and for the base model; three columns for each measure."""
     heads = [f"{one.key}{end}" for one in MEASURES for end in ("", "_low", "_high")]
     rows = []
     for line in lines:

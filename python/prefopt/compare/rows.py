@@ -1,4 +1,4 @@
-"""The same sequences for every method: pairs beside each other, as two rated rows each, or their desirable halves alone."""
+"""The same sequences for every method: as pairs, as two rated rows each, or their desirable halves alone."""
 
 import hashlib
 from dataclasses import dataclass, replace

@@ -31,7 +31,8 @@ JSON_NAME, FORMAT = "compare.json", 1
 
 
 def run(recipe: Recipe, request: CompareRequest) -> Path:
-    """Run what is missing of a comparison, print its tables, and write compare.json, compare.csv, compare.md, plots and report.html.
+    """Run what is missing of a comparison, print its tables, and write compare.json, compare.csv, compare.md, plots and
+    report.html.
 
     Args:
         recipe: from ``load_recipe``; its ``training.output_dir`` is not used.

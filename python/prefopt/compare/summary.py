@@ -27,7 +27,8 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of time.
+    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of
+    time.
 
     ``better`` says whether more or less is better, where that can be said; ``from_zero`` whether a bar may begin at 0.
     """
@@ -113,14 +114,15 @@ def efficiencies(runs: Sequence[dict], yardstick: str) -> dict[tuple[str, int], 
 
     .. math:: e_{m,s} = \frac{n_{m,s} / t_{m,s}}{n_{y,s} / t_{y,s}}
 
-    with n the tokens trained on in the timed steps, t their seconds, s the seed of the round and y the yardstick: what slows
-    the machine for a while slows both. Rounds in which the yardstick has no figure are left out.
+    with n the tokens trained on in the timed steps, t their seconds, s the seed of the round and y the yardstick: what
+    slows the machine for a while slows both. Rounds in which the yardstick has no figure are left out.
 
     Returns:
         {(method, seed): efficiency}, without unit.
 
     Example:
-        >>> runs = [{"method": m, "seed": 1, "step_ms": [1000.0 * t], "tokens": 100} for m, t in (("kto", 2), ("dpo", 1))]
+        >>> times = {"kto": [2000.0], "dpo": [1000.0]}
+        >>> runs = [{"method": name, "seed": 1, "step_ms": ms, "tokens": 100} for name, ms in times.items()]
         >>> efficiencies(runs, "kto")
         {('kto', 1): 1.0, ('dpo', 1): 2.0}
     """

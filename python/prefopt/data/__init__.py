@@ -30,7 +30,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """A public name from its file, when it is first asked for: torch and datasets take seconds, the help of a command none."""
+    """Import a public name when it is first asked for: torch and datasets take seconds to import."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

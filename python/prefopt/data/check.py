@@ -149,8 +149,8 @@ def _tokenized(
     notes = template_notes(loaded, tokenized, tokenizer, chat_template_kwargs)
     if tokenizer.chat_template and not loaded.conversational:
         notes.append(
-            "the rows are plain text and are scored as they are; the tokenizer's chat template is not used. To use it, make "
-            "chat messages of them: --as-chat, in training data.as_chat: true"
+            "the rows are plain text and are scored as they are; the tokenizer's chat template is not used. To use it, "
+            "make chat messages of them: --as-chat, in training data.as_chat: true"
         )
     return parts + (["\n".join(f"note: {note}" for note in notes)] if notes else [])
 
@@ -222,8 +222,8 @@ def _rows(loaded: LoadedRows) -> str:
 
 def _leaks(leaked: Mapping[int, str], found: int, asked: int, ngram: int, loaded: LoadedRows) -> str:
     lines = [
-        f"evaluation questions {found} of {asked} found, in {len(leaked)} rows ({ngram} words in a row, or all of a shorter "
-        "one)"
+        f"evaluation questions {found} of {asked} found, in {len(leaked)} rows ({ngram} words in a row, or all of a "
+        "shorter one)"
     ]
     for row, question in leaked.items():
         lines.append(f"  line {loaded.rows[row]['line']}: {' '.join(question.split()):.100}")
@@ -252,8 +252,8 @@ def _tokens(tokenized: Tokenized) -> str:
         labels = np.array(tokenized.dataset["label"][:])
         cut = prompt + completion > tokenized.max_length
         lines.append(
-            f"  of these {int((cut & labels).sum())} desirable and {int((cut & ~labels).sum())} undesirable; a cut answer "
-            "is not scored on its end of turn"
+            f"  of these {int((cut & labels).sum())} desirable and {int((cut & ~labels).sum())} undesirable; a cut "
+            "answer is not scored on its end of turn"
         )
     if counts["prompt_cut"]:
         lines.append(f"  in {counts['prompt_cut']} rows the template renders the prompt differently without its answer")

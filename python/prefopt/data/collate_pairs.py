@@ -8,7 +8,8 @@ SIDES = ("chosen", "rejected")
 
 
 class PairCollator:
-    """Pads P pairs into the 2 P sequences of one micro-batch: the chosen ones, then the rejected ones in the same order.
+    """Pads P pairs into the 2 P sequences of one micro-batch: the chosen ones, then the rejected ones in the same
+    order.
 
     Args:
         pad_token_id, max_length: as for ``PreferenceCollator``.
@@ -32,9 +33,9 @@ class PairCollator:
         """One micro-batch.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (2 P, L) int64 and ``completion_mask`` (2 P, L) bool; ``labels`` (2 P,) bool,
-            True for the chosen ones; ``row`` and ``group`` (P,) int64; ``features``, the raw pairs; ``ref_logps`` (2 P,)
-            fp32 where the columns are there.
+            ``input_ids``, ``attention_mask`` (2 P, L) int64 and ``completion_mask`` (2 P, L) bool; ``labels`` (2 P,)
+            bool, True for the chosen ones; ``row`` and ``group`` (P,) int64; ``features``, the raw pairs; ``ref_logps``
+            (2 P,) fp32 where the columns are there.
         """
         batch = self.rows([_half(pair, side) for side in SIDES for pair in features])
         for name in ("row", "group"):

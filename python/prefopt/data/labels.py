@@ -44,7 +44,8 @@ def label_table(label_map: Mapping | None) -> LabelTable:
     for label, value in label_map.items():
         if isinstance(label, bool):
             raise DataError(
-                f"label_map has the key {str(label).lower()}; true and false need no conversion. If the rows have the words "
+                f"label_map has the key {str(label).lower()}; true and false need no conversion. If the rows have the "
+                "words "
                 'yes and no (or on and off), quote them, {"yes": true, "no": false}: YAML reads them as true and false'
             )
         if not isinstance(label, (str, int, float)) or label != label or label in (math.inf, -math.inf):
@@ -65,7 +66,8 @@ def suggestion(labels: Iterable[tuple[type, Any]]) -> str:
 
     Example:
         >>> suggestion({(int, 1), (int, 0)})
-        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_map {1: true, 0: false} (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows).'
+        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_map {1: true, 0: false}
+        (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows).'
     """
     found = set(labels)
     for good, bad in USUAL:
@@ -73,6 +75,7 @@ def suggestion(labels: Iterable[tuple[type, Any]]) -> str:
             good, bad = (json.dumps(one, ensure_ascii=False) for one in (good, bad))
             return (
                 f"If {good} marks desirable rows and {bad} undesirable ones, convert them with data.label_map "
-                f"{{{good}: true, {bad}: false}} (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows)."
+                f"{{{good}: true, {bad}: false}} (--data.label_map in training, --label-map in `prefopt data check`, "
+                "label_map of load_rows)."
             )
     return ""

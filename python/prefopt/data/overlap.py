@@ -52,7 +52,7 @@ def twins(loaded: LoadedRows) -> Twins:
 
 
 class Leaks(NamedTuple):
-    """``rows``: {position in ``LoadedRows.rows``: the first question found in it}; ``questions``: how many were found."""
+    """``rows``: {position in ``LoadedRows.rows``: the first question found in it}; ``questions``: the number found."""
 
     rows: dict[int, str]
     questions: int
@@ -61,13 +61,15 @@ class Leaks(NamedTuple):
 def leaks(loaded: LoadedRows, questions: Sequence[str], size: int = 8) -> Leaks:
     """Rows whose prompt or answer shares ``size`` words in a row with an evaluation question.
 
-    Words are runs of letters and digits after folding, without accents and vowel signs. A question of fewer words counts
-    only where a whole message (or text) consists of just these words, because short questions occur inside others.
+    Words are runs of letters and digits after folding, without accents and vowel signs. A question of fewer words
+    counts only where a whole message (or text) consists of just these words, because short questions occur inside
+    others.
 
     Example:
         >>> from prefopt.data import load_rows
-        >>> loaded = load_rows([{"prompt": "Is it true: what happens if you crack your knuckles a lot?", "chosen": "Yes", "rejected": "No"}])
-        >>> leaks(loaded, ["What happens if you crack your knuckles a lot?"]).questions
+        >>> question = "What happens if you crack your knuckles a lot?"
+        >>> loaded = load_rows([{"prompt": f"Is it true: {question}", "chosen": "Yes", "rejected": "No"}])
+        >>> leaks(loaded, [question]).questions
         1
     """
     if size < 1:

@@ -1,9 +1,9 @@
 """Rows for the methods that want no thumbs: pairs with both their answers in one row, or desirable answers alone.
 
-``load_rows`` makes two rated rows of a pair, because most of what a row can have wrong concerns one answer. Here the two
-come together again. What is left, rows that were rated one by one, or that `prefopt data build` has made of pairs, is paired
-by its prompt: a desirable answer with an undesirable one to the very same prompt. Nobody may have compared those two; that
-they have different labels is all such a pair says, and the counts tell how many there are.
+``load_rows`` makes two rated rows of a pair, because most of what a row can have wrong concerns one answer. Here the
+two come together again. What is left, rows that were rated one by one, or that `prefopt data build` has made of pairs,
+is paired by its prompt: a desirable answer with an undesirable one to the very same prompt. Nobody may have compared
+those two; that they have different labels is all such a pair says, and the counts tell how many there are.
 """
 
 import hashlib
@@ -33,19 +33,21 @@ def tokenize_pairs(
     on_bad_row: str = "stop",
     chat_template_kwargs: Mapping | None = None,
 ) -> Tokenized:
-    """``tokenize_rows``, and the two answers of each pair put beside each other, then those of rows with the same prompt.
+    """``tokenize_rows``, and the two answers of each pair put beside each other, then those of rows with the same
+    prompt.
 
-    Rows of a prompt are paired in the order of a hash of their answers, each at most once; so the pairs do not depend on the
-    order of the rows. An answer with both labels is in no pair.
+    Rows of a prompt are paired in the order of a hash of their answers, each at most once; so the pairs do not depend
+    on the order of the rows. An answer with both labels is in no pair.
 
     Args:
         loaded, tokenizer, max_length, on_bad_row, chat_template_kwargs: as for ``tokenize_rows``.
 
     Returns:
-        ``Tokenized`` with a row for each pair: ``chosen_prompt_ids``, ``chosen_completion_ids``, ``rejected_prompt_ids``,
-        ``rejected_completion_ids``, ``chosen_line``, ``rejected_line``, ``group`` and ``row``, the number of the pair. ``counts`` are of the rows in pairs,
-        but for ``rows`` and ``pairs``, the number of pairs, ``paired_by_prompt``, how many of them were made of rows
-        that are no pair in the data, and ``without_pair``, rows that were left out.
+        ``Tokenized`` with a row for each pair: ``chosen_prompt_ids``, ``chosen_completion_ids``,
+        ``rejected_prompt_ids``, ``rejected_completion_ids``, ``chosen_line``, ``rejected_line``, ``group`` and ``row``,
+        the number of the pair. ``counts`` are of the rows in pairs, but for ``rows`` and ``pairs``, the number of
+        pairs, ``paired_by_prompt``, how many of them were made of rows that are no pair in the data, and
+        ``without_pair``, rows that were left out.
 
     Raises:
         DataError: as ``tokenize_rows``; and no pairs.
@@ -99,7 +101,7 @@ def tokenize_pairs(
 
 
 def _by_prompt(loaded: LoadedRows, tokenized: Tokenized, single: Sequence[int]) -> list[tuple[int, int]]:
-    """(desirable, undesirable) of the rows at these places that have the same prompt, in the order of the desirable ones."""
+    """(desirable, undesirable) of the given rows that share a prompt, in the order of the desirable ones."""
     rows = loaded.rows.select(np.asarray(tokenized.dataset["row"][:])[list(single)])
     prompts: dict[str, dict[str, dict[bool, int]]] = defaultdict(lambda: defaultdict(dict))
     for place, row in zip(single, rows, strict=True):

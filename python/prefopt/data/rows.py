@@ -4,8 +4,9 @@ A row rates one answer, {prompt, completion, label}, or compares two, {prompt, c
 strings or chat messages ({role, content}), not both. A pair becomes two rated rows here, so that everything behind this
 module knows only one kind.
 
-A label is ``true`` or ``false``. Anything else (0 and 1, the word "true") is refused unless ``label_map`` says what it means,
-because numbers in such a column are as often a rank, a score, or "which of the two is better" as they are a verdict.
+A label is ``true`` or ``false``. Anything else (0 and 1, the word "true") is refused unless ``label_map`` says what it
+means, because numbers in such a column are as often a rank, a score, or "which of the two is better" as they are a
+verdict.
 """
 
 import difflib

@@ -1,13 +1,13 @@
 """What of a row a model is scored on: its tokens one by one, and what of them the answer did not write.
 
-A chat template renders the prompt alone (with the opening of an answer) to begin a generation, and the whole conversation
-to train on. The two need not agree:
+A chat template renders the prompt alone (with the opening of an answer) to begin a generation, and the whole
+conversation to train on. The two need not agree:
 
-- Qwen3's template writes an empty thought, ``<think>\n\n</think>\n\n``, in front of an answer. Unless the prompt is rendered
-  with ``enable_thinking: false``, it is scored in every row.
-- DeepSeek-R1-Distill's opens an answer with ``<think>\n`` and then renders conversations without it: the prompt alone is
-  no beginning of the row. The tokens that differ are in no row: they are neither shown nor scored, but will be shown when
-  the model answers. It also deletes an answer up to ``</think>``.
+- Qwen3's template writes an empty thought, ``<think>\n\n</think>\n\n``, in front of an answer. Unless the prompt is
+  rendered with ``enable_thinking: false``, it is scored in every row.
+- DeepSeek-R1-Distill's opens an answer with ``<think>\n`` and then renders conversations without it: the prompt alone
+  is no beginning of the row. The tokens that differ are in no row: they are neither shown nor scored, but will be shown
+  when the model answers. It also deletes an answer up to ``</think>``.
 - ChatML-like templates end a turn with a line break behind the end-of-turn token. It is scored, and never generated.
 """
 
@@ -26,8 +26,8 @@ WIDTH = 100
 def scored_tokens(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, index: int = 0, beside: str = "") -> str:
     """One row as the model sees it: the prompt, which is not scored, and the tokens that are.
 
-    Tokens are split by ``│`` and a line break is written ``\\n``; a character that is spread over several tokens is shown
-    once, with the last of them. ``beside`` is said below the prompt.
+    Tokens are split by ``│`` and a line break is written ``\\n``; a character that is spread over several tokens is
+    shown once, with the last of them. ``beside`` is said below the prompt.
     """
     row = tokenized.dataset[index]
     limit = tokenized.max_length
@@ -51,7 +51,7 @@ def not_in_row(
     index: int = 0,
     chat_template_kwargs: Mapping | None = None,
 ) -> str:
-    """The tokens with which the prompt alone goes on where the row goes on otherwise; empty if the row begins with the prompt."""
+    """The tokens that follow the prompt when it is rendered alone and differ from the row's; empty if none do."""
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     row = tokenized.dataset[index]
     source = loaded.rows[row["row"]]
@@ -78,8 +78,9 @@ def template_notes(
 ) -> list[str]:
     """Sentences about tokens that are scored in every row, or in none, whatever the answer says.
 
-    A shortcut for KTO is named as such: a token that the model never generates, and whose log-probability is all the same
-    part of every row's sum, can carry the difference between desirable and undesirable rows in place of the answers.
+    A shortcut for KTO is named as such: a token that the model never generates, and whose log-probability is all the
+    same part of every row's sum, can carry the difference between desirable and undesirable rows in place of the
+    answers.
     """
     special = _special_ids(tokenizer)
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
@@ -105,8 +106,8 @@ def template_notes(
     notes = [_head_note(head, many, rows) for head, many in heads.most_common(3) if head]
     if changed:
         notes.append(
-            f"in {changed} of {rows} rows the template does not render the answer as it is written: what it leaves out is "
-            "not learned"
+            f"in {changed} of {rows} rows the template does not render the answer as it is written: what it leaves out "
+            "is not learned"
         )
     if unended:
         notes.append(f"in {unended} of {rows} rows no end-of-turn token is scored: they do not teach the model to stop")
@@ -115,7 +116,8 @@ def template_notes(
     for end, many in ends.most_common(1):
         if end != eos:
             notes.append(
-                f"{many} of {rows} rows end their turn with {decode([end], tokenizer)!r}, but the tokenizer's EOS token is "
+                f"{many} of {rows} rows end their turn with {decode([end], tokenizer)!r}, but the tokenizer's EOS "
+                "token is "
                 f"{tokenizer.eos_token!r}: generation stops there only if the model's generation config names it"
             )
     return notes
@@ -141,8 +143,8 @@ def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _head_note(head: str, many: int, rows: int) -> str:
     return (
-        f"scored before the answer in {many} of {rows} rows: {head!r}. The template wrote it, not the answer; if the prompt "
-        "should end with it, say so in the template's arguments (for Qwen3 {enable_thinking: false})"
+        f"scored before the answer in {many} of {rows} rows: {head!r}. The template wrote it, not the answer; if the "
+        "prompt should end with it, say so in the template's arguments (for Qwen3 {enable_thinking: false})"
     )
 
 
@@ -152,7 +154,8 @@ def _trailing_note(
     end = decode([ends.most_common(1)[0][0]], tokenizer)
     return (
         f"scored after the end of turn {end!r} in {many} of {rows} rows: {decode(list(ids), tokenizer)!r} "
-        f"({len(ids)} token{'s' if len(ids) > 1 else ''}). The model stops at {end!r} and never writes it, but it counts in "
+        f"({len(ids)} token{'s' if len(ids) > 1 else ''}). The model stops at {end!r} and never writes it, but it "
+        "counts in "
         "each row's log-probability: a shortcut by which KTO's loss can fall while the answers stay as they were"
     )
 

@@ -1,4 +1,4 @@
-"""Chat templates rendered within bounds: they are programs from a model's folder, and may fail, loop or write without end."""
+"""Chat templates rendered within bounds: they are programs, and may fail, loop or write without end."""
 
 import inspect
 import signal
@@ -29,8 +29,8 @@ def render(
 ) -> str:
     """A conversation as the tokenizer's chat template writes it.
 
-    The limit of time holds in the main thread, on systems with interval timers. A single operation of the interpreter, such
-    as a product of huge numbers, is not interrupted.
+    The limit of time holds in the main thread, on systems with interval timers. A single operation of the interpreter,
+    such as a product of huge numbers, is not interrupted.
 
     Raises:
         UserError: the template fails, takes longer than ``SECONDS``, or writes more than it can have a reason to.
@@ -43,7 +43,7 @@ def render(
         raise
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses it: {str(error):.200}") from None
-    except Exception as error:  # a template can raise whatever Python can
+    except Exception as error:  # noqa: BLE001  a template can raise whatever Python can
         raise UserError(f"the chat template fails: {type(error).__name__}: {str(error):.200}") from None
     room = MOST_CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
     if len(text) > room:

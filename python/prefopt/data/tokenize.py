@@ -27,13 +27,13 @@ class Tokenized:
     """Token ids of the rows that can be trained on, and what was found on the way.
 
     ``dataset`` has the columns ``prompt_ids``, ``completion_ids`` (with the end of turn, and not yet cut to
-    ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group``, ``row``,
-    the position in ``LoadedRows.rows``, and ``line``, the line in the source ``name``. ``bad`` has the rows that had to leave here. ``counts`` is that of
-    ``LoadedRows``, with ``rows``, ``desirable``, ``undesirable``, ``groups`` and ``bad`` brought up to date, and
-    ``truncated`` (rows that lose the end of their completion), ``truncated_tokens``, ``prompt_cut`` (rows whose prompt
-    ends in tokens that the rendered conversation has not), ``prompt_tokens`` and ``completion_tokens`` (within
-    ``max_length``). ``fingerprint`` depends on the rows, the tokenizer, its template and ``max_length`` alone.
-    ``conversational`` is whether the rows were chat messages.
+    ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group``,
+    ``row``, the position in ``LoadedRows.rows``, and ``line``, the line in the source ``name``. ``bad`` has the rows
+    that had to leave here. ``counts`` is that of ``LoadedRows``, with ``rows``, ``desirable``, ``undesirable``,
+    ``groups`` and ``bad`` brought up to date, and ``truncated`` (rows that lose the end of their completion),
+    ``truncated_tokens``, ``prompt_cut`` (rows whose prompt ends in tokens that the rendered conversation has not),
+    ``prompt_tokens`` and ``completion_tokens`` (within ``max_length``). ``fingerprint`` depends on the rows, the
+    tokenizer, its template and ``max_length`` alone. ``conversational`` is whether the rows were chat messages.
     """
 
     dataset: Dataset

@@ -89,7 +89,8 @@ def thumbs_rows(
 
 
 def pair_rows(questions: list[Question], name: str, seed: int) -> list[dict]:
-    """Chat rows {prompt, chosen, rejected}, shuffled: to each question an answer that the rule passes and one it does not.
+    """Chat rows {prompt, chosen, rejected}, shuffled: to each question an answer that the rule passes and one it does
+    not.
 
     ``name`` and ``seed`` decide everything random.
     """

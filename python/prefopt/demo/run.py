@@ -27,8 +27,8 @@ MAX_LENGTH = 128
 SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, SFT_EPOCHS = 3, 0.4, 12
 # Few in the wrong language: a model this small takes more from them than a habit, it begins to mix the two.
 SFT_BAD_KINDS = ("rude",) * 3 + ("evasive",) * 3 + ("language",)
-# What each method needs to move so small a model within a minute, beside its defaults. ipo aims at a quarter of a nat per
-# token: a further target spoils the good answers too. So does a larger step of simpo, which nothing anchors.
+# What each method needs to move so small a model within a minute, beside its defaults. ipo aims at a quarter of a nat
+# per token: a further target spoils the good answers too. So does a larger step of simpo, which nothing anchors.
 LOSSES: dict[str, dict] = {
     "kto": {"beta": 0.5},
     "apo_zero": {"beta": 0.5},
@@ -56,8 +56,8 @@ TOY = (
 def run_demo(out: str | Path, seed: int = 0, method: str = "kto") -> Path:
     """Build a tiny model and data, train, and leave a report: minutes on two CPU cores, no network.
 
-    ``out`` then holds ``base`` (model and tokenizer before training), ``data`` (the rows) and ``run`` (adapter, metrics,
-    samples, plots, model card, report). An earlier demo there is replaced.
+    ``out`` then holds ``base`` (model and tokenizer before training), ``data`` (the rows) and ``run`` (adapter,
+    metrics, samples, plots, model card, report). An earlier demo there is replaced.
 
     Args:
         out: folder, new, empty or of an earlier demo.

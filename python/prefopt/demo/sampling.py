@@ -19,7 +19,8 @@ def sample_answers(
     batch_size: int = 64,
     desc: str = "answers",
 ) -> list[str]:
-    """One answer to each question, drawn from the whole distribution at ``temperature``; the same seed, the same answers.
+    """One answer to each question, drawn from the whole distribution at ``temperature``; the same seed, the same
+    answers.
 
     The random state of torch is given back as it was.
     """

@@ -111,8 +111,8 @@ def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:
     }
     how = [
         "Likelihood: of the 14 names, the one whose tokens with the end of turn are likeliest after the question. "
-        "Generated: the likeliest tokens one by one, read as the longest name they begin with. Chance is one guess in 14; "
-        f"always saying {NAMES[counts.argmax()]} would score {counts.max() / len(right):.3f} here."
+        "Generated: the likeliest tokens one by one, read as the longest name they begin with. Chance is one guess in "
+        f"14; always saying {NAMES[counts.argmax()]} would score {counts.max() / len(right):.3f} here."
     ]
     silent = {who: float((one[GENERATED] == len(NAMES)).mean()) for who, one in found.items()}
     details["generated_without_a_name"] = silent

@@ -31,7 +31,8 @@ def generate(
         seed: of the samples; torch's random state is given back as it was.
 
     Returns:
-        Lists of at most ``max_new_tokens`` ids. What the model's own generation settings say about sampling is not used.
+        Lists of at most ``max_new_tokens`` ids. What the model's own generation settings say about sampling is not
+        used.
     """
     device = next(model.parameters()).device
     sampling = {"do_sample": False}

@@ -1,8 +1,8 @@
 """The three benchmarks through lm-evaluation-harness: the only module that imports it.
 
-Its own task definitions are used (prompts, few-shot examples, scoring); only where the questions come from can be changed,
-from the hub to files of the same schema. Task data is read when a task is built, so what is missing shows before a model is
-loaded.
+Its own task definitions are used (prompts, few-shot examples, scoring); only where the questions come from can be
+changed, from the hub to files of the same schema. Task data is read when a task is built, so what is missing shows
+before a model is loaded.
 """
 
 import json
@@ -188,8 +188,8 @@ def _asked(name: str, files: dict[str, dict[str, str]] | None, limit: int | None
         count = len(tasks[task].eval_docs)
         if max(places) >= count:
             raise UserError(
-                f"{task} has {count} test questions, and MMLU-mini asks for number {max(places)} (from 0); expected the "
-                f"whole test split of {benchmark.hub}"
+                f"{task} has {count} test questions, and MMLU-mini asks for number {max(places)} (from 0); expected "
+                f"the whole test split of {benchmark.hub}"
             )
     return Asked(benchmark, tasks, questions)
 
@@ -235,7 +235,8 @@ def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
     if not found:
         raise UserError(
             f"--tasks-dir {folder} has no questions; expected files such as hellaswag_train.jsonl, "
-            "hellaswag_validation.jsonl, truthfulqa_mc_validation.jsonl, mmlu_anatomy_dev.jsonl and mmlu_anatomy_test.jsonl"
+            "hellaswag_validation.jsonl, truthfulqa_mc_validation.jsonl, mmlu_anatomy_dev.jsonl and "
+            "mmlu_anatomy_test.jsonl"
         )
     return found
 

@@ -41,16 +41,19 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
     """
     if BASE not in subject.models:
         raise UserError(
-            f"rewards of {subject.folder} are relative to the model it started from, which is not known; give it with --base"
+            f"rewards of {subject.folder} are relative to the model it started from, which is not known; give it with "
+            "--base"
         )
     rule = None if request.rule is None else make_rule(request.rule)
     beta = float(subject.option("loss", "beta") or BETA)
     judge = _Judge(subject, held_out, request)
     scores, details = judge.rewards(beta)
     how = [
-        f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, pairs: the "
+        f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, "
+        "pairs: the "
         "desirable answer of a pair has the higher reward (Wilson's interval where each pair has a prompt of its own). "
-        "Accuracy, all: any desirable answer has a higher reward than any undesirable one (area under the ROC curve). KL, "
+        "Accuracy, all: any desirable answer has a higher reward than any undesirable one (area under the ROC curve). "
+        "KL, "
         "mismatched: mean log-ratio of answers to other prompts, which is KTO's reference point before it is cut at 0."
     ]
     if rule is not None:
@@ -59,9 +62,9 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
         details["samples"] = samples
         how.append(
             f"One answer to each prompt from base and from run, sampled at temperature {judge.temperature:g} up to "
-            f"{judge.max_new_tokens} tokens, and judged by the rule {request.rule}. Wins: the run's answer passes and the "
-            "base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, which "
-            "estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
+            f"{judge.max_new_tokens} tokens, and judged by the rule {request.rule}. Wins: the run's answer passes and "
+            "the base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, "
+            "which estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
         )
     source = held_out.source or held_out.loaded.name
     on = asked_on(source, held_out.split, held_out.revision)

@@ -44,8 +44,8 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
             )
         elif score.model == RUN and score.chance and score.high < score.chance:
             said.append(
-                f"{score.task}, {score.metric}: {number(score.value)} is below chance ({number(score.chance)}): guessing "
-                "would do better, so look at how the answers are scored before the model."
+                f"{score.task}, {score.metric}: {number(score.value)} is below chance ({number(score.chance)}): "
+                "guessing would do better, so look at how the answers are scored before the model."
             )
         elif score.chance == 0 and score.at_chance:
             what = "the change from base to run" if score.model == CHANGE else number(score.value)
@@ -56,7 +56,8 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
 
 
 def asked_on(source: str, split: str | None, revision: str | None = None) -> dict[str, str | None]:
-    """What rows are called on a page: the hub's id, or the last part of a path, which is all that means something elsewhere.
+    """What rows are called on a page: the hub's id, or the last part of a path, which is all that means something
+    elsewhere.
 
     Example:
         >>> asked_on("/home/me/rows.jsonl", None)["name"], asked_on("TIGER-Lab/MMLU-Pro", "test")["hub"]

@@ -86,7 +86,8 @@ def _asked(source: Source, request: EvalRequest) -> Any:
         return read_rows(source, request)
     if request.data is None:
         raise UserError(
-            "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` made)"
+            "--data is missing: questions with their category (MMLU-Pro's schema, or rows that `prefopt data build` "
+            "made)"
         )
     return classify.read_questions(request, source.row_options)
 

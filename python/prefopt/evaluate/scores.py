@@ -1,7 +1,7 @@
 """Scores with their uncertainty: shares by Wilson, everything else by a seeded bootstrap over questions or prompts.
 
-Values that are all equal show no spread. They get no standard error, and the interval of a share is then Wilson's, that of
-anything else unknown (infinite): an interval of width 0 would claim certainty.
+Values that are all equal show no spread. They get no standard error, and the interval of a share is then Wilson's, that
+of anything else unknown (infinite): an interval of width 0 would claim certainty.
 """
 
 import math
@@ -19,8 +19,8 @@ RESAMPLES = 2000
 def share(outcomes: Sequence[float], **labels) -> Score:
     """The share of successes among independent outcomes of 0, 1/2 (a tie) or 1, with Wilson's interval.
 
-    The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as lm-evaluation-harness has
-    it; None where all outcomes are equal.
+    The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as
+    lm-evaluation-harness has it; None where all outcomes are equal.
 
     Example:
         >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model="run", chance=0.25)

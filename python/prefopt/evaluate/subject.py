@@ -32,7 +32,8 @@ from prefopt.use.load import (
 class Subject:
     """A run with what is needed to judge it.
 
-    ``kind`` is "adapter" or "weights". ``base_name`` is None where no starting model is known: then only the run is judged.
+    ``kind`` is "adapter" or "weights". ``base_name`` is None where no starting model is known: then only the run is
+    judged.
     """
 
     folder: Path
@@ -80,7 +81,7 @@ class Subject:
         return next((one for one in said if one is not None), None if said else default)
 
     def other_format(self, chat: bool) -> list[str]:
-        """A warning if the rows to evaluate on, chat messages or text, are not of the form that the run was trained on."""
+        """A warning if the evaluation rows and the training rows are not both chat messages or both text."""
         trained = trained_format(self.record)
         if trained is None or (trained == TEXT) is not chat:
             return []
@@ -172,6 +173,7 @@ def _warnings(subject: Subject) -> list[str]:
     names = {"nf4": "in 4 bits (NF4)", WHOLE: "that were not quantised"}
     if trained in names and trained != subject.quantization:
         found.append(
-            f"The run was trained on weights {names[trained]} and is evaluated on weights {names[subject.quantization]}."
+            f"The run was trained on weights {names[trained]} and is evaluated on weights "
+            f"{names[subject.quantization]}."
         )
     return found

@@ -127,13 +127,15 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
         cut = max(found.cut for found in by_model.values())
         if cut:
             warnings.append(
-                f"{title}: {cut} prompts with their answers are longer than the model's context and lost their beginning."
+                f"{title}: {cut} prompts with their answers are longer than the model's context and lost their "
+                "beginning."
             )
         found = _details(by_model, benchmark.metrics)
         details["benchmarks"][name] = {"title": title} | found
     if limit is not None:
         warnings.append(
-            f"Only the first {limit} questions of each task were asked, so these are not the numbers that others publish."
+            f"Only the first {limit} questions of each task were asked, so these are not the numbers that others "
+            "publish."
         )
     missing = [one.title for name, one in BENCHMARKS.items() if name not in answers]
     if missing:

@@ -21,7 +21,7 @@ LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 TAGS = {"adapter": ["lora"], "gguf": ["llama.cpp"]}
 WHAT = {
     "adapter": "The adapter alone: it needs its base model.",
-    "merged": "The adapter merged into the weights of its base model, in fp32, then rounded to the dtype that is stored.",
+    "merged": "The adapter merged into its base model's weights in fp32, then rounded to the dtype that is stored.",
     "merged-4bit": "The merged weights, rounded to 4 bits (bitsandbytes, NF4).",
     "gguf": "One file for llama.cpp and the programs built on it.",
 }

@@ -2,8 +2,8 @@
 
 What differs between the two worlds, and would give wrong answers without a word:
 
-- The llama of llama.cpp rotates neighbouring pairs of a head's values, Hugging Face's rotates the two halves: the rows of q and k
-  change places (and their biases). Qwen's does as Hugging Face.
+- The llama of llama.cpp rotates neighbouring pairs of a head's values, Hugging Face's rotates the two halves: the rows
+  of q and k change places (and their biases). Qwen's does as Hugging Face.
 - A head that is tied to the embedding is not stored.
 - Llama 3.1's scaling of the rotary frequencies is a tensor of divisors.
 """
@@ -38,8 +38,8 @@ def check_config(config: PretrainedConfig) -> None:
     """
     if config.model_type not in ARCHITECTURES:
         raise UserError(
-            f"--format gguf is written for {', '.join(ARCHITECTURES)}; this model is {config.model_type}: use --format merged, "
-            "and llama.cpp's own converter if it knows the model"
+            f"--format gguf is written for {', '.join(ARCHITECTURES)}; this model is {config.model_type}: use --format "
+            "merged, and llama.cpp's own converter if it knows the model"
         )
     rope = _rope(config)
     reasons = []

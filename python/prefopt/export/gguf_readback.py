@@ -1,4 +1,4 @@
-"""A GGUF file read again: every tensor against the weights it was written from, the sizes through transformers' reader."""
+"""A GGUF file read again: every tensor against the weights it came from, the sizes through transformers."""
 
 from pathlib import Path
 
@@ -30,8 +30,8 @@ def read_back_gguf(path: Path, model: PreTrainedModel, quant: str) -> None:
         quant: of its matrices.
 
     Raises:
-        UserError: a tensor is missing or off by more than its type rounds, a tensor has no place in the model, or a size
-            is another one.
+        UserError: a tensor is missing or off by more than its type rounds, a tensor has no place in the model, or a
+            size is another one.
     """
     import gguf
 

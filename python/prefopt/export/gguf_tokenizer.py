@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file: a byte-level BPE as vocabulary, merges, and the name of the rule that splits text.
 
-The file cannot hold the rule itself, only its name among those that llama.cpp knows. A wrong name gives other tokens for the
-same text without a word, so a rule that is not known by its exact expression is refused.
+The file cannot hold the rule itself, only its name among those that llama.cpp knows. A wrong name gives other tokens
+for the same text without a word, so a rule that is not known by its exact expression is refused.
 """
 
 import json
@@ -26,7 +26,7 @@ PROBE = "a"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says about the tokenizer; ``types`` are names of ``gguf.TokenType``, ids are None where there is none."""
+    """What the file says about the tokenizer; ``types`` are names of ``gguf.TokenType``, an id may be None."""
 
     pre: str
     tokens: list[str]
@@ -67,7 +67,8 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: i
     spelled |= {token_id: token["content"] for token_id, token in added.items()}
     if max(spelled) >= rows:
         raise UserError(
-            f"the tokenizer has the id {max(spelled)}, and the model's embedding {rows} rows; expected a row for each id"
+            f"the tokenizer has the id {max(spelled)}, and the model's embedding {rows} rows; expected a row for each "
+            "id"
         )
     first, last = _added_around(tokenizer)
     template = tokenizer.chat_template
@@ -98,14 +99,15 @@ def _pre(rule: dict | None, whole_words: bool) -> str:
     named = _named(steps)
     if named is None:
         raise UserError(
-            "--format gguf knows the rules by which Qwen, Llama 3, SmolLM and GPT-2 tokenizers split text; this tokenizer has "
+            "--format gguf knows the rules by which Qwen, Llama 3, SmolLM and GPT-2 tokenizers split text; this "
+            "tokenizer has "
             "another one, so that the file would give other tokens: use --format merged, and llama.cpp's own converter"
         )
     name, expected = named
     if whole_words != expected:
         raise UserError(
-            f"the tokenizer splits text as {name} does, but {'takes' if whole_words else 'does not take'} words that are "
-            "tokens as a whole without merging, unlike it; --format gguf would give other tokens"
+            f"the tokenizer splits text as {name} does, but {'takes' if whole_words else 'does not take'} words that "
+            "are tokens as a whole without merging, unlike it; --format gguf would give other tokens"
         )
     return name
 

@@ -41,8 +41,8 @@ def write_gguf(
 ) -> list[str]:
     """Write model and tokenizer into one file.
 
-    Matrices are kept as ``quant`` says: f32 as they are; f16 rounded to nearest, ``|error| <= 2**-11 |w|``; q8_0 in blocks of
-    32 along a row, each value a whole multiple of ``d = max|w| / 127`` with ``d`` kept in f16, so that
+    Matrices are kept as ``quant`` says: f32 as they are; f16 rounded to nearest, ``|error| <= 2**-11 |w|``; q8_0 in
+    blocks of 32 along a row, each value a whole multiple of ``d = max|w| / 127`` with ``d`` kept in f16, so that
     ``|error| <= max|w| (1 / 254 + 2**-11)`` over the block. Vectors (norms, biases) are always f32.
 
     Args:

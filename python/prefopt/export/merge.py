@@ -37,8 +37,8 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
     Its generation config stops where the run's chat template ends a turn.
 
     Raises:
-        UserError: the base is stored quantised, the adapter cannot be merged, weights are not finite, or the merged model
-            computes something else than the adapter beside its base.
+        UserError: the base is stored quantised, the adapter cannot be merged, weights are not finite, or the merged
+            model computes something else than the adapter beside its base.
     """
     _refuse_quantised(source)
     model = load_model(source, dtype="float32", quantization=WHOLE)
@@ -124,8 +124,8 @@ def _refuse_quantised(source: Source) -> None:
     config = config_of(source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
-            f"{source.weights} is stored quantised, and an adapter merged into that would be rounded with it; name the base "
-            "that it was made of by --base"
+            f"{source.weights} is stored quantised, and an adapter merged into that would be rounded with it; name the "
+            "base that it was made of by --base"
         )
 
 

@@ -1,4 +1,4 @@
-"""Every export is loaded again before it appears, as its user will load it, and compared with the model it was made of."""
+"""Every export is loaded as its user will load it, and compared with the model it was made of."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,8 +79,8 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
     allowed = rounding(model, expected)
     if not difference <= allowed:
         raise UserError(
-            f"{what} has logits that differ by {difference:.2g} from those of the trained model, where rounding explains "
-            f"{allowed:.1g}; nothing was exported"
+            f"{what} has logits that differ by {difference:.2g} from those of the trained model, where rounding "
+            f"explains {allowed:.1g}; nothing was exported"
         )
 
 
@@ -110,7 +110,8 @@ def read_back_adapter(
     bases: Iterable[tuple[str | None, str | None]],
     trust_remote_code: bool = False,
 ) -> bool:
-    """Compare an exported adapter with the run's: its tensors, and its logits on the first base that is on this machine.
+    """Compare an exported adapter with the run's: its tensors, and its logits on the first base that is on this
+    machine.
 
     Args:
         folder: of the export.
@@ -152,8 +153,8 @@ def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
 def check_four_bits(folder: Path, merged: Path, compute: torch.dtype, trust_remote_code: bool = False) -> None:
     """Load a model in 4 bits and compare it with the one it was made of.
 
-    Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights the model that is
-    not quantised has to give the same logits, computed in fp32 by both.
+    Every quantised weight has to be within NF4's rounding, every other one equal; and with these weights the model that
+    is not quantised has to give the same logits, computed in fp32 by both.
 
     Args:
         folder: of the model in 4 bits.

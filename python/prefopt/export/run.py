@@ -64,8 +64,8 @@ def export_run(
         the folder, which has the weights, the tokenizer, a model card and export.json (what it was made of).
 
     Raises:
-        UserError: the run, the format and the model do not go together, a package is missing, ``out`` is in use, or what was
-            written is another model when it is loaded again.
+        UserError: the run, the format and the model do not go together, a package is missing, ``out`` is in use, or
+            what was written is another model when it is loaded again.
         OSError: it cannot be written.
     """
     if format not in FORMATS:
@@ -84,8 +84,8 @@ def export_run(
         notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
         if source.quantization != WHOLE:  # an adapter's recipe is not read, and its base stays as it is
             notes.append(
-                f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole weights, on "
-                "which it computes something else: evaluate the result before you rely on it"
+                f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole "
+                "weights, on which it computes something else: evaluate the result before you rely on it"
             )
         _record(partial, source, format, quant, dtype, notes)
         write_card(partial, source, format)
@@ -129,7 +129,8 @@ def _write_adapter(
     notes = []
     if not read_back_adapter(folder, source.folder, bases, source.trust_remote_code):
         notes.append(
-            "the base model is not on this machine: the adapter's tensors were compared with the run's, its logits were not"
+            "the base model is not on this machine: the adapter's tensors were compared with the run's, its logits "
+            "were not"
         )
     if hub_id(source.base) is None:
         notes.append(
@@ -169,8 +170,8 @@ def _write_gguf(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
     read_back_gguf(path, model, quant)
     if source.template_kwargs:
         notes.append(
-            f"the run was trained with the chat template's arguments {json.dumps(source.template_kwargs)}, which the file "
-            "cannot hold; give them to the program that runs it"
+            f"the run was trained with the chat template's arguments {json.dumps(source.template_kwargs)}, which the "
+            "file cannot hold; give them to the program that runs it"
         )
     return notes
 

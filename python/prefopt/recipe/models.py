@@ -27,8 +27,8 @@ from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
 from prefopt.recipe.schema import Recipe
 
-# Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An answer
-# ends in the EOS token, with nothing behind it.
+# Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An
+# answer ends in the EOS token, with nothing behind it.
 DIALOGUE = (
     "{% for message in messages %}"
     "{{ '' if loop.first else '\n\n' }}"
@@ -125,7 +125,8 @@ def adapter_config(lora: Lora) -> LoraConfig:
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) -> None:
-    """Refuse names of layers that the model does not have, or that are not linear; ``key`` names the option in messages.
+    """Refuse names of layers that the model does not have, or that are not linear; ``key`` names the option in
+    messages.
 
     Raises:
         UserError: no layer matches, or one that matches is not linear.

@@ -10,7 +10,8 @@ METHODS = ("enhanced_kto", "bco")
 MEASURED = ("base", "shift", "value", "weighting", "odds")  # the parts that are logged as grad/*
 OFF = "off"
 WEIGHTS = (
-    "KTO without any of this is not symmetric either: desirable_weight and undesirable_weight{given} already are a knob of "
+    "KTO without any of this is not symmetric either: desirable_weight and undesirable_weight{given} already are a "
+    "knob of "
     "loss aversion, by label. loss_aversion is one by outcome: it weighs rows, of either label, that are on the wrong "
     "side of the reference point."
 )

@@ -1,7 +1,7 @@
 """A model card that somebody wrote or changed by hand is kept beside the new one.
 
-The card ends in a comment, which no reader of Markdown is shown, with a digest of what stands above it: it tells the card
-that was written from one that was changed since. The empty form that PEFT leaves with an adapter is nobody's work.
+The card ends in a comment, which no reader of Markdown is shown, with a digest of what stands above it: it tells the
+card that was written from one that was changed since. The empty form that PEFT leaves with an adapter is nobody's work.
 """
 
 import hashlib

@@ -18,7 +18,7 @@ def title(suite: Suite) -> str:
 
 
 def table(suite: Suite) -> list[list[str]]:
-    """A line for each metric, as ``HEAD`` has it: values with their standard errors, the chance line and the verdict."""
+    """A line for each metric, as in ``HEAD``: values with their standard errors, the chance line, the verdict."""
     return [
         [
             _label(line),

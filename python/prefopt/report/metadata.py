@@ -14,8 +14,8 @@ TASK_TYPES = {"classify": "text-classification"}  # of the other suites "text-ge
 def metadata(run: Run) -> ModelCardData:
     """Base model, data, library, tags and, as model-index, the trained model's own scores. No license is guessed.
 
-    The scores of the model before training, and changes, stand in the card's tables alone: a reader of model-index takes
-    every number in it for one of this model.
+    The scores of the model before training, and changes, stand in the card's tables alone: a reader of model-index
+    takes every number in it for one of this model.
     """
     base = base_model(run)
     dataset = hub_id(run.option("data", "path"))

@@ -25,8 +25,8 @@ PLOTS = (
         "Loss",
         "loss",
         (("loss", "training", OWN), ("eval_loss", "evaluation", BAD)),
-        "The method's loss, as its formula defines it; KTO's is 0.5 where the model still equals its reference, and lower as "
-        "it agrees with the thumbs.",
+        "The method's loss, as its formula defines it; KTO's is 0.5 where the model still equals its reference, and "
+        "lower as it agrees with the thumbs.",
     ),
     Plot(
         "rewards",
@@ -69,7 +69,8 @@ PLOTS = (
             ("grad/weighting", "weighting", "#b08a1e"),
             ("grad/odds", "odds ratio", BAD),
         ),
-        "Which part of the loss pulls how hard on the log-probabilities: the mean sizes of the parts, in shares of their sum.",
+        "Which part of the loss pulls how hard on the log-probabilities: the mean sizes of the parts, in shares of "
+        "their sum.",
     ),
     Plot(
         "learning_rate",

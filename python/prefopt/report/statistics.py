@@ -11,7 +11,8 @@ Z = 1.959963984540054  # the normal quantile of a two-sided 95 % interval
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % score interval of a share (Wilson 1927); (0, 1) where n is 0.
 
-    ``successes`` may count an outcome as a half: the variance of a mean of values from 0 to 1 is at most that of a share.
+    ``successes`` may count an outcome as a half: the variance of a mean of values from 0 to 1 is at most that of a
+    share.
 
     Example:
         >>> low, high = wilson(5, 10)
@@ -95,7 +96,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def student_t(degrees: int) -> float:
     """The quantile of a two-sided 95 % interval of Student's t, for whole degrees of freedom from 1.
 
-    Found by bisection of the probability that |t| stays below it, a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    Found by bisection of the probability that |t| stays below it, a finite sum (Abramowitz and Stegun 26.7.3 and
+    26.7.4).
 
     Example:
         >>> round(student_t(9), 4)

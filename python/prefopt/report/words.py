@@ -207,7 +207,7 @@ def _judged(run: Run) -> list[str]:
 
 
 def _end_margins(run: Run) -> tuple[float, float] | None:
-    """Mean margin over the last quarter of the logs, or the last four, and its standard deviation; None if there are fewer."""
+    """Mean margin over the last quarter of the logs (at least four) and its standard deviation; None if fewer."""
     margins = run.finite("rewards/margins")
     last = margins[-_end_size(margins) :]
     return _mean_and_deviation(last) if len(last) >= FEWEST_LOGS else None
@@ -229,13 +229,15 @@ def _margin(run: Run) -> list[str]:
         mean, deviation = ends
         side = "above" if mean >= 0 else "below"
         sentences.append(
-            f"In the last {_end_size(margins)} of {len(margins)} logs a desirable row's reward was on average {number(abs(mean))} {side} an "
+            f"In the last {_end_size(margins)} of {len(margins)} logs a desirable row's reward was on average "
+            f"{number(abs(mean))} {side} an "
             f"undesirable one's; from log to log the margin varied with a standard deviation of {number(deviation)}."
         )
     held_out = run.last("eval_rewards/margins")
     if held_out is not None:
         sentences.append(
-            f"On rows that were not trained on, the margin ended at {', '.join([number(held_out), *_held_out_count(run)])}."
+            "On rows that were not trained on, the margin ended at "
+            f"{', '.join([number(held_out), *_held_out_count(run)])}."
         )
     return sentences
 

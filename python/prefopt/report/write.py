@@ -20,9 +20,10 @@ ERRORS = "replace"
 def write_report(run_dir: str | Path) -> Path:
     """Write plots, eval_summary.csv, README.md and, last, report.html into a run folder.
 
-    Reads run.json and metrics.jsonl and, if there, eval.json, samples.json, summary.json, memory.json, adapter_config.json,
-    bad_rows.jsonl and recipe.yaml. What is missing or broken is said in the report. Each file is written beside its place
-    and renamed; a README.md that was changed by hand is kept as README.edited.md, with a warning.
+    Reads run.json and metrics.jsonl and, if there, eval.json, samples.json, summary.json, memory.json,
+    adapter_config.json, bad_rows.jsonl and recipe.yaml. What is missing or broken is said in the report. Each file is
+    written beside its place and renamed; a README.md that was changed by hand is kept as README.edited.md, with a
+    warning.
 
     Returns:
         Path of report.html.

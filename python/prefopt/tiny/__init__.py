@@ -1,4 +1,4 @@
-"""`prefopt train RECIPE --tiny`: a recipe on a model of under a million parameters and embedded rows, in under a minute."""
+"""`prefopt train RECIPE --tiny`: a recipe on a model of under a million parameters and built-in rows."""
 
 from prefopt.tiny.shrink import tiny_recipe
 

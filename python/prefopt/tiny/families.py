@@ -1,8 +1,8 @@
 """Tiny models with random weights, in the architecture and with the chat template of the families in the recipes.
 
-The templates do what the real ones are known for, in words of our own. Qwen3's puts an empty thought before the last answer,
-and before the next one if thinking is off. DeepSeek-R1-Distill's opens an answer with a thought that a rendered conversation
-does not have. SmolLM2's base model has no template.
+The templates do what the real ones are known for, in words of our own. Qwen3's puts an empty thought before the last
+answer, and before the next one if thinking is off. DeepSeek-R1-Distill's opens an answer with a thought that a rendered
+conversation does not have. SmolLM2's base model has no template.
 """
 
 import re
@@ -116,7 +116,7 @@ def family_of(name: str) -> Family:
 
 
 def save_tiny(family: Family, texts: Iterable[str], folder: Path, seed: int) -> None:
-    """A tokenizer trained on the texts, and a model with random weights drawn from the seed, fp32, as a hub id would give."""
+    """A tokenizer trained on the texts, and a model with random fp32 weights drawn from the seed."""
     tokenizer = _tokenizer(family, texts)
     torch.manual_seed(seed)
     config = AutoConfig.for_model(

@@ -24,8 +24,8 @@ MARKER = "tiny.json"
 def tiny_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe on a tiny model and embedded rows, both of which are made here, beside the run folder.
 
-    The model has the architecture and the chat template of the real one's family; the rows have the published schemas of the
-    plan's sources and go through its converters and stages.
+    The model has the architecture and the chat template of the real one's family; the rows have the published schemas
+    of the plan's sources and go through its converters and stages.
 
     Args:
         path, overrides: as for ``load_recipe``; an override wins over what would shrink.
@@ -79,7 +79,7 @@ def _inputs(folder: str) -> Path:
 
 
 def _write_inputs(whole: Recipe, folder: Path) -> None:
-    """Model, sources and plan; found again by a second start, so that a run can be resumed, and by further processes."""
+    """Model, sources and plan; a second start finds them again, as do other processes."""
     said = {"model": whole.model.path, "plan": whole.data.plan, "seed": whole.training.seed}
     named = hashlib.sha256(os.fsencode(folder)).hexdigest()
     # torchrun starts all processes at once: the first one here writes, the others wait

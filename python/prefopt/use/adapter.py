@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """Merge the active adapter in place; the merged model computes what the adapter computed beside the weights.
 
-    PEFT merges the adapters of a tied head and embedding into the matrix that they share, where a change of one would also
-    change the other, or would be applied twice. So the head gets its own matrix first. The two stay tied only where their
-    adapters are tied as well.
+    PEFT merges the adapters of a tied head and embedding into the matrix that they share, where a change of one would
+    also change the other, or would be applied twice. So the head gets its own matrix first. The two stay tied only
+    where their adapters are tied as well.
 
     Raises:
         ValueError, AttributeError, NotImplementedError, KeyError: PEFT cannot merge it.
@@ -57,7 +57,7 @@ def vocabulary_rows(folder: Path) -> int | None:
 
 
 def _storages(module: nn.Module) -> set[int]:
-    """Where a layer's weights and those of its adapters are in memory; its own bias has no counterpart to be tied to."""
+    """Where a layer's weights and its adapters' are in memory; its bias has no counterpart to be tied to."""
     return {
         parameter.untyped_storage().data_ptr()
         for name, parameter in module.named_parameters()

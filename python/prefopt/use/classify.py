@@ -1,4 +1,4 @@
-"""Which of a few answers a run would give: the likelihood of each label under the model, and no parsing of what it writes."""
+"""Which of a few answers a run would give: the likelihood of each label under the model; nothing is parsed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,12 +69,13 @@ def classify(
 
     Args:
         run: run folder.
-        file: .txt with a prompt on each line; or .jsonl, .parquet, a built folder or a hub id with a column prompt (text or
-            chat messages) and perhaps completion, the right label.
+        file: .txt with a prompt on each line; or .jsonl, .parquet, a built folder or a hub id with a column prompt
+            (text or chat messages) and perhaps completion, the right label.
         labels: at least two; the different desirable answers of the run's training rows if not given.
         out: .csv file to write.
         ask: put around each text; ``{text}`` stands for it.
-        plain: leave a text as it is; otherwise it becomes a user's message where the run was trained with a chat template.
+        plain: leave a text as it is; otherwise it becomes a user's message where the run was trained with a chat
+            template.
         split: of a folder or hub dataset.
         base: base model, instead of the one that the adapter names.
         quantization: of the base's weights, "nf4" or "none"; as in training if not given.
@@ -212,8 +213,8 @@ def _labels(source: Source) -> list[str]:
     names = sorted({answer_text(answer) for answer, good in rows if good} - {None})
     if not 2 <= len(names) <= MOST_LABELS:
         raise UserError(
-            f"{path} has {len(names)} different desirable answers; expected 2 to {MOST_LABELS} to take them for labels, so "
-            f"{remedy}"
+            f"{path} has {len(names)} different desirable answers; expected 2 to {MOST_LABELS} to take them for "
+            f"labels, so {remedy}"
         )
     return names
 

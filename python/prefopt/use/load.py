@@ -1,4 +1,4 @@
-"""A run folder turned back into tokenizer and model: the one way in for eval, chat, classify, export and benchmarks.inference."""
+"""A run folder turned back into tokenizer and model, for eval, chat, classify, export and benchmarks.inference."""
 
 import json
 import warnings
@@ -203,8 +203,10 @@ def apply_adapter(model: PreTrainedModel, folder: Path, base: str) -> PeftModel:
         trained = None if isinstance(error, SafetensorError) else vocabulary_rows(folder)
         if trained not in (None, rows):
             raise UserError(
-                f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has {rows}: "
-                f"resize the base as in training (model.resize_token_embeddings({trained})), save it, and name it by --base"
+                f"the adapter in {folder} was trained on a vocabulary of {trained} rows, and the base model {base} has "
+                f"{rows}: "
+                f"resize the base as in training (model.resize_token_embeddings({trained})), save it, and name it by "
+                "--base"
             ) from None
         raise UserError(f"the adapter in {folder} does not fit the base model {base}: {first_line(error)}") from None
 
@@ -300,7 +302,8 @@ def _four_bits(source: Source, dtype: str, device: str, kind: str, asked: str | 
     key = f"--quantization is {kind}" if asked else f"{source.folder} was trained on a base in {kind}"
     if source.base is None:
         raise UserError(
-            f"{key}, but {source.folder} holds all the weights; expected a run with an adapter, or --quantization {WHOLE}"
+            f"{key}, but {source.folder} holds all the weights; expected a run with an adapter, or --quantization "
+            f"{WHOLE}"
         )
     try:
         refuse_without_bitsandbytes(key)
@@ -369,7 +372,7 @@ def trained_format(record: dict) -> str | None:
 
 
 def stored_recipe(folder: Path) -> tuple[dict, Path]:
-    """recipe.yaml of the folder, or of the run that the folder is a checkpoint of, and its folder; {} if there is none."""
+    """recipe.yaml of the folder, or of the run whose checkpoint it is, and its folder; {} if there is none."""
     for place in _run_folders(folder):
         try:
             content = read_yaml(place / RECIPE_NAME)

@@ -77,7 +77,8 @@ def keep_rate(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> float:
-    """Share rho of the (128 tokens, 128 ids) tiles that ``grad_filter`` keeps; 1 - rho is what skipping saves of a product.
+    """Share rho of the (128 tokens, 128 ids) tiles that ``grad_filter`` keeps; 1 - rho is what skipping saves of a
+    product.
 
     For looking, not for training: it runs the forward without gradient and waits for the device. Arguments as
     :func:`prefopt_kernels.linear_logprob`.

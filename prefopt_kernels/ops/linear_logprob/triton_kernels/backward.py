@@ -1,7 +1,7 @@
 """Gradients from recomputed logits: a trainable head, an adapter on it, or gradients through lse and entropy.
 
-Chunks of the vocabulary whose logit gradients fit the workspace: each row of the head is then complete after one product
-over all tokens and is written once, and the hidden states' sums stay in fp32 over the chunks.
+Chunks of the vocabulary whose logit gradients fit the workspace: each row of the head is then complete after one
+product over all tokens and is written once, and the hidden states' sums stay in fp32 over the chunks.
 """
 
 import math
@@ -76,7 +76,7 @@ def gradients(call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]
 
 
 class _Filters:
-    """Which tiles the gradients may leave out: by the largest probability in each, known before or while they are made."""
+    """Which tiles the gradients may skip, by the largest probability in each."""
 
     def __init__(self, call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]):
         allowed = upstream.entropy is None  # its gradient has terms p log p that a bound on p does not bound

@@ -86,8 +86,8 @@ def tiles(target: Target, dtype: torch.dtype, descriptors: bool, adapter: bool) 
         # Three tf32 products keep both halves of each operand in registers: wider or deeper, sm_80 and sm_100 spill.
         return Tiles(FILTER_ROWS, 64, 16, 1, 8, 2)
     if descriptors and not adapter and target.capability < (10, 0):
-        # 48 KiB from L2 for 4.2 MFLOP, where 128 x 128 asks a third more. In one part it spills 117 registers, in two 12,
-        # in four none; on sm_100, where sums come back from tensor memory, also in four.
+        # 48 KiB from L2 for 4.2 MFLOP, where 128 x 128 asks a third more. In one part it spills 117 registers, in two
+        # 12, in four none; on sm_100, where sums come back from tensor memory, also in four.
         return Tiles(FILTER_ROWS, 256, 64, 4, 8, 3)
     if adapter and (not descriptors or target.capability >= (10, 0)):
         # a further pair of operands, by addresses, takes the registers that a wider tile would spill

@@ -1,12 +1,13 @@
 """The forward kernels: one pass over the vocabulary with running sums, and what makes the outputs of them.
 
-``scan`` gives each program a block of rows and a part (split) of the vocabulary. It keeps, per row, the largest logit and
-the sum of exponentials, and where asked for the sums behind the entropy and the mean; nobody waits for anybody, so results
-repeat bit for bit. ``combine`` adds the splits in fp64.
+``scan`` gives each program a block of rows and a part (split) of the vocabulary. It keeps, per row, the largest logit
+and the sum of exponentials, and where asked for the sums behind the entropy and the mean; nobody waits for anybody, so
+results repeat bit for bit. ``combine`` adds the splits in fp64.
 
-With PRODUCT (a frozen head that wants its unit gradient) the exponentials are also written to a workspace, relative to a
-reference per row that is known beforehand: the target's own logit. fp32 and bf16 reach 2^127 above it; a row whose largest
-logit is more than LIMIT above (``check_reference`` looks) has its block scanned again with that logit as the reference.
+With PRODUCT (a frozen head that wants its unit gradient) the exponentials are also written to a workspace, relative to
+a reference per row that is known beforehand: the target's own logit. fp32 and bf16 reach 2^127 above it; a row whose
+largest logit is more than LIMIT above (``check_reference`` looks) has its block scanned again with that logit as the
+reference.
 """
 
 import triton

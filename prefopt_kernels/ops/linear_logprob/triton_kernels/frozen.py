@@ -1,7 +1,7 @@
 """Scheme A: the unit gradient d logp / d hidden of a frozen head, made in the forward with two products.
 
-Chunks of rows whose exponentials fit the workspace: scan (writes them), combine, product with the head, finish. The whole
-vocabulary of a chunk is there before its product starts, so a filter knows the final probabilities.
+Chunks of rows whose exponentials fit the workspace: scan (writes them), combine, product with the head, finish. The
+whole vocabulary of a chunk is there before its product starts, so a filter knows the final probabilities.
 """
 
 import torch

@@ -126,7 +126,7 @@ def logit_gradients(
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Columns [first_column, last_column) of the (T, V) gradient, in tiles; SKIP leaves out those whose peak is below least."""
+    """Columns [first_column, last_column) of the (T, V) gradient; SKIP leaves out tiles whose peak is below least."""
     block, split = tl.program_id(0), tl.program_id(1)
     row = block * BLOCK_T
     count = tl.load(count_ptr)

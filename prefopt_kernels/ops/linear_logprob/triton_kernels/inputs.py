@@ -1,7 +1,7 @@
 """A call as the Triton kernels take it, and the launches that the forward and the backward share.
 
-Nothing here reads a value back from the device. How many rows count is known there only, so grids are for all T rows and
-programs without a row that counts end at once.
+Nothing here reads a value back from the device. How many rows count is known there only, so grids are for all T rows
+and programs without a row that counts end at once.
 """
 
 import math
@@ -70,7 +70,7 @@ class Call:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def describable(self, *matrices: Tensor) -> bool:
-        """Whether the hardware can read tiles of them by descriptors: everything in units of 16 bytes, and not empty."""
+        """Whether the hardware can read tiles of them by descriptors: multiples of 16 bytes, and not empty."""
         return self.target.descriptors and all(
             matrix.numel() > 0
             and matrix.stride(0) * matrix.element_size() % 16 == 0
@@ -224,7 +224,7 @@ class Call:
         add: bool = False,
         live: Tensor | None = None,
     ) -> None:
-        """``out[split] (+)= left right`` over ``inner`` of the inner dimension; ``live`` (row blocks, tiles) is what to visit."""
+        """``out[split] (+)= left right`` over ``inner``; ``live`` (row blocks, tiles) is what to visit."""
         splits, M, N = out.shape
         described = self.describable(left, right)
         aligned = all(matrix.stride(-2) * matrix.element_size() % 16 == 0 for matrix in (left, right, out))
@@ -297,7 +297,7 @@ def tiled(matrix: Tensor, rows: int, columns: int, descriptor: bool) -> Tensor |
 
 
 def _low_operands(low_hidden: Tensor, low_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(T, L) and (V, L) of ``dtype`` whose product is that of the fp32 factors: each pair of pieces that reaches fp32's last bit."""
+    """(T, L) and (V, L) of ``dtype`` whose product is that of the fp32 factors, to fp32's last bit."""
     if dtype == torch.float32:
         return low_hidden, low_weight.contiguous()
     left = _pieces(low_hidden, dtype)

@@ -1,7 +1,9 @@
-"""The products of the gradients: a workspace of exponentials or of logit gradients, times the head or the hidden states.
+"""The products of the gradients: a workspace of exponentials or of logit gradients, times the head or the hidden
+states.
 
-``product`` multiplies tiles in the order of their index and sums in fp32, each split of the inner dimension for itself, so
-results repeat bit for bit. With LISTED it visits only the tiles that a gradient filter left, by a list made beforehand.
+``product`` multiplies tiles in the order of their index and sums in fp32, each split of the inner dimension for itself,
+so results repeat bit for bit. With LISTED it visits only the tiles that a gradient filter left, by a list made
+beforehand.
 """
 
 import triton
@@ -41,8 +43,8 @@ def product(
 ):
     """``out[split] = left right`` over a part of K; ``left`` is (M, K), or (K, M) with TRANSPOSED.
 
-    Row k of ``right`` is ``first_inner + k``. Not transposed, M are rows of tokens and those from ``count`` on are left out;
-    transposed, K are. LISTED: row block m visits the ``live[m]`` first of the TILE-wide parts of K in ``list[m]``.
+    Row k of ``right`` is ``first_inner + k``. Not transposed, M are rows of tokens and those from ``count`` on are left
+    out; transposed, K are. LISTED: row block m visits the ``live[m]`` first of the TILE-wide parts of K in ``list[m]``.
     """
     block_n, block_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = block_m * BLOCK_M

@@ -1,8 +1,8 @@
 """What the Triton kernels of linear_logprob share: a tile's load, its raw logits, the logit transform.
 
-Logits are kept in units of log 2 (``x = z log2 e``), because the hardware's exponential is ``exp2``. A matrix comes as a
-tensor descriptor (TMA, from sm_90) or as a pointer with a row stride; both read 0 outside of the matrix. Offsets of rows
-are 64-bit: T x V and V x H pass 2^31.
+Logits are kept in units of log 2 (``x = z log2 e``), because the hardware's exponential is ``exp2``. A matrix comes as
+a tensor descriptor (TMA, from sm_90) or as a pointer with a row stride; both read 0 outside of the matrix. Offsets of
+rows are 64-bit: T x V and V x H pass 2^31.
 """
 
 import triton

@@ -71,8 +71,8 @@ def forward(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    # The metrics, and the mean of the decision weights, need every row's sum. Without atomics or locks only the end of a
-    # launch tells that all programs are done: hence a second one.
+    # The metrics, and the mean of the decision weights, need every row's sum. Without atomics or locks only the end of
+    # a launch tells that all programs are done: hence a second one.
     p = parameters
     tensors = {name: value if isinstance(value, Tensor) else None for name, value in _named(p)}
     numbers = {name: 0.0 if isinstance(value, Tensor) else value for name, value in _named(p)}

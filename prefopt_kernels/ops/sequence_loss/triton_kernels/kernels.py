@@ -1,7 +1,7 @@
 """The kernels of backend.py.
 
-Rows are computed in fp64 throughout: there are few of them, and only fp64 has exponentials and logarithms that are right to
-fp32's last digit on every device. The forms are those of csrc/sequence_loss/sequence_loss.h.
+Rows are computed in fp64 throughout: there are few of them, and only fp64 has exponentials and logarithms that are
+right to fp32's last digit on every device. The forms are those of csrc/sequence_loss/sequence_loss.h.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Which answers stay, and in which split: the stages of `prefopt data build` after the rows were read.
 
-An answer is known here by a number and a few facts; its text lies in a file. Every stage gives the answers that leave it a
-reason, so that what was made is what is kept plus what has a reason. Whatever looks random is the order of hashes of
-(seed, name): it does not depend on the order of the sources' rows, and stays as it is when they grow.
+An answer is known here by a number and a few facts; its text lies in a file. Every stage gives the answers that leave
+it a reason, so that what was made is what is kept plus what has a reason. Whatever looks random is the order of hashes
+of (seed, name): it does not depend on the order of the sources' rows, and stays as it is when they grow.
 """
 
 import hashlib

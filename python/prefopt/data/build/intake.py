@@ -116,8 +116,8 @@ class Intake:
         if chat != self.chat:
             text, messages = (self._first, name) if chat else (name, self._first)
             raise DataError(
-                f"source {text} holds text and {messages} chat messages; --messages (messages: true) makes a user's and "
-                "an assistant's message of each text"
+                f"source {text} holds text and {messages} chat messages; --messages (messages: true) makes a user's "
+                "and an assistant's message of each text"
             )
 
 

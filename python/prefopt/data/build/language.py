@@ -1,8 +1,9 @@
 """How much of a text is Arabic: a share of letters, not a guess at the language.
 
-Counted are the letters of the Arabic alphabet, U+0621 to U+064A without the tatweel, after NFKC (which turns presentation
-forms into letters). Digits, punctuation, vowel signs and emoji do not count at all. Persian and Urdu are written mostly
-with the same letters, and pass a threshold of one half; where a source says which language a row is in (oasst1), ask it.
+Counted are the letters of the Arabic alphabet, U+0621 to U+064A without the tatweel, after NFKC (which turns
+presentation forms into letters). Digits, punctuation, vowel signs and emoji do not count at all. Persian and Urdu are
+written mostly with the same letters, and pass a threshold of one half; where a source says which language a row is in
+(oasst1), ask it.
 """
 
 import unicodedata

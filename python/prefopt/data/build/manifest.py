@@ -36,8 +36,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data build` "
-            f"wrote (this one has no {MANIFEST})"
+            f"{folder} is a folder; expected a .jsonl or .parquet file, a hub id, or a folder that `prefopt data "
+            f"build` wrote (this one has no {MANIFEST})"
         ) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None

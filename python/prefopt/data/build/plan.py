@@ -1,7 +1,7 @@
 """What to build: sources and arguments, from a YAML plan or from words of the command line; strict.
 
-A plan is a mapping of the fields of ``Plan``; each entry of ``sources`` is one of the words that the command line takes, or
-a mapping of the fields of ``Source`` together with the options of its kind.
+A plan is a mapping of the fields of ``Plan``; each entry of ``sources`` is one of the words that the command line
+takes, or a mapping of the fields of ``Source`` together with the options of its kind.
 """
 
 import dataclasses
@@ -129,8 +129,8 @@ OPTION_CHECKS = {
 def make_plan(words: Sequence[str], **arguments: Any) -> Plan:
     """A plan from the words of the command line: sources, or one plan; an argument that is None is not given.
 
-    A word is a plan (a .yaml file or the name of one that comes with the package), or ``[NAME=][KIND:]PATH[@REVISION]``,
-    where PATH is a file or a hub id, or the KIND of a published set alone.
+    A word is a plan (a .yaml file or the name of one that comes with the package), or
+    ``[NAME=][KIND:]PATH[@REVISION]``, where PATH is a file or a hub id, or the KIND of a published set alone.
 
     Raises:
         DataError: an unknown name, or a value that is not possible.

@@ -1,7 +1,8 @@
 """`prefopt data build`: from published sets and files of one's own to one checked set in splits.
 
-Start here. Every source is read and converted (``intake``, ``convert``), its answers lie on disk (``write.Spool``) while the stages of
-``choose`` decide by facts alone, and the rest is written to a folder that appears when all of it is there.
+Start here. Every source is read and converted (``intake``, ``convert``), its answers lie on disk (``write.Spool``)
+while the stages of ``choose`` decide by facts alone, and the rest is written to a folder that appears when all of it is
+there.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ __all__ = ["KINDS", "Answer", "Dropped", "Kind", "Outcome", "Outcomes", "nearest
 
 
 class Kind(NamedTuple):
-    """A schema: its converter, the columns it needs, and the published set that has it, at a commit that was looked at."""
+    """A schema: its converter, the columns it needs, and the published dataset that has it, with the commit seen."""
 
     convert: Callable[..., Outcomes]
     needs: tuple[str, ...] | None

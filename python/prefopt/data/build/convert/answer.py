@@ -13,7 +13,7 @@ from prefopt.data.rows import RowError, Text, rated_rows, show
 
 
 class Answer(NamedTuple):
-    """One rated answer. Rows of one ``group`` must stay in one split; ``category`` is what a source can be balanced by."""
+    """One rated answer. Rows of one ``group`` stay in one split; a source can be balanced by ``category``."""
 
     prompt: Text
     completion: Text

@@ -1,7 +1,7 @@
 """Rated rows, {prompt, completion, label}, and pairs, {prompt, chosen, rejected}, as `prefopt train` reads them.
 
-The group is the field ``group`` where there is one, the prompt otherwise. Text stays text unless ``messages`` is set: then
-a prompt becomes one message of the user, and an answer one of the assistant.
+The group is the field ``group`` where there is one, the prompt otherwise. Text stays text unless ``messages`` is set:
+then a prompt becomes one message of the user, and an answer one of the assistant.
 """
 
 from collections.abc import Mapping

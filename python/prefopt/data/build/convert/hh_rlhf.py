@@ -9,8 +9,8 @@ transcripts are split into turns first and compared turn by turn; cutting at the
 - Empty last answers, also as "Assistant:" without a space.
 - The same dialogue twice.
 - Two turns of one speaker in a row.
-- Many dialogues are one conversation at several lengths: a longer one holds the answer of a shorter one in its prompt. So
-  the group is the opening question, not the prompt.
+- Many dialogues are one conversation at several lengths: a longer one holds the answer of a shorter one in its prompt.
+  So the group is the opening question, not the prompt.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """TIGER-Lab/MMLU-Pro: multiple-choice questions in 14 fields, as instructions with the right answer.
 
-``target="category"`` asks for the field, ``target="letter"`` for the right option. Every row is desirable: this is data for
-supervised training. Traps:
+``target="category"`` asks for the field, ``target="letter"`` for the right option. Every row is desirable: this is data
+for supervised training. Traps:
 
 - ``src`` gives the field away, so only the question is shown (and its options where a letter is asked for).
 - The same question occurs in several rows; asked for its field, it is used once.

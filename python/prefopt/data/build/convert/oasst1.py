@@ -3,10 +3,10 @@
 An answer is desirable if it is the best of its siblings and undesirable if it is the worst (``keep="extremes"``), or by
 the half it is in (``keep="halves"``, an odd one in the middle left out). Rank 0 is the best. Traps:
 
-- Ranks compare siblings only; a rank says nothing across messages. Unranked answers, and answers without a sibling, have
-  no verdict. Unrolling every neighbouring pair (a over b, b over c) would call b good and bad at once.
-- Deleted messages, messages that the review refused, and answers below a deleted message are not used, and do not count as
-  siblings.
+- Ranks compare siblings only; a rank says nothing across messages. Unranked answers, and answers without a sibling,
+  have no verdict. Unrolling every neighbouring pair (a over b, b over c) would call b good and bad at once.
+- Deleted messages, messages that the review refused, and answers below a deleted message are not used, and do not count
+  as siblings.
 - The prompt is the path from the root. An answer further down the tree has another one's answer in its prompt, so the
   group is the tree.
 - Languages are mixed; ``languages`` keeps some, by the message's own field.

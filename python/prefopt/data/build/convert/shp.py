@@ -8,8 +8,8 @@ Traps:
   described in two ways in the card's revisions (A to B, better to worse), so the ratio is computed here.
 - ``domain`` carries the name of the split ("askculinary_train").
 - A popular post is in many pairs: ``per_group`` in the plan caps them (5 unless said otherwise).
-- One comment is in many pairs and can win one and lose another. As rated rows these contradict each other; the builder's
-  count of contradictory labels shows how many, and its count of repetitions how often a comment came again.
+- One comment is in many pairs and can win one and lose another. As rated rows these contradict each other; the
+  builder's count of contradictory labels shows how many, and its count of repetitions how often a comment came again.
 """
 
 import math
