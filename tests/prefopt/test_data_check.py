@@ -309,7 +309,7 @@ def test_a_question_is_found_in_prompts_and_answers_whatever_its_spelling(tmp_pa
     assert set(leaks(load_rows(path), read_questions(questions), 4).rows) == {0, 1, 2, 3}
     assert main(["data", "check", str(path), "--questions", str(questions)]) == 1
     text = capsys.readouterr().out
-    assert "evaluation questions 2 of 3 found, in 3 rows (8 words in a row" in text
+    assert "evaluation questions 2 of 3 found, in 3 rows (8 consecutive words" in text
     assert f"  line 1: {QUESTION}" in text
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from prefopt.cli.arguments import command_group, new_command, no_more, path_argument
+from prefopt.cli.arguments import command_group, new_command, path_argument, reject_unknown
 from prefopt.study import run_study
 
 
@@ -21,7 +21,7 @@ def add_study_commands(commands: Any) -> None:
 
 def _bco_command(studies: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, ["--quick", "--full", "--out", "--processes", "--seeds"])
+        reject_unknown(rest, ["--quick", "--full", "--out", "--processes", "--seeds"])
         print(run_study(given.out, full=given.full, processes=given.processes, seeds=given.seeds))
         return 0
 

@@ -17,12 +17,10 @@ from transformers.integrations.integration_utils import (
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from prefopt.data import DataError
 from prefopt.data.build.plan import make_plan
 from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
-from prefopt.errors import UserError
-from prefopt.failure import first_line
+from prefopt.errors import DataError, UserError, first_line
 from prefopt.recipe.load import nearest, show
 from prefopt.recipe.models import chat_template, located
 from prefopt.recipe.rows import refuse_missing_rows

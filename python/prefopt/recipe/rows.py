@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
+from prefopt.data import LoadedRows, Tokenized, load_rows, split_by_group, tokenize_rows
 from prefopt.data.build.choose import VALIDATION
 from prefopt.data.build.manifest import MANIFEST, read_manifest
 from prefopt.data.build.plan import Plan, make_plan
@@ -15,6 +15,7 @@ from prefopt.data.build.run import build
 from prefopt.data.pairs import tokenize_pairs
 from prefopt.data.sources import local_file
 from prefopt.data.write import file_digest
+from prefopt.errors import DataError
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import METHODS, PAIRS, RATED

@@ -11,12 +11,10 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import DataError, Tokenized
+from prefopt.data import Tokenized
 from prefopt.data.labels import label_table
-from prefopt.errors import UserError
-from prefopt.failure import first_line, traceback_in
-from prefopt.files import write_whole
-from prefopt.folder_lock import only_writer
+from prefopt.errors import DataError, UserError, first_line, traceback_in
+from prefopt.files import only_writer, write_whole
 from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.paths import RECIPE_NAME, absolute_paths
 from prefopt.recipe.extra import checked_extra

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prefopt.errors import UserError
-from prefopt.folder_lock import only_writer
+from prefopt.files import only_writer
 from prefopt.study.findings import find
 from prefopt.study.grid import full_plan, quick_plan
 from prefopt.study.pool import RESULTS, read_lines, run_plan

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data import BadRow, LoadedRows, Tokenized, load_rows, tokenize_rows
+from prefopt.data import LoadedRows, Tokenized, load_rows, tokenize_rows
 from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
 from prefopt.data.rows import CHAT, TEXT
+from prefopt.errors import BadRow
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import ANSWERS, PAIRS
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefopt.data import Tokenized, pair_mismatched
-from prefopt.data.collate_pairs import SIDES
+from prefopt.data.collate import SIDES
 from prefopt.data.pairs import are_pairs
 from prefopt.files import temporary
 from prefopt.train.scoring import PackingCollator

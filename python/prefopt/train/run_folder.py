@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prefopt.data import BadRow
+from prefopt.errors import BadRow
 from prefopt.files import write_whole
 from prefopt.redact import redacted
 

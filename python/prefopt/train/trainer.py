@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prefopt.data import LabelBalancedSampler, PreferenceCollator
-from prefopt.data.collate_pairs import PairCollator
+from prefopt.data.collate import PairCollator
 from prefopt.train import prepare
 from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.config import PreferenceConfig

@@ -7,10 +7,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data import DataError
-from prefopt.data.rows import BadRow
 from prefopt.data.vocabulary import padding_beyond, remedy, rows_beyond
-from prefopt.errors import UserError
+from prefopt.errors import BadRow, DataError, UserError
 from prefopt.train.inputs import Prepared
 
 SHOWN = 10
