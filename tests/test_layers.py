@@ -1,4 +1,4 @@
-"""Who may import whom (the rules stand in CONTRIBUTING.md), read from the sources without importing them."""
+"""The layers of both packages (see CONTRIBUTING.md): which module may import which, read from the sources."""
 
 import ast
 import sys
@@ -21,8 +21,34 @@ KERNELS_MAY = {
     "_packed": set(),
     "modules": {"chunked", "_packed", "parallel"} | BELOW_MODULES,
     "integrations": {"modules", "parallel", "integrations"} | BELOW_MODULES,
-    "info": {"", "ops"},  # a program, imported by nobody
+    "info": {"", "ops"},  # a program
     "": {"modules", "parallel"} | BELOW_MODULES,  # __init__.py: the public names
+}
+
+# The floors of prefopt from the ground up. A part imports the floors below its own; parts of one floor do not import
+# each other.
+FLOORS = (
+    {"errors", "option_values"},
+    {"files", "options", "paths", "read_yaml", "redact", ""},  # "": __init__.py, with the version
+    {"models", "generation", "pretrained", "generation_config", "four_bits"},
+    {"data"},
+    {"train"},
+    {"report"},
+    {"recipe"},
+    {"evaluate", "use", "export", "demo", "tiny"},
+    {"compare"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
+PUBLIC = {"data", "train"}  # `prefopt/__init__.py` imports their public names on first use
+# Exceptions as (importing part, imported part), with the reason.
+EXCEPTIONS = {
+    ("four_bits", "pretrained"): "both load models",
+    ("evaluate", "use"): "generation and scoring are the same as in chat and classify",
+    ("evaluate", "demo"): "the suite of the demo data",
+    ("export", "use"): "a run is loaded for export as it is for chat",
+    ("tiny", "demo"): "both build small models",
 }
 
 
@@ -51,9 +77,17 @@ def imports(tree: ast.AST) -> list[tuple[str, bool, int]]:
 
 
 def part(module: str) -> str:
-    """The part of prefopt_kernels a dotted name belongs to; "" for the package's own public names."""
-    name = (module.split(".") + [""])[1]
-    return name if name in KERNELS_MAY else ""
+    """The part of its package that a dotted name belongs to; "" for the package's own public names."""
+    package, name = (module.split(".") + [""])[:2]
+    return name if name in (KERNELS_MAY if package == "prefopt_kernels" else FLOOR) else ""
+
+
+def climbs(module: str, imported: str) -> bool:
+    """Whether an import within prefopt does not go to a lower floor."""
+    here, there = part(module), part(imported)
+    if here == there or (here == "" and there in PUBLIC) or (here, there) in EXCEPTIONS:
+        return False
+    return FLOOR[there] >= FLOOR[here]
 
 
 def violations(module: str, source: str) -> list[str]:
@@ -73,6 +107,9 @@ def violations(module: str, source: str) -> list[str]:
         elif package == "prefopt_kernels" and first == "prefopt_kernels":
             if part(name) not in KERNELS_MAY[here]:
                 found.append(f"{where}, which {here or '__init__'} may not")
+        elif package == first == "prefopt":
+            if climbs(module, name):
+                found.append(f"{where}, which is not on a lower floor")
         elif package == "prefopt_kernels" and first not in sys.stdlib_module_names:
             if first == "triton":
                 if ".triton_kernels." not in module:
@@ -93,12 +130,29 @@ def sources() -> list[tuple[str, Path]]:
     ]
 
 
-def test_every_import_keeps_the_rules():
+def test_every_import_follows_the_rules():
     assert {module.split(".")[0] for module, _ in sources()} == set(PACKAGES)
     found = [
         sentence for module, path in sources() for sentence in violations(module, path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)
+
+
+def test_every_part_of_prefopt_is_on_a_floor():
+    modules = {(module.split(".") + [""])[1] for module, _ in sources() if module.split(".")[0] == "prefopt"}
+    assert modules <= FLOOR.keys()
+
+
+def test_every_exception_is_needed():
+    used = {
+        (part(module), part(name))
+        for module, path in sources()
+        if module.split(".")[0] == "prefopt"
+        for name, _, _ in imports(ast.parse(path.read_text(encoding="utf-8")))
+        if name.split(".")[0] == "prefopt"
+    }
+    unused = EXCEPTIONS.keys() - used
+    assert not unused, f"remove from EXCEPTIONS: {unused}"
 
 
 @pytest.mark.parametrize(
@@ -124,6 +178,18 @@ def test_every_import_keeps_the_rules():
         ("prefopt.cli", "import benchmarks.cases"),
         ("prefopt.cli", "from studies.bco_stability import grid"),
         ("prefopt_kernels", "from prefopt_kernels.integrations import trl"),
+        ("prefopt.errors", "from prefopt.files import temporary"),
+        ("prefopt.files", "from prefopt import paths"),
+        ("prefopt.pretrained", "from prefopt.data import load_rows"),
+        ("prefopt.data.read", "def f():\n    from prefopt.recipe.load import load_recipe"),
+        ("prefopt.data.read", "import prefopt.train"),
+        ("prefopt.train.trainer", "from prefopt.report.write import write"),
+        ("prefopt.report.read", "from prefopt.cli import main"),
+        ("prefopt.use.chat", "from prefopt.export.run import export_run"),
+        ("prefopt.export.run", "from prefopt import demo"),
+        ("prefopt.evaluate.run", "from prefopt.compare.run import compare"),
+        ("prefopt.compare.run", "from prefopt.cli.arguments import at_least"),
+        ("prefopt", "from prefopt.recipe import load"),
     ],
 )
 def test_a_planted_violation_is_found(module, source):
@@ -139,10 +205,11 @@ def test_a_planted_violation_is_found(module, source):
         ("prefopt_kernels.modules", "from prefopt_kernels.ops import linear_logprob"),
         ("prefopt_kernels.modules", "import math\nimport torch.nn"),
         ("prefopt_kernels", "from prefopt_kernels.losses import kto_loss"),
-        (
-            "prefopt.train.trainer",
-            "import transformers\nfrom prefopt_kernels import linear_logprob",
-        ),
+        ("prefopt.train.trainer", "import transformers\nfrom prefopt_kernels import linear_logprob"),
+        ("prefopt.data.read", "from prefopt.data.rows import show\nfrom prefopt.errors import UserError"),
+        ("prefopt.compare.run", "from prefopt.evaluate.run import evaluate"),
+        ("prefopt", "def f():\n    from prefopt.data import load_rows"),
+        ("prefopt.data.build.run", "import prefopt"),
     ],
 )
 def test_what_is_allowed_is_not_reported(module, source):

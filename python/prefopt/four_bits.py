@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from prefopt.errors import UserError
-from prefopt.failure import first_line
+from prefopt.errors import UserError, first_line
 from prefopt.pretrained import from_pretrained
 
 BLOCK = 64  # weights that share a scale

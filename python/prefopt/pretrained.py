@@ -4,8 +4,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from prefopt.errors import UserError
-from prefopt.failure import first_line
+from prefopt.errors import UserError, first_line
 
 # A broken file fails wherever it is used. Out of memory, a RuntimeError, is none of them.
 FAILURES = (

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefopt import failure
+from prefopt.cli.exit import finish_progress_bars
 from prefopt.errors import UserError
-from prefopt.folder_lock import only_writer
+from prefopt.files import only_writer
 from studies.bco_stability.findings import verdict
 from studies.bco_stability.grid import Plan, full_plan, quick_plan
 from studies.bco_stability.pool import RESULTS, read_lines, run_plan
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         print(run_study(plan, given.out.expanduser(), given.processes))
     except KeyboardInterrupt:
-        failure.finish_progress_bars()
+        finish_progress_bars()
         print("interrupted; the same command continues", file=sys.stderr)
         return 130
     except UserError as error:

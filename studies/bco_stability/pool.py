@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 import prefopt_kernels
 from prefopt.errors import UserError
-from prefopt.files import temporary
-from prefopt.folder_lock import is_unused
+from prefopt.files import is_unused, temporary
 from studies.bco_stability.grid import Config, Plan
 from studies.bco_stability.policy import Reference, make_reference, pretrain
 from studies.bco_stability.runs import Outcome, run_cell

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from prefopt.cli import main
-from prefopt.data.rows import DataError
-from prefopt.errors import UserError
+from prefopt.errors import DataError, UserError
 from prefopt.use.classify import LabelScorer, classify
 from prefopt.use.load import find_run, load_model, load_tokenizer
 from prefopt.use.questions import Question, read_questions

@@ -80,7 +80,7 @@ def test_the_traceback_is_shown_on_request(words, here, monkeypatch, capsys):
 
 
 def test_the_traceback_goes_to_a_run_folder_in_use_and_leaves_an_empty_one_empty(here, monkeypatch, capsys):
-    from prefopt.failure import traceback_in
+    from prefopt.errors import traceback_in
 
     run = here / "run"
     run.mkdir()

@@ -55,7 +55,7 @@ def test_bad_rows_stop_or_are_listed(tmp_path, capsys):
         (["shpp"], "there is no file, plan or published set shpp; did you mean shp?"),
         (["shpp:x.jsonl"], "shpp is no kind of source; did you mean shp?"),
         (["plan.yaml"], "there is no plan plan.yaml"),
-        (["a.jsonl", "plan.yaml"], "plan.yaml is a whole plan; expected it alone"),
+        (["a.jsonl", "plan.yaml"], "plan.yaml is a plan; expected one plan"),
         (["rows:a.jsonl", "rows:b/a.jsonl"], "two sources are called a; name them: NAME=a and so on"),
         (["a.jsonl", "--validation", "1.5"], "validation is 1.5; expected a number from 0 to below 1"),
         (["a.jsonl", "--validation", "0.5", "--test", "0.5"], "leave nothing to train on"),
@@ -77,7 +77,7 @@ def test_splits_labels_and_sources_without_rows_are_one_sentence(tmp_path, capsy
     out = tmp_path / "set"
     one = FIXTURES / "unpaired.jsonl"
     code, _, error = run(capsys, one, "--out", out, "--validation", "0.001")
-    assert code == 2 and "the validation split is empty: there are 2 groups" in error
+    assert code == 2 and "the validation split is empty: its share is 0.001 of 2 groups" in error
     code, _, error = run(capsys, *words("mmlu-pro"), "--out", out, "--validation", "0")
     assert code == 2 and "all 6 rows of the train split are desirable" in error
     assert "--one-label" in error
@@ -95,7 +95,7 @@ def test_a_folder_with_files_is_not_touched(tmp_path, capsys):
     assert run(capsys, *words("shp"), "--out", tmp_path / "set", "--validation", 0)[0] == 0
     before = (tmp_path / "set" / "manifest.json").read_bytes()
     code, _, error = run(capsys, *words("hh-rlhf"), "--out", tmp_path / "set")
-    assert code == 2 and "is there already; choose another folder" in error
+    assert code == 2 and "exists already; choose another folder" in error
     assert (tmp_path / "set" / "manifest.json").read_bytes() == before
     (tmp_path / "file").write_text("")
     code, _, error = run(capsys, *words("shp"), "--out", tmp_path / "file" / "set")
@@ -137,7 +137,9 @@ def test_no_network_is_one_sentence(tmp_path, capsys, monkeypatch, error):
     monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
     code, _, text = run(capsys, "someone/rows", "--out", tmp_path / "set")
     assert code == 2
-    assert "cannot load someone/rows (split any, revision newest); it is neither a file here nor a dataset that" in text
+    assert (
+        "cannot load someone/rows (split any, revision newest); it is neither a local file nor a dataset that" in text
+    )
     assert f" can be fetched: {error}" in text
     assert left_over(tmp_path) == []
 

@@ -22,7 +22,7 @@ from prefopt.data.build.choose import (
 )
 from prefopt.data.build.counts import Reading, count, table
 from prefopt.data.build.plan import Plan, Source
-from prefopt.data.rows import DataError
+from prefopt.errors import DataError
 
 
 def plan(sources=1, **arguments):
@@ -225,7 +225,7 @@ def test_the_threshold_split_keeps_its_groups_when_the_data_grow():
 
 
 def test_an_empty_split_and_one_label_are_one_sentence():
-    with pytest.raises(DataError, match="the validation split is empty: there are 1 groups, and it was to have 0.1"):
+    with pytest.raises(DataError, match="the validation split is empty: its share is 0.1 of 1 groups"):
         choose(answers((0, 1, "p", "a", True)), plan(validation=0.1, seed=0))
     with pytest.raises(DataError, match="all 2 rows of the train split are undesirable, but kto and apo_zero need"):
         choose(answers((0, 1, "p", "a", False), (0, 2, "q", "a", False)), plan(one_label=False))

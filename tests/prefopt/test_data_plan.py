@@ -9,7 +9,7 @@ import yaml
 from prefopt.cli import build_parser
 from prefopt.data.build.convert import KINDS
 from prefopt.data.build.plan import OPTION_CHECKS, PLAN_CHECKS, Plan, make_plan, plan_names
-from prefopt.data.rows import DataError
+from prefopt.errors import DataError
 
 
 @pytest.mark.parametrize(

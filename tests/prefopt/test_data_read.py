@@ -69,7 +69,7 @@ def test_hub_id_split_and_revision_are_passed_on(monkeypatch):
 
 
 def test_what_cannot_be_fetched_is_one_sentence():
-    with pytest.raises(DataError, match="cannot load someone/preferences .* neither a file here nor a dataset"):
+    with pytest.raises(DataError, match="cannot load someone/preferences .* neither a local file nor a dataset"):
         load_rows("someone/preferences")
 
 

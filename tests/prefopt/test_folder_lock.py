@@ -11,14 +11,14 @@ import yaml
 
 from prefopt.cli import main
 from prefopt.errors import UserError
-from prefopt.folder_lock import LOCK_NAME, is_unused, only_writer
+from prefopt.files import LOCK_NAME, is_unused, only_writer
 from prefopt.recipe import make_recipe, run_recipe
 from support.evaluate import make_run
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from prefopt.folder_lock import only_writer
+from prefopt.files import only_writer
 with only_writer(Path(sys.argv[1]), "--out"):
     print("held", flush=True)
     time.sleep(600)

@@ -51,7 +51,7 @@ def test_rows_of_one_prompt_are_paired_each_once_and_the_rest_is_counted(tokeniz
     assert all("good" in better and "good" not in worse for _, better, worse in found)
     assert pairs.counts["pairs"] == pairs.counts["paired_by_prompt"] == 2
     assert pairs.counts["without_pair"] == len(ROWS) - 4
-    assert "2 pairs were made of answers to the same prompt" in caplog.text
+    assert "2 pairs were made of unpaired answers to the same prompt" in caplog.text
     assert "6 rows are not half of a pair and are left out" in caplog.text
     for pair in pairs.dataset:
         assert pair["chosen_prompt_ids"] == pair["rejected_prompt_ids"]
@@ -77,5 +77,5 @@ def test_pairs_of_the_data_stay_pairs_and_come_first(tokenizer):
 
 def test_no_prompt_with_both_labels_is_no_data_for_a_method_of_pairs(tokenizer):
     rows = [row("A?", " good", True), row("B?", " bad", False), *ROWS[-2:]]
-    with pytest.raises(DataError, match="no pairs to train on; .* to the same prompt; found 4 rated"):
+    with pytest.raises(DataError, match="no pairs to train on; .* to the same prompt; found 4 unpaired"):
         tokenize_pairs(load_rows(rows), tokenizer, max_length=None)

@@ -8,14 +8,13 @@ import sys
 import pytest
 
 from prefopt.cli import main
-from prefopt.files import temporary
-from prefopt.folder_lock import only_writer
-from prefopt.termination import Terminated, sigterm_raises
+from prefopt.cli.exit import Terminated, sigterm_raises
+from prefopt.files import only_writer, temporary
 
 FORK = """
 import multiprocessing, sys, time
 from pathlib import Path
-from prefopt.termination import sigterm_raises
+from prefopt.cli.exit import sigterm_raises
 
 def work():
     print("works", flush=True)

@@ -83,7 +83,7 @@ def test_rows_that_are_not_half_of_a_pair_are_left_out_and_counted(world, tmp_pa
         len(whole[row]["completion_ids"]) for row in (0, 1, 4, 5, 6, 7, 8, 9)
     )
     assert pairs.fingerprint != tokenize_rows(loaded, world.tokenizer, max_length=96).fingerprint
-    with pytest.raises(DataError, match="no pairs to train on; .* found 2 rated ones"):
+    with pytest.raises(DataError, match="no pairs to train on; .* found 2 unpaired"):
         tokenize_pairs(load_rows([rated, rated]), world.tokenizer, max_length=96)
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from prefopt.folder_lock import only_writer
+from prefopt.files import only_writer
 from studies.bco_stability.__main__ import main, run_study
 from studies.bco_stability.findings import remedy_cells
 from studies.bco_stability.grid import COMPONENTS, Config, Plan, quick_plan, remedies_of

@@ -1,4 +1,4 @@
-"""What every command of `prefopt` is made with; nothing heavy is imported here."""
+"""What the commands of `prefopt` share: parsers, types of options, and the refusal of unknown words."""
 
 import argparse
 import difflib
@@ -16,13 +16,12 @@ BNB_KERNEL = "kernels-community/quantization-bitsandbytes"
 def disable_hub_kernels() -> None:
     """Keep libraries from downloading compiled kernels from the hub; call it before they are imported.
 
-    Where the package kernels is installed, transformers downloads kernels for some architectures, and bitsandbytes one
-    for CPUs with AVX512-BF16 whenever it is imported. Both have implementations of their own. Variables that are set
-    already are kept.
+    If the package kernels is installed, transformers downloads kernels for some architectures, and bitsandbytes one for
+    CPUs with AVX512-BF16. Both have implementations of their own. Variables that are set are kept.
     """
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-    # bitsandbytes has no switch, so its kernel is looked up in a place that has none
+    # bitsandbytes has no switch: point it to an empty local kernel
     os.environ.setdefault("LOCAL_KERNELS", f"{BNB_KERNEL}={os.devnull}")
 
 
@@ -33,13 +32,13 @@ def new_command(
     summary: str,
     **texts: str,
 ) -> argparse.ArgumentParser:
-    """A command's parser.
+    """Add the parser of a command.
 
     Args:
-        commands: of argparse, where it belongs.
-        name: as it is typed.
-        run: what it does, from what was parsed and the words that no option took; returns the exit code.
-        summary: a few words, for the list of commands and the head of its help.
+        commands: from ``command_group``.
+        name: of the command.
+        run: called with the parsed options and the words that no option took; returns the exit code.
+        summary: a few words for the help.
         texts: usage, epilog.
     """
     text = summary[0].upper() + summary[1:] + "."
@@ -50,10 +49,10 @@ def new_command(
 
 
 def command_group(parser: argparse.ArgumentParser) -> Any:
-    """Room for commands below ``parser``, which alone prints its help."""
+    """Subcommands of ``parser``, which prints its help without one."""
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, ["--help"])
+        reject_unknown(rest, ["--help"])
         parser.print_help()
         return 0
 
@@ -62,17 +61,17 @@ def command_group(parser: argparse.ArgumentParser) -> Any:
 
 
 def add_traceback_option(parser: argparse.ArgumentParser) -> None:
-    """The option that `prefopt` and each of its commands has."""
+    """Add --traceback, which every command has."""
     parser.add_argument(
         "--traceback",
         action="store_true",
-        default=argparse.SUPPRESS,  # so that a command does not undo what stands before it
+        default=argparse.SUPPRESS,  # so that a subcommand keeps the value set before it
         help="on an error, show the traceback as well",
     )
 
 
 def text_argument(text: str) -> str:
-    """A name, file or hub id of the command line, as the ``type`` of an option.
+    """The ``type`` of an option that takes a name, a path or a hub id.
 
     Example:
         >>> text_argument("")
@@ -83,29 +82,29 @@ def text_argument(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected a name or a path, got {shown}")
     try:
-        Path(text).exists()  # fails for a name that the file system cannot have
+        Path(text).exists()  # raises for a name that the file system does not support
     except OSError as error:
         raise argparse.ArgumentTypeError(f"{shown}: {error.strerror}") from None
     return text
 
 
 def path_argument(text: str) -> Path:
-    """A file or folder of the command line, as the ``type`` of an option; ``~`` is the home folder."""
+    """The ``type`` of an option that takes a file or folder; ``~`` is the home folder."""
     try:
         return Path(text_argument(text)).expanduser()
-    except RuntimeError as error:  # there is no such user
+    except RuntimeError as error:  # no such user
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def utf8_argument(text: str) -> str:
-    """Words for a tokenizer, as the ``type`` of an option; what is no UTF-8 comes as half of a surrogate pair."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
+    """The ``type`` of an option that takes text for a tokenizer."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python decodes invalid UTF-8
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}")
     return text
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number with a lower bound, as the ``type`` of an option."""
+    """The ``type`` of an option that takes a whole number with a lower bound."""
 
     def number(text: str) -> int:
         try:
@@ -120,7 +119,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def one_spelling(words: Sequence[str]) -> list[str]:
-    """Option names in the spelling in which they are declared: dashes, and underscores in --SECTION.OPTION.
+    """Normalise option names: dashes, and underscores in --SECTION.OPTION.
 
     Example:
         >>> one_spelling(["--max_new_tokens", "8", "--loss.kl-estimator=window", "a-b_c"])
@@ -136,8 +135,8 @@ def one_spelling(words: Sequence[str]) -> list[str]:
     return found
 
 
-def no_more(rest: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse what no option took, with the nearest one that exists."""
+def reject_unknown(rest: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ``UserError`` for words that no option took, with the nearest known option."""
     if rest:
         name = rest[0].partition("=")[0]
         near = difflib.get_close_matches(name, known, n=1)

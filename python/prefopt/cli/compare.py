@@ -36,7 +36,7 @@ def add_compare_command(commands: Any) -> None:
         "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
         "loss.method and training.output_dir are not used.",
     )
-    parser.set_defaults(goes_on="the same command goes on with what is missing")
+    parser.set_defaults(resume_hint="the same command goes on with what is missing")
     parser.add_argument(
         "recipe",
         type=text_argument,

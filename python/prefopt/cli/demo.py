@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from prefopt.cli.arguments import new_command, no_more, path_argument
+from prefopt.cli.arguments import new_command, path_argument, reject_unknown
 from prefopt.demo import run_demo
 from prefopt.options import Loss
 
@@ -13,7 +13,7 @@ def add_demo_command(commands: Any) -> None:
     """Add the command."""
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, ["--out", "--seed", "--method"])
+        reject_unknown(rest, ["--out", "--seed", "--method"])
         print(run_demo(given.out, given.seed, given.method))
         return 0
 

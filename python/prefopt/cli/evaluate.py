@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from prefopt.cli.arguments import new_command, no_more, path_argument, text_argument
+from prefopt.cli.arguments import new_command, path_argument, reject_unknown, text_argument
 from prefopt.evaluate import evaluate_run
 from prefopt.evaluate.request import SUITES, EvalRequest
 
@@ -13,7 +13,7 @@ def add_eval_command(commands: Any) -> None:
 
     def evaluate(given: argparse.Namespace, rest: list[str]) -> int:
         arguments = {name: value for name, value in vars(given).items() if name not in ("command", "traceback")}
-        no_more(rest, [f"--{name.replace('_', '-')}" for name in arguments if name != "run"])
+        reject_unknown(rest, [f"--{name.replace('_', '-')}" for name in arguments if name != "run"])
         said = {name: value for name, value in arguments.items() if value is not None}
         print(f"\n{evaluate_run(EvalRequest(**said))}")
         return 0

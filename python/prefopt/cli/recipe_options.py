@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from prefopt.cli.arguments import no_more
+from prefopt.cli.arguments import reject_unknown
 from prefopt.errors import UserError
 from prefopt.options import SECTIONS, options_of, required
 from prefopt.read_yaml import parse_yaml
@@ -81,7 +81,7 @@ def overrides_of(given: argparse.Namespace, rest: Sequence[str], known: Sequence
         word = words.pop(0)
         name, equals, text = word.partition("=")
         if not re.match(r"--\w+\.\w", name):
-            no_more([word], [*known, *map(_bare, _homes())])
+            reject_unknown([word], [*known, *map(_bare, _homes())])
         if not equals:
             text = words.pop(0) if words and not words[0].startswith("--") else "null"
         overrides[name[2:]] = _value(name[2:], text)

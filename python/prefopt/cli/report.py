@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from prefopt.cli.arguments import new_command, no_more, path_argument
+from prefopt.cli.arguments import new_command, path_argument, reject_unknown
 from prefopt.errors import UserError
 from prefopt.report import write_report
 
@@ -12,7 +12,7 @@ def add_report_command(commands: Any) -> None:
     """Add the command."""
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, [])
+        reject_unknown(rest, [])
         if not (given.run / "run.json").is_file():
             raise UserError(f"{given.run} is not a run folder: it has no run.json")
         print(write_report(given.run))

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from prefopt.cli.arguments import new_command, no_more, text_argument
+from prefopt.cli.arguments import new_command, reject_unknown, text_argument
 from prefopt.cli.recipe_options import add_options, overrides_of, recipe_of
-from prefopt.failure import is_first_rank
+from prefopt.errors import is_first_rank
 from prefopt.recipe.named import recipe_list
 
 FLAGS = ("--list", "--tiny", "--resume", "--lora")
@@ -16,7 +16,7 @@ def add_train_command(commands: Any) -> None:
 
     def run(given: argparse.Namespace, rest: list[str]) -> int:
         if given.list:
-            no_more(rest, FLAGS)
+            reject_unknown(rest, FLAGS)
             print(recipe_list())
             return 0
         if given.recipe is None:
@@ -40,7 +40,7 @@ def add_train_command(commands: Any) -> None:
         epilog="Any option of the recipe can be set here, over what the file says: --loss.beta 0.2. "
         "`--lora null` trains all weights instead of an adapter.",
     )
-    train.set_defaults(goes_on="the same command with --resume continues from the last checkpoint, if there is one")
+    train.set_defaults(resume_hint="the same command with --resume continues from the last checkpoint, if there is one")
     train.add_argument(
         "recipe",
         type=text_argument,

@@ -7,8 +7,8 @@ from typing import Any
 
 from prefopt.cli.arguments import (
     new_command,
-    no_more,
     path_argument,
+    reject_unknown,
     text_argument,
     utf8_argument,
 )
@@ -25,7 +25,7 @@ def add_use_commands(commands: Any) -> None:
 
 def _export_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(rest, "--format --quant --dtype --out --base --force".split())
+        reject_unknown(rest, "--format --quant --dtype --out --base --force".split())
         from prefopt.export.run import export_run
 
         folder = export_run(
@@ -61,7 +61,7 @@ def _export_command(commands: Any) -> None:
 
 def _chat_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(
+        reject_unknown(
             rest,
             "--base --quantization --system --max-new-tokens --temperature --seed --device".split(),
         )
@@ -102,7 +102,7 @@ def _chat_command(commands: Any) -> None:
 
 def _classify_command(commands: Any) -> None:
     def run(given: argparse.Namespace, rest: list[str]) -> int:
-        no_more(
+        reject_unknown(
             rest,
             "--base --quantization --labels --out --ask --plain --split --batch-size --device".split(),
         )

@@ -14,8 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt.errors import RunError, UserError
-from prefopt.failure import first_line
+from prefopt.errors import RunError, UserError, first_line
 
 if TYPE_CHECKING:
     from prefopt.compare.measure import Job

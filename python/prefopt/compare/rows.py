@@ -8,10 +8,10 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.compare.plan import paired
-from prefopt.data import DataError, LabelBalancedSampler, LoadedRows, Tokenized
-from prefopt.data.collate_pairs import SIDES
+from prefopt.data import LabelBalancedSampler, LoadedRows, Tokenized
+from prefopt.data.collate import SIDES
 from prefopt.data.pairs import are_pairs, desirable_only
-from prefopt.errors import UserError
+from prefopt.errors import DataError, UserError
 from prefopt.evaluate.held_out import HeldOut
 from prefopt.options import Loss
 from prefopt.recipe.rows import load_data, with_plan

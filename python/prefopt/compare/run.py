@@ -20,8 +20,7 @@ from prefopt.compare.report import OUTPUTS, write_report
 from prefopt.compare.request import CompareRequest
 from prefopt.compare.rows import Rows, load
 from prefopt.errors import UserError
-from prefopt.files import write_whole
-from prefopt.folder_lock import is_unused, only_writer
+from prefopt.files import is_unused, only_writer, write_whole
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.ready import check_device, check_inputs
 from prefopt.recipe.run import preference_config

@@ -1,18 +1,26 @@
 """Preference data: from rows on disk to the tensors of a micro-batch."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-_HOMES = {
-    "PreferenceCollator": "collate",
-    "pair_mismatched": "collate",
-    "LoadedRows": "read",
-    "load_rows": "read",
-    "split_by_group": "read",
-    "BadRow": "rows",
-    "DataError": "rows",
-    "LabelBalancedSampler": "sampler",
-    "Tokenized": "tokenize",
-    "tokenize_rows": "tokenize",
+if TYPE_CHECKING:
+    from prefopt.data.collate import PreferenceCollator, pair_mismatched
+    from prefopt.data.read import LoadedRows, load_rows, split_by_group
+    from prefopt.data.sampler import LabelBalancedSampler
+    from prefopt.data.tokenize import Tokenized, tokenize_rows
+    from prefopt.errors import BadRow, DataError
+
+_MODULES = {
+    "PreferenceCollator": "data.collate",
+    "pair_mismatched": "data.collate",
+    "LoadedRows": "data.read",
+    "load_rows": "data.read",
+    "split_by_group": "data.read",
+    "LabelBalancedSampler": "data.sampler",
+    "Tokenized": "data.tokenize",
+    "tokenize_rows": "data.tokenize",
+    "BadRow": "errors",
+    "DataError": "errors",
 }
 
 __all__ = [
@@ -30,9 +38,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first asked for: torch and datasets take seconds to import."""
-    if name not in _HOMES:
+    """Import a public name on first use: torch and datasets take seconds to import."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"prefopt.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,4 +1,4 @@
-"""`prefopt data check`: what is in a source, what is wrong with it, and what of it a model would be scored on."""
+"""`prefopt data check`: counts of a source, every problem in it, and the tokens that a model would be scored on."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,19 +9,19 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from prefopt.data.overlap import Twins, leaks, read_questions, twins
 from prefopt.data.read import LoadedRows, load_rows
-from prefopt.data.rows import BadRow, DataError
 from prefopt.data.scored import not_in_row, scored_tokens, template_notes
-from prefopt.data.tokenize import Tokenized, tokenize_rows
+from prefopt.data.tokenize import Tokenized, token_lengths, tokenize_rows
 from prefopt.data.vocabulary import padding_beyond, remedy, rows_beyond
+from prefopt.errors import BadRow, DataError
 from prefopt.pretrained import from_pretrained
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The text to print, and what was found that should be mended before training.
+    """The text to print, and the problems that should be corrected before training.
 
-    ``contradictory`` and ``leaked`` count the rows that contradict each other and that hold an evaluation question;
-    ``problem`` is what concerns the source, or the tokenizer and the model, as a whole.
+    ``contradictory`` and ``leaked`` count rows that contradict each other or contain an evaluation question;
+    ``problem`` concerns the source, the tokenizer or the model as a whole.
     """
 
     text: str
@@ -32,7 +32,7 @@ class Checked:
 
     @property
     def clean(self) -> bool:
-        """Whether nothing was found that should be mended before training."""
+        """Whether no problem was found."""
         return not (self.bad or self.contradictory or self.leaked or self.problem)
 
 
@@ -55,13 +55,13 @@ def check(
 
     Args:
         source, split, revision, label_map, as_chat: as for ``load_rows``.
-        tokenizer: folder or hub id whose tokenizer counts the tokens; that of ``model`` if not given.
-        model: folder or hub id of the model that the tokens must have an embedding in; its weights are not read.
+        tokenizer: folder or hub id of the tokenizer; the default is that of ``model``.
+        model: folder or hub id of the model whose embedding must cover the tokens; its weights are not read.
         max_length: tokens of prompt and answer.
-        chat_template_kwargs: passed to the chat template, as in training.
+        chat_template_kwargs: arguments of the chat template, as in training.
         questions: file of evaluation questions that must not be in the data (``read_questions``).
-        ngram: words in a row that a question and a row must share (``leaks``).
-        row: which usable row's tokens are shown; the first one that can be trained on if not given.
+        ngram: consecutive words that a question and a row must share (``leaks``).
+        row: the usable row whose tokens are shown; the default is the first that can be trained on.
 
     Returns:
         ``Checked``, with every bad row.
@@ -69,26 +69,36 @@ def check(
     Raises:
         DataError: the source, the tokenizer or the model cannot be read; an argument is out of range.
     """
-    asked = None if questions is None else read_questions(questions)
-    size = None if model is None else _vocabulary(model)
+    evaluation = None if questions is None else read_questions(questions)
+    vocabulary = None if model is None else _vocabulary(model)
     tokenizer = tokenizer or model
     loaded_tokenizer = None if tokenizer is None else _load_tokenizer(tokenizer)
     try:
         loaded = load_rows(
-            source, split=split, revision=revision, on_bad_row="skip",
-            label_map=label_map, as_chat=as_chat,
-        )  # fmt: skip
+            source, split=split, revision=revision, on_bad_row="skip", label_map=label_map, as_chat=as_chat
+        )
     except DataError as error:
         if not error.bad:
             raise
-        # no row can be used: that is what was to be found out, and each of them is listed
         return Checked(_findings(error.bad, str(error)), error.bad, problem=str(error))
     if row is not None and not 0 <= row < len(loaded.rows):
         raise DataError(f"row is {row}; expected 0 to {len(loaded.rows) - 1}")
-    parts, bad, problem, leaked = [_rows(loaded)], loaded.bad, "", {}
-    if asked is not None:
-        leaked, found = leaks(loaded, asked, ngram)
-        parts.append(_leaks(leaked, found, len(asked), ngram, loaded))
+    parts, bad, problem = [_rows(loaded)], loaded.bad, ""
+    leaked: dict[int, str] = {}
+    if evaluation is not None:
+        leaked, found = leaks(loaded, evaluation, ngram)
+        parts.append(
+            "\n".join(
+                [
+                    f"evaluation questions {found} of {len(evaluation)} found, in {len(leaked)} rows ({ngram} "
+                    "consecutive words, or all of a shorter one)",
+                    *(
+                        f"  line {loaded.rows[number]['line']}: {' '.join(question.split()):.100}"
+                        for number, question in leaked.items()
+                    ),
+                ]
+            )
+        )
     if loaded_tokenizer is not None:
         try:
             tokenized = tokenize_rows(
@@ -105,12 +115,12 @@ def check(
         else:
             bad = [*bad, *tokenized.bad]
             parts += _tokenized(loaded, tokenized, loaded_tokenizer, row, chat_template_kwargs)
-            if size is not None:
-                beyond = rows_beyond(tokenized, size, loaded_tokenizer)
-                padding = padding_beyond(loaded_tokenizer.pad_token_id, size, loaded_tokenizer)
+            if vocabulary is not None:
+                beyond = rows_beyond(tokenized, vocabulary, loaded_tokenizer)
+                padding = padding_beyond(loaded_tokenizer.pad_token_id, vocabulary, loaded_tokenizer)
                 bad = [*bad, *beyond]
                 sentences = [f"{padding}."] if padding else []
-                sentences += [remedy(size, loaded_tokenizer)] if padding or beyond else []
+                sentences += [remedy(vocabulary, loaded_tokenizer)] if padding or beyond else []
                 problem = " ".join(sentences)
     same = twins(loaded)
     parts.append(_findings(bad, problem, loaded, same))
@@ -137,7 +147,7 @@ def _tokenized(
     row: int | None,
     chat_template_kwargs: Mapping | None,
 ) -> list[str]:
-    """Lengths, the tokens of one row, and notes about what the template has scored."""
+    """Lengths, the tokens of one row, and notes about the template."""
     parts = [_tokens(tokenized)]
     places = tokenized.dataset["row"][:]
     if row is None or row in places:
@@ -149,8 +159,8 @@ def _tokenized(
     notes = template_notes(loaded, tokenized, tokenizer, chat_template_kwargs)
     if tokenizer.chat_template and not loaded.conversational:
         notes.append(
-            "the rows are plain text and are scored as they are; the tokenizer's chat template is not used. To use it, "
-            "make chat messages of them: --as-chat, in training data.as_chat: true"
+            "the rows are plain text and the tokenizer's chat template is not used. To use it, convert them to chat "
+            "messages: --as-chat, in training data.as_chat: true"
         )
     return parts + (["\n".join(f"note: {note}" for note in notes)] if notes else [])
 
@@ -161,42 +171,29 @@ def _findings(
     loaded: LoadedRows | None = None,
     same: Twins | None = None,
 ) -> str:
-    """Every bad, repeated and contradictory row, and how many there are of each."""
+    """Every bad, repeated and contradictory row, and the number of each."""
     parts = [_block("bad rows", [str(one) for one in sorted(bad, key=lambda one: one.line)])]
     counts = [f"bad rows             {len(bad)}"]
     if loaded is not None and same is not None:
-        places = _places(loaded, {*same.repeated, *same.contradictory})
-        parts += [
-            _block(
-                "repeated rows",
-                [f"{places[one]}: repeats line {loaded.rows[first]['line']}" for one, first in same.repeated.items()],
-            ),
-            _block(
-                "contradictory rows",
-                [
-                    f"{places[one]}: line {loaded.rows[other]['line']} has the same answer with the other label"
-                    for one, other in same.contradictory.items()
-                ],
-            ),
+        rows = loaded.rows
+
+        def place(number: int) -> str:
+            """File, line and label of a row; the two rows of a pair share a line."""
+            label = "desirable" if rows[number]["label"] else "undesirable"
+            return f"{loaded.name}:{rows[number]['line']} ({label})"
+
+        repeated = [f"{place(one)}: repeats line {rows[first]['line']}" for one, first in same.repeated.items()]
+        contradictory = [
+            f"{place(one)}: line {rows[other]['line']} has the same answer with the other label"
+            for one, other in same.contradictory.items()
         ]
-        counts += [
-            f"repeated rows        {len(same.repeated)}",
-            f"contradictory rows   {len(same.contradictory)}",
-        ]
-    return "\n\n".join([*(part for part in parts if part), "\n".join(counts), *([problem] if problem else [])])
+        parts += [_block("repeated rows", repeated), _block("contradictory rows", contradictory)]
+        counts += [f"repeated rows        {len(repeated)}", f"contradictory rows   {len(contradictory)}"]
+    return "\n\n".join([*filter(None, parts), "\n".join(counts), *([problem] if problem else [])])
 
 
 def _block(title: str, lines: Sequence[str]) -> str:
     return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
-
-
-def _places(loaded: LoadedRows, rows: set[int]) -> dict[int, str]:
-    """File, line and label of rows; a pair has two rows in one line."""
-    return {
-        number: f"{loaded.name}:{row['line']} ({'desirable' if row['label'] else 'undesirable'})"
-        for number in rows
-        for row in [loaded.rows[number]]
-    }
 
 
 def _rows(loaded: LoadedRows) -> str:
@@ -213,34 +210,18 @@ def _rows(loaded: LoadedRows) -> str:
     if counts["blank_lines"]:
         lines.append(f"  blank lines    {counts['blank_lines']}")
     if loaded.ignored:
-        used = ", ".join(f"{name} ({count})" for name, count in sorted(loaded.ignored.items()))
-        lines.append(f"  unused fields  {used}")
+        unused = ", ".join(f"{name} ({count})" for name, count in sorted(loaded.ignored.items()))
+        lines.append(f"  unused fields  {unused}")
     if not counts["desirable"] or not counts["undesirable"]:
         lines.append("  kto and apo_zero need rows of both labels to train on")
     return "\n".join(lines)
 
 
-def _leaks(leaked: Mapping[int, str], found: int, asked: int, ngram: int, loaded: LoadedRows) -> str:
-    lines = [
-        f"evaluation questions {found} of {asked} found, in {len(leaked)} rows ({ngram} words in a row, or all of a "
-        "shorter one)"
-    ]
-    for row, question in leaked.items():
-        lines.append(f"  line {loaded.rows[row]['line']}: {' '.join(question.split()):.100}")
-    return "\n".join(lines)
-
-
 def _tokens(tokenized: Tokenized) -> str:
-    rows = tokenized.dataset.with_format("numpy")
-    prompt = np.array([len(ids) for ids in rows["prompt_ids"]])
-    completion = np.array([len(ids) for ids in rows["completion_ids"]])
-    counts = tokenized.counts
+    prompt, completion = token_lengths(tokenized.dataset)
+    counts, length = tokenized.counts, prompt + completion
     lines = ["tokens            min   median      95%      max"]
-    for name, lengths in (
-        ("prompt", prompt),
-        ("answer", completion),
-        ("together", prompt + completion),
-    ):
+    for name, lengths in (("prompt", prompt), ("answer", completion), ("together", length)):
         low, middle, high, top = (round(float(q)) for q in np.quantile(lengths, [0, 0.5, 0.95, 1]))
         lines.append(f"  {name:<12} {low:>6} {middle:>8} {high:>8} {top:>8}")
     total = counts["completion_tokens"] + counts["truncated_tokens"]
@@ -249,11 +230,11 @@ def _tokens(tokenized: Tokenized) -> str:
         f"({counts['truncated_tokens']} of {total} tokens)"
     )
     if counts["truncated"]:
-        labels = np.array(tokenized.dataset["label"][:])
-        cut = prompt + completion > tokenized.max_length
+        assert tokenized.max_length is not None
+        desirable = np.array(tokenized.dataset["label"][:])[length > tokenized.max_length]
         lines.append(
-            f"  of these {int((cut & labels).sum())} desirable and {int((cut & ~labels).sum())} undesirable; a cut "
-            "answer is not scored on its end of turn"
+            f"  of these {int(desirable.sum())} desirable and {int((~desirable).sum())} undesirable; the end of turn "
+            "of a cut answer is not scored"
         )
     if counts["prompt_cut"]:
         lines.append(f"  in {counts['prompt_cut']} rows the template renders the prompt differently without its answer")

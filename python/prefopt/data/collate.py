@@ -1,24 +1,25 @@
-"""Batches of tokenised rows, and the mismatched pairs that KTO's KL estimate is made of.
+"""Batches of tokenised rows or pairs, and the mismatched sequences for KTO's KL estimate.
 
-KTO compares every row with a reference point, the KL divergence between policy and reference model, estimated from
-completions that belong to *another* prompt (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1). Which completion
-goes with which prompt is decided here, while the batch is built, and never in the dataset: so it holds for every
-sampler, for evaluation, and for a last batch of any size.
+KTO's reference point is an estimate of the KL divergence between policy and reference model, made from completions of
+*another* prompt (Ethayarajh et al. 2024, arXiv:2402.01306, section 4.1). The collator chooses that completion while it
+builds the batch, so the choice is valid for every sampler, for evaluation, and for a last batch of any size.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MISMATCHES = ("none", "rotate", "window")
+SIDES = ("chosen", "rejected")
 
 
 class RawFeatures:
-    """The rows of a batch as they came from the dataset, for code that needs the ids before padding.
+    """The rows of a batch before padding.
 
-    Deliberately neither a list nor a mapping: whatever moves a batch to a device walks through those token by token.
+    Neither a list nor a mapping, because code that moves a batch to a device recurses into those token by token.
     """
 
     def __init__(self, features: Sequence[Mapping]):
@@ -35,19 +36,18 @@ class RawFeatures:
 
 
 def pair_mismatched(groups: Sequence[int] | Tensor) -> list[int]:
-    """For every row, another row whose completion it is to be scored with, from a different group (prompt).
+    """Assign each row a partner from a different group (prompt), whose completion it is scored with.
 
-    The rows are laid out group by group, in order of first appearance, and each takes the completion of the row that
-    lies as far back (cyclically) as the largest group is long. No group then reaches from a row to its partner, each
-    completion is used at most once, and with distinct prompts it is the rotation by one: row ``i`` takes completion
-    ``i - 1``. The answer depends on the order of the rows alone, not on how they are cut into micro-batches.
+    The rows are ordered by group, in order of first appearance, and rotated by the size of the largest group. So each
+    completion is used at most once, and distinct prompts give the rotation by one: row ``i`` takes completion
+    ``i - 1``. The result does not depend on how the rows are split into micro-batches.
 
     Args:
         groups: (n,) group of each row, any integers; equal means the same prompt.
 
     Returns:
-        n positions into ``groups``; -1 for a row without a partner. If no group holds more than half of the rows there
-        is no -1; if one holds m > n/2, exactly the unavoidable 2m - n rows of it have none.
+        n positions into ``groups``; -1 for a row without a partner. There is no -1 unless one group holds m > n/2 rows;
+        then exactly 2m - n rows of it, the minimum, have none.
 
     Example:
         >>> pair_mismatched([7, 8, 9])
@@ -76,14 +76,14 @@ class PreferenceCollator:
     """Pads rows on the right into the tensors of one micro-batch.
 
     Args:
-        pad_token_id: fills ``input_ids`` behind each row.
-        mismatch: "none" and "window" build the rows alone ("window" leaves the pairs to the trainer, which sees the
-            whole optimizer step: ``pair_mismatched`` and ``build_mismatched``); "rotate" adds the pairs within the
-            micro-batch, prompt ``i`` with completion ``i - 1``, as TRL 1.16 does.
-        max_length: tokens per sequence; what exceeds it is cut from the end of the completion. None: no limit.
+        pad_token_id: fills ``input_ids`` after each row.
+        mismatch: "rotate" adds mismatched sequences within the micro-batch, prompt ``i`` with completion ``i - 1``, as
+            TRL 1.16 does; "none" and "window" add none (for "window" the trainer builds them over the whole optimizer
+            step with ``pair_mismatched`` and ``build_mismatched``).
+        max_length: tokens per sequence; longer completions lose their end. None: no limit.
 
     A feature holds ``prompt_ids``, ``completion_ids``, ``label``, ``group`` and ``row``; further numeric columns whose
-    names start with ``ref_`` are passed on as (B,) fp32 tensors.
+    names start with ``ref_`` become (B,) fp32 tensors.
 
     Example:
         >>> rows = [
@@ -110,7 +110,7 @@ class PreferenceCollator:
         self.mismatch = mismatch
         self.max_length = max_length
 
-    def __call__(self, features: Sequence[Mapping]) -> dict:
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Any]:
         """One micro-batch.
 
         Returns:
@@ -118,7 +118,7 @@ class PreferenceCollator:
             ``row`` and ``group`` (B,) int64; ``features``, the raw rows; and for "rotate" the ``kl_`` tensors of
             ``build_mismatched``.
         """
-        batch = self._pad([(row["prompt_ids"], row["completion_ids"]) for row in features])
+        batch: dict[str, Any] = {**self._pad([(row["prompt_ids"], row["completion_ids"]) for row in features])}
         batch["labels"] = torch.tensor([bool(row["label"]) for row in features], dtype=torch.bool)
         for name in ("row", "group"):
             batch[name] = torch.tensor([row[name] for row in features], dtype=torch.int64)
@@ -136,12 +136,12 @@ class PreferenceCollator:
     def build_mismatched(self, features: Sequence[Mapping], partners: Sequence[int]) -> dict[str, Tensor]:
         """Prompt ``i`` followed by the completion of row ``partners[i]``, for every row that has a partner.
 
-        The completion is cut to what ``max_length`` leaves behind the prompt; the prompt is never cut.
+        The completion is cut to the room that the prompt leaves within ``max_length``; the prompt is never cut.
 
         Returns:
             ``kl_input_ids``, ``kl_attention_mask``, ``kl_completion_mask`` (n, L) as in the batch, and ``kl_index``
-            (n,) int64, the position in ``features`` of the prompt of each sequence. Rows that have no partner, or no
-            room for any of its completion, are left out: ``len(features) - n`` of them. n may be 0.
+            (n,) int64, the position in ``features`` of each sequence's prompt. Rows without a partner, or without room
+            for its completion, are omitted. n may be 0.
         """
         kept = [
             (i, row["prompt_ids"], features[j]["completion_ids"])
@@ -181,3 +181,53 @@ class PreferenceCollator:
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
         }
+
+
+class PairCollator:
+    """Pads P pairs into the 2 P sequences of one micro-batch: the chosen answers, then the rejected ones.
+
+    Args:
+        pad_token_id, max_length: as for ``PreferenceCollator``.
+
+    A feature is a row of ``tokenize_pairs``; columns ``ref_chosen_logps`` and ``ref_rejected_logps`` become
+    ``ref_logps``.
+
+    Example:
+        >>> pair = {"chosen_prompt_ids": [5, 6], "chosen_completion_ids": [7], "rejected_prompt_ids": [5, 6],
+        ...         "rejected_completion_ids": [8, 9], "group": 1, "row": 0}
+        >>> batch = PairCollator(0, max_length=None)([pair])
+        >>> batch["input_ids"], batch["labels"]
+        (tensor([[5, 6, 7, 0],
+                [5, 6, 8, 9]]), tensor([ True, False]))
+    """
+
+    def __init__(self, pad_token_id: int, *, max_length: int | None):
+        self.rows = PreferenceCollator(pad_token_id, max_length=max_length)
+
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Any]:
+        """One micro-batch.
+
+        Returns:
+            ``input_ids``, ``attention_mask`` (2 P, L) int64; ``completion_mask`` (2 P, L) bool; ``labels`` (2 P,)
+            bool, True for chosen; ``row`` and ``group`` (P,) int64; ``features``, the raw pairs; ``ref_logps`` (2 P,)
+            fp32 if the features have its columns.
+        """
+        batch = self.rows([_half(pair, side) for side in SIDES for pair in features])
+        for name in ("row", "group"):
+            batch[name] = batch[name][: len(features)]
+        batch["features"] = RawFeatures(features)
+        return batch
+
+
+def _half(pair: Mapping, side: str) -> dict[str, Any]:
+    """One answer of a pair as a feature of ``PreferenceCollator``."""
+    half = {
+        "prompt_ids": pair[f"{side}_prompt_ids"],
+        "completion_ids": pair[f"{side}_completion_ids"],
+        "label": side == "chosen",
+        "group": pair["group"],
+        "row": pair["row"],
+    }
+    if f"ref_{side}_logps" in pair:
+        half["ref_logps"] = pair[f"ref_{side}_logps"]
+    return half

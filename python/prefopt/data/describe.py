@@ -1,4 +1,4 @@
-"""`prefopt data inspect`: what is in a file, or in a folder that was built, at a glance."""
+"""`prefopt data inspect`: counts, lengths and a few rows of a source."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 
 from prefopt.data.build.manifest import read_manifest
 from prefopt.data.read import LoadedRows, load_rows
-from prefopt.data.rows import Text
+from prefopt.data.rows import Text, plain_text
 
 SHOWN_CHARACTERS = 300
 
@@ -19,10 +19,10 @@ def describe(source: str | Path, *, split: str | None = None, revision: str | No
         source: a built folder, a .jsonl or .parquet file, or a hub id.
         split: of a folder (all of them if not given) or of a hub dataset.
         revision: of a hub dataset.
-        rows: so many of each split are shown.
+        rows: how many to show of each split.
 
     Raises:
-        DataError: it cannot be read, or a file of the folder is not the one that was built.
+        DataError: it cannot be read, or a file of the folder was changed after it was built.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
@@ -30,7 +30,7 @@ def describe(source: str | Path, *, split: str | None = None, revision: str | No
         return "\n\n".join(_parts(loaded.name, loaded, rows))
     manifest = read_manifest(folder)
     names = [split] if split else list(manifest["splits"])
-    parts, groups = [_head(folder, manifest)], {}
+    parts, groups = [_head(folder, manifest)], dict[str, set[int]]()
     for name in names:
         loaded = load_rows(folder, split=name, on_bad_row="skip")
         parts += _parts(name, loaded, rows)
@@ -54,7 +54,7 @@ def _parts(title: str, loaded: LoadedRows, rows: int) -> list[str]:
 
 
 def _table(title: str, loaded: LoadedRows) -> str:
-    labels = {True: Counter(), False: Counter()}
+    labels: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     groups: dict[str, set[int]] = {}
     columns = loaded.rows.select_columns(["source", "label", "group"]).with_format(None)
     for row in columns:
@@ -84,7 +84,7 @@ def _lengths(loaded: LoadedRows) -> str:
         ("answer, good", "completion", labels),
         ("answer, bad", "completion", ~labels),
     ):
-        lengths = np.array([len(_plain(text)) for text in loaded.rows[column]])[chosen]
+        lengths = np.array([len(plain_text(text)) for text in loaded.rows[column]])[chosen]
         if lengths.size:
             shown = (round(float(one)) for one in np.quantile(lengths, [0, 0.5, 0.95, 1]))
             lines.append(f"  {title:<12}" + "".join(f"{one:>9,}" for one in shown))
@@ -102,15 +102,9 @@ def _rows(loaded: LoadedRows, most: int) -> list[str]:
     return shown
 
 
-def _plain(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-
-
 def _short(text: Text) -> str:
-    if isinstance(text, str):
-        plain = text
-    elif len(text) == 1:
-        plain = text[0]["content"]
+    if isinstance(text, str) or len(text) == 1:
+        plain = plain_text(text)
     else:
         plain = " ".join(f"[{message['role']}] {message['content']}" for message in text)
     plain = " ".join(plain.split())

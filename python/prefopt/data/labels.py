@@ -1,6 +1,6 @@
-"""Labels that are not true or false: the mapping that converts them, and the mapping that a data set seems to need.
+"""Labels other than true and false: the user's mapping, and a suggestion of one.
 
-Labels are compared by type and value, because Python's ``1 == True == 1.0`` would mix up three kinds of labels.
+Labels are compared by type and value, because ``1 == True == 1.0`` in Python.
 """
 
 import json
@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prefopt.data.rows import DataError, LabelTable, key_of, show
+from prefopt.data.rows import LabelTable, key_of, show
+from prefopt.errors import DataError
 
-USUAL = (  # (desirable, undesirable)
+USUAL: tuple[tuple[Any, Any], ...] = (  # (desirable, undesirable)
     (1, 0),
     (1.0, 0.0),
     ("1", "0"),
@@ -28,7 +29,7 @@ def label_table(label_map: Mapping | None) -> LabelTable:
     """The checked mapping, by type and value of its keys.
 
     Args:
-        label_map: from labels (text or numbers) to true and false; both must occur. None converts nothing.
+        label_map: from labels (text or numbers) to true and false; both must occur. None is an empty mapping.
 
     Raises:
         DataError: it is not such a mapping.
@@ -45,8 +46,8 @@ def label_table(label_map: Mapping | None) -> LabelTable:
         if isinstance(label, bool):
             raise DataError(
                 f"label_map has the key {str(label).lower()}; true and false need no conversion. If the rows have the "
-                "words "
-                'yes and no (or on and off), quote them, {"yes": true, "no": false}: YAML reads them as true and false'
+                'words yes and no (or on and off), quote them, {"yes": true, "no": false}: YAML reads them as true and '
+                "false"
             )
         if not isinstance(label, (str, int, float)) or label != label or label in (math.inf, -math.inf):
             raise DataError(f"label_map has the key {show(label)}; expected text or a number")
@@ -59,15 +60,14 @@ def label_table(label_map: Mapping | None) -> LabelTable:
 
 
 def suggestion(labels: Iterable[tuple[type, Any]]) -> str:
-    """A sentence with the mapping that would convert all these labels; empty if no usual one does.
+    """A sentence with a usual mapping that converts all these labels; empty if there is none.
 
     Args:
-        labels: type and value of each, as ``LabelError.label`` has them.
+        labels: type and value of each, from ``LabelError.label``.
 
     Example:
-        >>> suggestion({(int, 1), (int, 0)})
-        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_map {1: true, 0: false}
-        (--data.label_map in training, --label-map in `prefopt data check`, label_map of load_rows).'
+        >>> suggestion({(int, 1), (int, 0)})[:80]
+        'If 1 marks desirable rows and 0 undesirable ones, convert them with data.label_m'
     """
     found = set(labels)
     for good, bad in USUAL:

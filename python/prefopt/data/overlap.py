@@ -1,4 +1,4 @@
-"""Rows that are there twice, rows that contradict each other, and rows that hold an evaluation question."""
+"""Repeated rows, contradictory rows, and rows that contain an evaluation question."""
 
 import json
 import re
@@ -6,22 +6,21 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tqdm.auto import tqdm
 
 from prefopt.data.read import LoadedRows
-from prefopt.data.rows import DataError, Text, folded, folded_turns
+from prefopt.data.rows import Text, folded, folded_turns
 from prefopt.data.sources import FILES
+from prefopt.errors import DataError
 
 QUESTION_FIELDS = ("question", "prompt", "ctx", "text")
 
 
 class Twins(NamedTuple):
-    """Positions in ``LoadedRows.rows``: later copies of a row, and rows whose answer carries both labels.
-
-    Each comes with the position of the row that it repeats, or of the first one that contradicts it.
-    """
+    """Positions in ``LoadedRows.rows``: each later copy of a row with the first, and each row whose answer has both
+    labels with the first row that contradicts it."""
 
     repeated: dict[int, int]
     contradictory: dict[int, int]
@@ -59,17 +58,16 @@ class Leaks(NamedTuple):
 
 
 def leaks(loaded: LoadedRows, questions: Sequence[str], size: int = 8) -> Leaks:
-    """Rows whose prompt or answer shares ``size`` words in a row with an evaluation question.
+    """Rows whose prompt or answer shares ``size`` consecutive words with an evaluation question.
 
-    Words are runs of letters and digits after folding, without accents and vowel signs. A question of fewer words
-    counts only where a whole message (or text) consists of just these words, because short questions occur inside
-    others.
+    Words are runs of letters and digits after folding, without accents and vowel signs. A question of fewer words must
+    equal a whole message (or text), because short questions occur inside others.
 
     Example:
         >>> from prefopt.data import load_rows
-        >>> question = "What happens if you crack your knuckles a lot?"
-        >>> loaded = load_rows([{"prompt": f"Is it true: {question}", "chosen": "Yes", "rejected": "No"}])
-        >>> leaks(loaded, [question]).questions
+        >>> prompt = "Is it true: what happens if you crack your knuckles a lot?"
+        >>> loaded = load_rows([{"prompt": prompt, "chosen": "Yes", "rejected": "No"}])
+        >>> leaks(loaded, ["What happens if you crack your knuckles a lot?"]).questions
         1
     """
     if size < 1:
@@ -153,5 +151,5 @@ def _grams(found: tuple[str, ...], size: int) -> Iterable[tuple[str, ...]]:
     return (found[start : start + size] for start in range(len(found) - size + 1))
 
 
-def _texts(text: Text | Any) -> list[str]:
+def _texts(text: Text) -> list[str]:
     return [text] if isinstance(text, str) else [message["content"] for message in text]

@@ -1,4 +1,4 @@
-"""Checked rows of preferences: read, judged one by one, unpaired, counted, and every bad one reported."""
+"""Load preference rows: read, check, split pairs into two rows, count, and report every bad row."""
 
 import hashlib
 import json
@@ -18,8 +18,6 @@ from prefopt.data.rows import (
     PAIRED_FIELDS,
     RATED_FIELDS,
     REFUSED_FIELDS,
-    BadRow,
-    DataError,
     LabelError,
     LabelTable,
     RowError,
@@ -30,6 +28,7 @@ from prefopt.data.rows import (
     show,
 )
 from prefopt.data.sources import open_rows
+from prefopt.errors import BadRow, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +40,16 @@ CHUNK_ROWS = 10_000  # rows held as Python objects before they are packed into A
 
 @dataclass(frozen=True)
 class LoadedRows:
-    """Checked rows and what was found on the way.
+    """Checked rows.
 
-    ``rows`` has the columns prompt, completion, label, source, line and group. ``counts`` has ``read`` (rows in the
-    source), ``rows`` (kept, each pair counting two), ``desirable``, ``undesirable``, ``groups``, ``pairs``, ``bad`` and
-    ``blank_lines``. ``ignored`` counts the fields that had no use. ``fingerprint`` depends on the rows' content alone.
+    Attributes:
+        rows: columns prompt, completion, label, source, line and group.
+        bad: the rows that were omitted.
+        counts: ``read`` (rows in the source), ``rows`` (kept; a pair counts twice), ``desirable``, ``undesirable``,
+            ``groups``, ``pairs``, ``bad`` and ``blank_lines``.
+        ignored: how often each unused field occurs.
+        fingerprint: depends on the content of the rows only.
+        name: of the source.
     """
 
     rows: Dataset
@@ -70,19 +74,19 @@ def load_rows(
     label_map: Mapping | None = None,
     as_chat: bool = False,
 ) -> LoadedRows:
-    """Read and check every row of a source; pairs become two rated rows, one after the other.
+    """Read and check every row of a source; a pair becomes two adjacent rows.
 
     Args:
         source: a map-style ``datasets.Dataset``, a list of rows, the path of a .jsonl or .parquet file, or "owner/name"
             on the hub.
-        on_bad_row: "stop" raises ``DataError`` with the count and the first ten bad rows; "skip" leaves them out and
+        on_bad_row: "stop" raises ``DataError`` with the count and the first ten bad rows; "skip" omits them and
             lists them in ``bad``.
-        split, revision: of a hub dataset; split "train" if not given.
-        label_map: what labels other than true and false mean, such as ``{1: True, 0: False}``.
-        as_chat: make a user's message of a prompt that is text, and an assistant's message of its completion.
+        split, revision: of a hub dataset; the default split is "train".
+        label_map: the meaning of labels other than true and false, such as ``{1: True, 0: False}``.
+        as_chat: convert text to chat messages, a user's for the prompt and an assistant's for the completion.
 
     Returns:
-        ``LoadedRows``. Blank lines of a JSONL file are passed over and counted.
+        ``LoadedRows``. Blank lines of a JSONL file are skipped and counted.
 
     Raises:
         DataError: bad rows, no rows, rows of both kinds (text and chat), a file or dataset that cannot be read.
@@ -96,8 +100,10 @@ def load_rows(
         raise ValueError(f"on_bad_row is {on_bad_row!r}; expected {' or '.join(ON_BAD_ROW)}")
     labels = label_table(label_map)
     name, raws = open_rows(source, split, revision)
-    table, bad, counts, ignored = _Table(name, labels, as_chat), [], Counter(), Counter()
-    unknown: set[tuple[type, Any]] = set()  # labels
+    table, bad = _Table(name, labels, as_chat), []
+    counts: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
+    unknown_labels: set[tuple[type, Any]] = set()
     for line, raw in raws:
         if raw is None:
             counts["blank_lines"] += 1
@@ -111,9 +117,8 @@ def load_rows(
         except RowError as error:
             bad.append(BadRow(name, line, str(error)))
             if isinstance(error, LabelError):
-                unknown.add(error.label)
-    counts["bad"] = len(bad)
-    hint = "" if table.count else suggestion(unknown)
+                unknown_labels.add(error.label)
+    hint = "" if table.count else suggestion(unknown_labels)
     if bad and on_bad_row == "stop":
         raise bad_rows_error(bad, counts["read"], name, hint=hint)
     if ignored:
@@ -124,14 +129,14 @@ def load_rows(
     if not table.count:
         reason = f"; all {len(bad)} are bad, the first: {bad[0]}" if bad else ""
         raise DataError(f"{name} has no rows to train on{reason}" + (f"\n{hint}" if hint else ""), bad)
-    return _loaded(table.finish(), bad, counts, dict(ignored), table.fingerprint(), name)
+    return _counted(LoadedRows(table.finish(), bad, dict(counts), dict(ignored), table.fingerprint(), name))
 
 
 def split_by_group(loaded: LoadedRows, fraction: float, seed: int = 0) -> tuple[LoadedRows, LoadedRows]:
-    """Set aside about ``fraction`` of the groups for evaluation.
+    """Hold out about ``fraction`` of the groups for evaluation.
 
-    A row goes by the hash of its group alone, so both answers to a prompt land on the same side, and rows stay where
-    they are when the file is reordered or grows.
+    The hash of its group decides the side of a row. So all answers to a prompt are on the same side, and rows keep
+    their side when the file is reordered or grows.
 
     Raises:
         DataError: if one side would be empty.
@@ -154,33 +159,27 @@ def split_by_group(loaded: LoadedRows, fraction: float, seed: int = 0) -> tuple[
                 f"({loaded.counts['groups']} different prompts)"
             )
         key = hashlib.sha256(f"{loaded.fingerprint}|{fraction}|{seed}|{side}".encode()).hexdigest()
-        rows = loaded.rows.select(chosen)
-        if side == "train":  # what was found in the source is told once
-            found = loaded.counts | {"held_out": len(loaded.rows) - len(rows)}
-            sides.append(_loaded(rows, loaded.bad, found, loaded.ignored, key, loaded.name))
-        else:
-            sides.append(_loaded(rows, [], {}, {}, key, loaded.name))
-    return sides[0], sides[1]
+        sides.append(LoadedRows(loaded.rows.select(chosen), fingerprint=key, name=loaded.name))
+    train, evaluation = sides
+    counts = loaded.counts | {"held_out": len(evaluation.rows)}
+    # what was found in the source is reported once, with the training side
+    train = LoadedRows(train.rows, loaded.bad, counts, loaded.ignored, train.fingerprint, loaded.name)
+    return _counted(train), _counted(evaluation)
 
 
-def _loaded(
-    rows: Dataset,
-    bad: list[BadRow],
-    found: Mapping[str, int],
-    ignored: dict,
-    fingerprint: str,
-    name: str,
-) -> LoadedRows:
+def _counted(loaded: LoadedRows) -> LoadedRows:
+    rows = loaded.rows
     desirable = sum(rows["label"])
-    counts = {"read": len(rows), "pairs": 0, "blank_lines": 0} | dict(found)
-    counts |= {
-        "rows": len(rows),
-        "desirable": desirable,
-        "undesirable": len(rows) - desirable,
-        "groups": len(set(rows["group"])),
-        "bad": len(bad),
-    }
-    return LoadedRows(rows, bad, counts, ignored, fingerprint, name)
+    found = {"read": len(rows), "pairs": 0, "blank_lines": 0} | loaded.counts
+    loaded.counts.update(
+        found,
+        rows=len(rows),
+        desirable=desirable,
+        undesirable=len(rows) - desirable,
+        groups=len(set(rows["group"])),
+        bad=len(loaded.bad),
+    )
+    return loaded
 
 
 class _Table:
@@ -189,13 +188,13 @@ class _Table:
     def __init__(self, name: str, labels: LabelTable, as_chat: bool):
         self.name, self.labels, self.as_chat = name, labels, as_chat
         self.count = 0
-        self.features: Features | None = None
+        self.chat: bool | None = None
         self._pending: list[dict] = []
         self._chunks: list[pyarrow.Table] = []
         self._hash = hashlib.sha256()
 
     def add(self, line: int, raw: Mapping[str, Any]) -> int:
-        """Check a row and keep what it gives; how many rated rows that is (2 for a pair)."""
+        """Check a row and add it; returns the number of rows added (2 for a pair)."""
         rated = rated_rows(raw, self.labels)
         if self.as_chat:
             rated = [as_messages(row) for row in rated]
@@ -204,25 +203,19 @@ class _Table:
             raise RowError(f"source is {show(source)}; expected text")
         group = group_of(raw, rated[0].prompt)
         chat = isinstance(rated[0].prompt, list)
-        if self.features is None:
-            self.features = _features(chat)
-        elif chat == isinstance(self.features["prompt"], Value):
+        if self.chat is None:
+            self.chat = chat
+        elif chat != self.chat:
             kinds = ("chat messages", "text") if chat else ("text", "chat messages")
             raise RowError(f"is {kinds[0]}, while the rows before it are {kinds[1]}; expected one kind")
         for row in rated:
-            record = row._asdict() | {"source": source or self.name, "line": line, "group": group}
-            self._pending.append(record)
+            self._pending.append(row._asdict() | {"source": source or self.name, "line": line, "group": group})
             content = json.dumps([row.prompt, row.completion, row.label, group])
             self._hash.update(content.encode() + b"\n")
         self.count += len(rated)
         if len(self._pending) >= CHUNK_ROWS:
             self._pack()
         return len(rated)
-
-    def _pack(self) -> None:
-        schema = self.features.arrow_schema
-        self._chunks.append(pyarrow.Table.from_pylist(self._pending, schema=schema))
-        self._pending = []
 
     def finish(self) -> Dataset:
         if self._pending:
@@ -232,21 +225,14 @@ class _Table:
     def fingerprint(self) -> str:
         return self._hash.hexdigest()
 
-
-def _features(chat: bool) -> Features:
-    text = [{"role": Value("string"), "content": Value("string")}] if chat else Value("string")
-    return Features(
-        {
-            "prompt": text,
-            "completion": text,
-            "label": Value("bool"),
-            "source": Value("string"),
-            "line": Value("int64"),
-            "group": Value("int64"),
-        }
-    )
+    def _pack(self) -> None:
+        text = [{"role": Value("string"), "content": Value("string")}] if self.chat else Value("string")
+        features = {"prompt": text, "completion": text, "label": Value("bool"), "source": Value("string")}
+        schema = Features({**features, "line": Value("int64"), "group": Value("int64")}).arrow_schema
+        self._chunks.append(pyarrow.Table.from_pylist(self._pending, schema=schema))
+        self._pending = []
 
 
 def _unit_hash(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
+    """A number in [0, 1) that depends on the key only."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64

@@ -1,12 +1,11 @@
-"""What a preference row must look like, and the one sentence said about a row that does not.
+"""The schema of a preference row: its checks and their messages.
 
-A row rates one answer, {prompt, completion, label}, or compares two, {prompt, chosen, rejected}. Its texts are plain
-strings or chat messages ({role, content}), not both. A pair becomes two rated rows here, so that everything behind this
-module knows only one kind.
+A row is unpaired (binary feedback), {prompt, completion, label}, or a pair, {prompt, chosen, rejected}. Its texts are
+plain strings or chat messages ({role, content}), not both. A pair becomes two unpaired rows here, so that later stages
+handle one kind only.
 
-A label is ``true`` or ``false``. Anything else (0 and 1, the word "true") is refused unless ``label_map`` says what it
-means, because numbers in such a column are as often a rank, a score, or "which of the two is better" as they are a
-verdict.
+A label is ``true`` or ``false``. Any other value needs a ``label_map``: a number in this column may be a rank, a score
+or "which of the two is better".
 """
 
 import difflib
@@ -16,44 +15,26 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prefopt.errors import UserError
+from prefopt.errors import BadRow, DataError
 
 ROLES = ("system", "user", "assistant")
 RATED_FIELDS = ("prompt", "completion", "label")
 PAIRED_FIELDS = ("prompt", "chosen", "rejected")
 OPTIONAL_FIELDS = ("group", "source")
-# Signs that change how Arabic looks but not what it says: tatweel, and the marks of writing direction.
+# Arabic tatweel and marks of writing direction, which change the rendering only.
 INVISIBLE = dict.fromkeys([0x0640, 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
-# They change what the model is shown, so a row that has one cannot be trained on without it.
+# They would change the model's input, so a row that has one cannot be used without it.
 REFUSED_FIELDS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio")
+MAX_DEPTH = 100  # levels of lists and objects in a row
 
-CHAT, TEXT = "chat", "text"  # the form of a row: messages for a chat template, or text as it is
+CHAT, TEXT = "chat", "text"  # messages for a chat template, or plain text
 
 Text = str | list[dict[str, str]]
 LabelTable = Mapping[tuple[type, Any], bool]  # of ``labels.label_table``
 
 
-class BadRow(NamedTuple):
-    """A row that cannot be used: where it stands (``line`` counts from 1) and why."""
-
-    file: str
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.reason}"
-
-
-class DataError(UserError):
-    """The data cannot be trained on; the message is meant for the person who wrote it. ``bad`` lists the rows."""
-
-    def __init__(self, message: str, bad: Sequence[BadRow] = ()):
-        super().__init__(message)
-        self.bad = list(bad)
-
-
 class RowError(ValueError):
-    """The reason why one row is bad, raised where it is found."""
+    """The reason why one row is bad."""
 
 
 class LabelError(RowError):
@@ -65,7 +46,7 @@ class LabelError(RowError):
 
 
 class Rated(NamedTuple):
-    """One rated answer; ``prompt`` and ``completion`` are both text or both lists of chat messages."""
+    """One answer and its label; ``prompt`` and ``completion`` are both text or both lists of chat messages."""
 
     prompt: Text
     completion: Text
@@ -79,10 +60,7 @@ def bad_rows_error(
     remedy: str = "--data.on_bad_row skip in training, which lists them in the run folder",
     hint: str = "",
 ) -> DataError:
-    """The error that stops before any work: how many rows are bad, the first ten of them, and how to go on.
-
-    ``hint`` is a sentence about these rows, after the remedy that holds for all.
-    """
+    """The error with the number of bad rows, the first ten of them, and the remedy; ``hint`` is appended."""
     shown = "\n".join(f"  {row}" for row in bad[:10])
     rest = "" if len(bad) <= 10 else f"\n  ... and {len(bad) - 10} more"
     return DataError(
@@ -93,14 +71,14 @@ def bad_rows_error(
 
 
 def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list[Rated]:
-    """The row itself if it is rated, both its halves (desirable first) if it is a pair.
+    """Check a row and return it as one answer, or as two (desirable first) if it is a pair.
 
     Args:
-        raw: the row, checked by ``values.check_values``.
-        labels: of ``label_table``; what labels other than true and false mean.
+        raw: the row, checked by ``check_values``.
+        labels: the meaning of labels other than true and false, from ``label_table``.
 
     Raises:
-        RowError: with the reason, if the row cannot be used.
+        RowError: the row cannot be used.
 
     Example:
         >>> rated_rows({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
@@ -122,7 +100,7 @@ def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list
 
 
 def as_messages(row: Rated) -> Rated:
-    """A row of text as a user's and an assistant's message, without the space around the texts; chat rows as they are.
+    """Convert text to a user's and an assistant's message, stripped of surrounding space; chat rows are unchanged.
 
     Example:
         >>> as_messages(Rated("2 + 2?", " 4", True)).completion
@@ -130,8 +108,12 @@ def as_messages(row: Rated) -> Rated:
     """
     if not isinstance(row.prompt, str):
         return row
-    sides = (("user", row.prompt), ("assistant", row.completion))
-    return Rated(*([{"role": role, "content": text.strip()}] for role, text in sides), row.label)
+    assert isinstance(row.completion, str)
+    return Rated(
+        [{"role": "user", "content": row.prompt.strip()}],
+        [{"role": "assistant", "content": row.completion.strip()}],
+        row.label,
+    )
 
 
 def key_of(label: Any) -> tuple[type, Any]:
@@ -150,11 +132,7 @@ def _label(value: Any, labels: LabelTable) -> bool:
 
 
 def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
-    """The group of a row: rows of one group share a prompt (or whatever the field ``group`` says they share).
-
-    A 63-bit hash of the prompt, the same in every run and on every machine. Spelling counts, but not case, spacing or
-    the choice between equivalent Unicode forms (`folded`).
-    """
+    """A 63-bit hash of the field ``group`` or, without one, of the ``folded`` prompt; the same on every machine."""
     given = raw.get("group")
     if given is None:
         key = "prompt\x1e" + folded_turns(prompt)
@@ -162,8 +140,7 @@ def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
         key = f"group\x1e{given}"
     else:
         raise RowError(f"group is {show(given)}; expected text or an integer")
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
 def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
@@ -174,13 +151,14 @@ def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
     if isinstance(chosen, list) and isinstance(rejected, list) and not isinstance(prompt, list):
         _messages(chosen, "chosen")
         _messages(rejected, "rejected")
-        asked = prompt
-        prompt, chosen, rejected = _common_prefix(chosen, rejected)
+        question = prompt
+        shared = common_prefix(chosen, rejected)
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not len(chosen) == len(rejected) == 1:
             raise RowError("chosen and rejected part before their last message; expected one other answer at the end")
-        # Some sets repeat the question as text beside whole conversations: it then has to be the question asked there.
+        # Some sets repeat the question as text beside whole conversations.
         questions = [message["content"] for message in prompt if message["role"] == "user"]
-        if isinstance(asked, str) and asked not in questions:
+        if isinstance(question, str) and question not in questions:
             raise RowError("prompt is text that is not a user turn shared by chosen and rejected")
     elif isinstance(chosen, str) and isinstance(rejected, str) and prompt is None:
         prompt, chosen, rejected = _common_words(chosen, rejected)
@@ -190,18 +168,20 @@ def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
     ]
 
 
-def _common_prefix(chosen: list, rejected: list) -> tuple[list, list, list]:
-    length = 0
-    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
-        length += 1
-    return chosen[:length], chosen[length:], rejected[length:]
+def common_prefix(first: Sequence, second: Sequence) -> int:
+    """The length of the common beginning of two sequences.
+
+    Example:
+        >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    length = min(len(first), len(second))
+    return next((i for i in range(length) if first[i] != second[i]), length)
 
 
 def _common_words(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """The common beginning of two texts, cut where a word begins: "is blue", "is black" share "is", not "is bl"."""
-    length = 0
-    while length < min(len(chosen), len(rejected)) and chosen[length] == rejected[length]:
-        length += 1
+    """Split off the common beginning at a word boundary: "is blue", "is black" share "is", not "is bl"."""
+    length = common_prefix(chosen, rejected)
     while length > 0 and not chosen[length - 1 : length].isspace():
         length -= 1
     if length > 0 and chosen[length - 1] == " ":  # the space belongs to the answer, as in tokens
@@ -210,7 +190,7 @@ def _common_words(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
-    """The row, if both texts are of one kind and none is empty or in the wrong order."""
+    """Check that both texts are of one kind, not empty, and in the order of a conversation."""
     for field, value in (("prompt", prompt), (name, completion)):
         if not isinstance(value, (str, list)):
             raise RowError(f"{field} is {show(value)}; expected text or a list of messages")
@@ -276,16 +256,19 @@ def _require(row: Mapping[str, Any], needed: Sequence[str], known: Sequence[str]
             raise RowError(f"field {name!r} is missing{hint}")
 
 
+def plain_text(text: Text) -> str:
+    """Text, or the contents of messages, one a line."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
 def folded_turns(text: Text) -> str:
-    """Text or messages as one string that is equal where only the spelling differs, roles included."""
+    """Text or messages, with their roles, as one ``folded`` string."""
     turns = [("text", text)] if isinstance(text, str) else [(m["role"], m["content"]) for m in text]
     return "\x1e".join(f"{role}\x1f{folded(content)}" for role, content in turns)
 
 
 def folded(text: str) -> str:
-    """The text without what makes no other text of it: case, spacing, Unicode forms, tatweel, direction marks.
-
-    For comparing only; nothing is trained on a folded text.
+    """The text without differences of case, spacing, Unicode form, tatweel and direction marks, for comparisons.
 
     Example:
         >>> folded(" Caf\\u00e9  AU lait\\n") == folded("cafe\\u0301 au lait")
@@ -303,3 +286,32 @@ def show(value: Any) -> str:
     """A value for a message, cut to 60 characters; None is "missing"."""
     text = "missing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_values(raw: Mapping[str, Any]) -> None:
+    """Refuse values that cannot be written or printed: half of a surrogate pair, and deep nesting.
+
+    Raises:
+        RowError: with the place in the row.
+    """
+    pending: list[tuple[str, Any, int]] = [("", raw, 0)]
+    while pending:
+        where, value, level = pending.pop()
+        if isinstance(value, str):
+            _check_utf8(value, where)
+        elif isinstance(value, (Mapping, list, tuple)):
+            if level == MAX_DEPTH:
+                raise RowError(f"{where[:60]} is nested more than {MAX_DEPTH} levels deep")
+            if isinstance(value, Mapping):
+                for key, part in value.items():
+                    _check_utf8(str(key), f"key {show(key)}")
+                    pending.append((f"{where}.{key}" if where else str(key), part, level + 1))
+            else:
+                pending += [(f"{where}[{i}]", part, level + 1) for i, part in enumerate(value)]
+
+
+def _check_utf8(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{where:.60} holds half of a surrogate pair at character {error.start}") from None

@@ -1,7 +1,6 @@
-"""An order of the rows in which every batch has about the data's share of desirable ones.
+"""A sampler whose batches each have about the data's share of desirable rows.
 
-A batch of one class gives KTO's loss a one-sided gradient, and paired data read in file order is worse: a thousand
-desirable rows, then a thousand undesirable ones.
+A batch of one class gives KTO's loss a one-sided gradient.
 """
 
 import random
@@ -13,9 +12,9 @@ from torch.utils.data import Sampler
 class LabelBalancedSampler(Sampler[int]):
     """Every row once an epoch, in a seeded random order, with the labels spread evenly over the batches.
 
-    Any run of consecutive batches, so also the window of an optimizer step, has its share of desirable rows within one
-    row of the data's share. The order depends on ``seed`` and the epoch alone; a resumed run gets it by
-    ``set_epoch`` and skips what it has seen.
+    In any run of consecutive batches, such as an optimizer step, the number of desirable rows is within one row of the
+    data's share. The order depends on ``seed`` and the epoch only; a resumed run calls ``set_epoch`` and skips the rows
+    it has seen.
 
     Args:
         labels: (n,) True for desirable rows.
@@ -41,7 +40,7 @@ class LabelBalancedSampler(Sampler[int]):
         return len(self.labels)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration; accelerate calls it at the start of each epoch."""
+        """Set the epoch, which determines the order; accelerate calls it at the start of each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -51,8 +50,8 @@ class LabelBalancedSampler(Sampler[int]):
         rng.shuffle(desirable)
         rng.shuffle(undesirable)
         total = len(self.labels)
-        # After r rows, floor((D r + phase) / n) desirable ones have gone out: always within one of D r / n, and exactly
-        # all D at r = n. The phase is random, or a rare class would fall on the same batches in every epoch.
+        # After r rows, floor((D r + phase) / n) are desirable: within one of D r / n, and D at r = n. The random phase
+        # moves a rare class to other batches in every epoch.
         phase = rng.randrange(total) if total else 0
         done = 0
         for start in range(0, total, self.batch_size):
@@ -60,5 +59,5 @@ class LabelBalancedSampler(Sampler[int]):
             due = (len(desirable) * end + phase) // total
             batch = desirable[done:due] + undesirable[start - done : end - due]
             done = due
-            rng.shuffle(batch)  # the position within a batch says nothing about the label
+            rng.shuffle(batch)
             yield from batch

@@ -1,33 +1,34 @@
-"""What of a row a model is scored on: its tokens one by one, and what of them the answer did not write.
+"""The scored tokens of a row, and those that come from the chat template rather than the answer.
 
-A chat template renders the prompt alone (with the opening of an answer) to begin a generation, and the whole
-conversation to train on. The two need not agree:
+A chat template renders the prompt alone (with the opening of an answer) for generation, and the whole conversation for
+training. The two can disagree:
 
-- Qwen3's template writes an empty thought, ``<think>\n\n</think>\n\n``, in front of an answer. Unless the prompt is
+- Qwen3's template writes an empty thought, ``<think>\n\n</think>\n\n``, before an answer. Unless the prompt is
   rendered with ``enable_thinking: false``, it is scored in every row.
-- DeepSeek-R1-Distill's opens an answer with ``<think>\n`` and then renders conversations without it: the prompt alone
-  is no beginning of the row. The tokens that differ are in no row: they are neither shown nor scored, but will be shown
-  when the model answers. It also deletes an answer up to ``</think>``.
-- ChatML-like templates end a turn with a line break behind the end-of-turn token. It is scored, and never generated.
+- DeepSeek-R1-Distill's opens an answer with ``<think>\n`` but renders conversations without it. These tokens are in no
+  row, but precede the answer in generation. The template also deletes an answer up to ``</think>``.
+- ChatML-like templates end a turn with a line break after the end-of-turn token. It is scored, but never generated.
 """
 
 import textwrap
 from collections import Counter
 from collections.abc import Mapping
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.read import LoadedRows
-from prefopt.data.tokenize import Encode, Tokenized, common_prefix
+from prefopt.data.rows import common_prefix
+from prefopt.data.tokenize import Encode, Tokenized
 
 WIDTH = 100
 
 
 def scored_tokens(tokenized: Tokenized, tokenizer: PreTrainedTokenizerBase, index: int = 0, beside: str = "") -> str:
-    """One row as the model sees it: the prompt, which is not scored, and the tokens that are.
+    """One row as text: the prompt, then the scored tokens.
 
-    Tokens are split by ``│`` and a line break is written ``\\n``; a character that is spread over several tokens is
-    shown once, with the last of them. ``beside`` is said below the prompt.
+    Tokens are separated by ``│`` and a line break is written ``\\n``; a character made of several tokens is shown with
+    the last one. ``beside`` is inserted below the prompt.
     """
     row = tokenized.dataset[index]
     limit = tokenized.max_length
@@ -51,21 +52,19 @@ def not_in_row(
     index: int = 0,
     chat_template_kwargs: Mapping | None = None,
 ) -> str:
-    """The tokens that follow the prompt when it is rendered alone and differ from the row's; empty if none do."""
+    """The last tokens of the prompt rendered alone, if the row does not contain them; otherwise empty."""
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
     row = tokenized.dataset[index]
     source = loaded.rows[row["row"]]
-    asked, whole, _ = encode.texts(source["prompt"], source["completion"])
-    alone, together = encode.ids([asked, whole])
+    alone, together = encode.ids(encode.texts(source["prompt"], source["completion"])[:2])
     lost = alone[common_prefix(alone, together) :]
     if not lost:
         return ""
     shown = "│".join(pieces(lost, tokenizer))
     why = (
-        "the template writes it to open an answer, but not into this row. The model is not shown it here, and will be "
-        "when it answers"
+        "the template opens an answer with it, but this row does not contain it: the model sees it in generation only"
         if loaded.conversational
-        else "with the answer behind it this text becomes other tokens, which are scored"
+        else "followed by the answer, this text becomes other tokens, which are scored"
     )
     return _block(f"left out, {len(lost)} tokens of the prompt alone", shown) + f"\n    {why}"
 
@@ -76,28 +75,28 @@ def template_notes(
     tokenizer: PreTrainedTokenizerBase,
     chat_template_kwargs: Mapping | None = None,
 ) -> list[str]:
-    """Sentences about tokens that are scored in every row, or in none, whatever the answer says.
+    """Sentences about tokens that are scored in every row, or in none, independently of the answer.
 
-    A shortcut for KTO is named as such: a token that the model never generates, and whose log-probability is all the
-    same part of every row's sum, can carry the difference between desirable and undesirable rows in place of the
-    answers.
+    A token that the model never generates still adds its log-probability to every row, so KTO's loss can fall without
+    any change of the answers.
     """
     special = _special_ids(tokenizer)
     encode = Encode(tokenizer, loaded.conversational, dict(chat_template_kwargs or {}))
-    heads, ends, trailing, rows = Counter(), Counter(), Counter(), 0
-    changed = unended = 0
+    heads: Counter[str] = Counter()
+    ends: Counter[int] = Counter()
+    trailing: Counter[tuple[int, ...]] = Counter()
+    rows, changed, unended = len(tokenized.dataset), 0, 0
     sources = loaded.rows.select(tokenized.dataset["row"][:])
     for ids, source in zip(tokenized.dataset["completion_ids"], sources, strict=True):
-        rows += 1
         answer = source["completion"]
         text = answer if isinstance(answer, str) else answer[0]["content"]
         head, found, _ = decode(ids, tokenizer).partition(text.strip())
         if found:
             heads[head.strip(" ")] += 1
         elif text.strip() not in encode.texts(source["prompt"], answer)[1]:
-            changed += 1  # the template did it, not the tokenizer's own spelling
+            changed += 1  # by the template, not by the tokenizer
         last = max((place for place, token in enumerate(ids) if token in special), default=None)
-        # An end of turn stands behind the answer: nothing of the answer may come after it.
+        # an end of turn must follow the whole answer
         if last is None or text.strip()[-8:] in decode(ids[last + 1 :], tokenizer):
             unended += 1
             continue
@@ -106,7 +105,7 @@ def template_notes(
     notes = [_head_note(head, many, rows) for head, many in heads.most_common(3) if head]
     if changed:
         notes.append(
-            f"in {changed} of {rows} rows the template does not render the answer as it is written: what it leaves out "
+            f"in {changed} of {rows} rows the template does not render the answer as it is written: the omitted part "
             "is not learned"
         )
     if unended:
@@ -125,26 +124,27 @@ def template_notes(
 
 def decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """The text of tokens, special ones and spaces included."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each token; tokens that end within a character wait for the rest of it."""
-    found, waiting = [], []
+    """The text of each token; tokens that end within a character are joined with the next one."""
+    found: list[str] = []
+    pending: list[int] = []
     for token in ids:
-        waiting.append(token)
-        text = decode(waiting, tokenizer)
+        pending.append(token)
+        text = decode(pending, tokenizer)
         if not text.endswith("\ufffd"):
             found.append(text)
-            waiting = []
-    found += [decode(waiting, tokenizer)] if waiting else []
+            pending = []
+    found += [decode(pending, tokenizer)] if pending else []
     return [piece.replace("\n", "\\n") for piece in found]
 
 
 def _head_note(head: str, many: int, rows: int) -> str:
     return (
-        f"scored before the answer in {many} of {rows} rows: {head!r}. The template wrote it, not the answer; if the "
-        "prompt should end with it, say so in the template's arguments (for Qwen3 {enable_thinking: false})"
+        f"scored before the answer in {many} of {rows} rows: {head!r}. It comes from the template, not from the "
+        "answer; if the prompt should end with it, set the template's arguments (for Qwen3 {enable_thinking: false})"
     )
 
 
@@ -154,9 +154,8 @@ def _trailing_note(
     end = decode([ends.most_common(1)[0][0]], tokenizer)
     return (
         f"scored after the end of turn {end!r} in {many} of {rows} rows: {decode(list(ids), tokenizer)!r} "
-        f"({len(ids)} token{'s' if len(ids) > 1 else ''}). The model stops at {end!r} and never writes it, but it "
-        "counts in "
-        "each row's log-probability: a shortcut by which KTO's loss can fall while the answers stay as they were"
+        f"({len(ids)} token{'s' if len(ids) > 1 else ''}). The model stops at {end!r} and never generates it, but it "
+        "is part of each row's log-probability: KTO's loss can fall by this shortcut without any change of the answers"
     )
 
 

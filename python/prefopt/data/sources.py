@@ -1,14 +1,14 @@
-"""Where rows come from: a dataset in memory, a list, a JSONL or Parquet file, a folder that was built, or the hub.
+"""Sources of rows: a dataset in memory, a list, a JSONL or Parquet file, a built folder, or the hub.
 
-Each source gives its rows with their line numbers, counted from 1, and for a line that is no row the reason why.
+Each source yields its rows with line numbers counted from 1; a line that is not a row yields the reason.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow
@@ -19,12 +19,12 @@ from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
 from prefopt.data.build.manifest import split_file
-from prefopt.data.rows import RATED_FIELDS, DataError, RowError, show
-from prefopt.data.values import check_values
+from prefopt.data.rows import RATED_FIELDS, RowError, check_values, show
+from prefopt.errors import DataError, first_line
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 UTF_16 = "is UTF-16; save it as UTF-8"
-NO_JSON = {  # how a file begins that is not JSON lines
+OTHER_FORMATS = {  # by the first bytes of a file that is not JSON lines
     b"\xff\xfe": UTF_16,
     b"\xfe\xff": UTF_16,
     b"\x1f\x8b": "is compressed (gzip); unpack it",
@@ -34,7 +34,7 @@ BATCH_ROWS = 10_000  # rows of a Parquet file turned into Python objects at a ti
 
 UNREADABLE = (ValueError, OverflowError, pyarrow.ArrowException)  # e.g. a date after the year 9999
 
-Raws = Iterator[tuple[int, Mapping[str, Any] | RowError | None]]  # (line, row | why it is none | blank)
+Raws = Generator[tuple[int, Mapping[str, Any] | RowError | None], None, None]  # (line, row | reason | blank)
 
 
 def open_rows(
@@ -45,10 +45,10 @@ def open_rows(
     data_dir: str | None = None,
     needs: Sequence[str] | None = None,
 ) -> tuple[str, Raws]:
-    """The name under which rows are reported, and the rows with their line numbers (from 1).
+    """The name of the source for messages, and its rows with their line numbers (from 1).
 
-    ``needs`` names the columns of another schema than that of rated rows and pairs; ``data_dir`` is a folder within a
-    hub dataset.
+    ``needs`` names the columns of a published schema; by default they are those of unpaired rows or pairs. ``data_dir``
+    is a folder within a hub dataset.
     """
     if isinstance(source, Dataset):
         return "dataset", _columnar(source, "dataset", needs)
@@ -59,7 +59,7 @@ def open_rows(
             f"the data source is a {type(source).__name__}; expected a map-style datasets.Dataset, a list of rows, "
             "a path or a hub id"
         )
-    # a file's name may have bytes that are not UTF-8, which could be neither printed nor written
+    # a file's name may have bytes that are not UTF-8 and could not be printed
     path, name = Path(source).expanduser(), str(source).encode("utf-8", "backslashreplace").decode()
     if path.is_dir():
         path = split_file(path, split or "train")
@@ -79,7 +79,7 @@ def open_rows(
 
 
 def local_file(path: str, split: str | None) -> Path | None:
-    """The file of this machine that a source is read from; None for one on the hub."""
+    """The local file of a source; None if it is on the hub."""
     place = Path(path).expanduser()
     if place.is_dir():
         return split_file(place, split or "train", verify=False)
@@ -87,7 +87,7 @@ def local_file(path: str, split: str | None) -> Path | None:
 
 
 def commit_of(name: str, revision: str | None) -> str:
-    """The commit that a revision of a hub dataset stands for, so that what is loaded is what is recorded.
+    """The commit of a revision of a hub dataset.
 
     Raises:
         DataError: there is no such dataset or revision, or the hub cannot be reached.
@@ -95,7 +95,7 @@ def commit_of(name: str, revision: str | None) -> str:
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
         return revision  # needs no network where the dataset is cached
     try:
-        commit = HfApi().dataset_info(name, revision=revision).sha
+        commit = cast(str, HfApi().dataset_info(name, revision=revision).sha)
     except RevisionNotFoundError:
         raise DataError(f"the dataset {name} has no revision {revision!r} on the hub") from None
     except (OSError, ValueError, HTTPError) as error:
@@ -114,8 +114,8 @@ def _listed(rows: Sequence) -> Raws:
 
 
 def _jsonl(path: Path, needs: Sequence[str] | None) -> Raws:
-    """Line by line from bytes, so that a line that is not UTF-8 has a number and does not hide the others."""
-    checked = needs is None  # of the usual schema each row is checked by itself
+    """Read bytes line by line, so that a line that is not UTF-8 is one bad row."""
+    checked = needs is None  # the usual schema is checked for each row
     with (
         path.open("rb") as file,
         tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, delay=1) as bar,
@@ -133,8 +133,8 @@ def _jsonl(path: Path, needs: Sequence[str] | None) -> Raws:
 
 
 def _refuse_other_formats(path: Path, first: bytes) -> None:
-    """One sentence about a file that is not JSON lines, instead of one about each of its lines."""
-    for magic, problem in NO_JSON.items():
+    """Raise one error for a file that is not JSON lines, instead of one for each line."""
+    for magic, problem in OTHER_FORMATS.items():
         if first.startswith(magic):
             raise DataError(f"{path} {problem}")
     if b"\0" in first[:2]:  # UTF-16 without a byte order mark
@@ -158,7 +158,7 @@ def _parsed(data: bytes) -> Mapping[str, Any] | RowError | None:
 
 
 def _object(raw: Any) -> Mapping[str, Any] | RowError:
-    """The row, if it is an object that can be written and printed."""
+    """The row, if it is an object with valid values."""
     if not isinstance(raw, Mapping):
         return RowError(f"is a {type(raw).__name__}; expected an object")
     try:
@@ -203,7 +203,7 @@ def _parquet(path: Path, needs: Sequence[str] | None) -> Raws:
 
 
 def _python_rows(batch: pyarrow.RecordBatch) -> Iterator[Mapping[str, Any] | RowError]:
-    """The rows of a batch; one whose values Python cannot hold is a ``RowError`` and does not hide the others."""
+    """The rows of a batch; a row whose values Python cannot represent becomes a ``RowError``."""
     try:
         yield from batch.to_pylist()
         return
@@ -233,18 +233,18 @@ def _columnar(dataset: Dataset, name: str, needs: Sequence[str] | None) -> Raws:
                     line += 1
                     bar.update()
                     yield line, raw
-            except UNREADABLE as error:  # the iterator ends with it: a new one goes on behind the row
+            except UNREADABLE as error:  # it ends the iterator; restart after this row
                 line += 1
                 yield line, RowError(f"cannot be read: {error}")
 
 
 def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | None) -> None:
-    """One sentence for a column that is missing everywhere, instead of one for each row."""
-    if needs is None:
-        needed = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
-        expected = "prompt, completion, label, or prompt (optional), chosen, rejected"
-    else:
-        needed, expected = needs, ", ".join(needs)
+    """Raise one error for a column that is missing everywhere, instead of one for each row."""
+    expected = (
+        "prompt, completion, label, or prompt (optional), chosen, rejected" if needs is None else ", ".join(needs)
+    )
+    usual = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
+    needed = usual if needs is None else needs
     missing = [column for column in needed if column not in columns]
     if missing:
         raise DataError(
@@ -273,8 +273,7 @@ def _hub(
 
 
 def _unreachable(name: str, split: str, revision: str | None, error: Exception) -> DataError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(
-        f"cannot load {name} (split {split}, revision {revision or 'newest'}); it is neither a file here nor a "
-        f"dataset that can be fetched: {first}"
+        f"cannot load {name} (split {split}, revision {revision or 'newest'}); it is neither a local file nor a "
+        f"dataset that can be fetched: {first_line(error)}"
     )

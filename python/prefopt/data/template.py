@@ -1,11 +1,11 @@
-"""Chat templates rendered within bounds: they are programs, and may fail, loop or write without end."""
+"""Chat templates rendered within limits: a template is code from a model's folder, and may fail or loop."""
 
 import inspect
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -13,37 +13,37 @@ from transformers import PreTrainedTokenizerBase
 from prefopt.errors import UserError
 
 SECONDS = 10.0  # for one conversation; a usual template takes less than a millisecond
-MOST_CHARACTERS = 1_000_000  # beyond ten times what the messages hold
+MOST_CHARACTERS = 1_000_000  # more than ten times the characters of the messages
 
 
 class TemplateTimeout(UserError):
-    """The template did not end in time."""
+    """The template exceeded the time limit."""
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
-    template_kwargs: Mapping | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     *,
     add_generation_prompt: bool = False,
 ) -> str:
-    """A conversation as the tokenizer's chat template writes it.
+    """Render a conversation with the tokenizer's chat template.
 
-    The limit of time holds in the main thread, on systems with interval timers. A single operation of the interpreter,
-    such as a product of huge numbers, is not interrupted.
+    The time limit holds in the main thread, on systems with interval timers. It does not interrupt a single operation
+    of the interpreter, such as a product of huge numbers.
 
     Raises:
-        UserError: the template fails, takes longer than ``SECONDS``, or writes more than it can have a reason to.
+        UserError: the template fails, takes longer than ``SECONDS``, or writes too much.
     """
-    arguments = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+    arguments: dict[str, Any] = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
         with _time_limit(SECONDS):
-            text = tokenizer.apply_chat_template(messages, **arguments, **(template_kwargs or {}))
+            text = cast(str, tokenizer.apply_chat_template(cast(Any, messages), **arguments, **(template_kwargs or {})))
     except TemplateTimeout:
         raise
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses it: {str(error):.200}") from None
-    except Exception as error:  # noqa: BLE001  a template can raise whatever Python can
+    except Exception as error:  # noqa: BLE001  a template can raise any exception
         raise UserError(f"the chat template fails: {type(error).__name__}: {str(error):.200}") from None
     room = MOST_CHARACTERS + 10 * sum(len(message["content"]) for message in messages)
     if len(text) > room:
@@ -55,9 +55,9 @@ def render(
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``TemplateTimeout`` inside the block when the time is over."""
-    here = threading.current_thread() is threading.main_thread()
-    if not here or not hasattr(signal, "setitimer"):
+    """Raise ``TemplateTimeout`` if the block takes longer."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "setitimer"):
         yield
         return
 
@@ -74,23 +74,23 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def template_problems(kwargs: Mapping[Any, Any], key: str) -> list[str]:
-    """One sentence for each argument that ``apply_chat_template`` takes for itself or cannot pass on.
+    """One sentence for each argument that ``apply_chat_template`` reserves or cannot pass on.
 
     Args:
         kwargs: for the template, by name.
-        key: names the option in the sentences.
+        key: the option's name, for the sentences.
 
     Example:
         >>> template_problems({"enable_thinking": False, "tokenize": True}, "--template")
         ['--template has tokenize, which is set for every row; leave it out']
     """
-    taken = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys()
-    taken = taken - {"tools", "documents"} | {"messages"}
+    parameters = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    reserved = set(parameters) - {"tools", "documents"} | {"messages"}
     found = []
     for name, value in kwargs.items():
         if not isinstance(name, str):
             found.append(f"{key} has the key {name!r}; expected names")
-        elif name in taken:
+        elif name in reserved:
             found.append(f"{key} has {name}, which is set for every row; leave it out")
         elif name in ("tools", "documents") and not isinstance(value, list):
             found.append(f"{key} has {name} {value!r:.60}; expected a list")

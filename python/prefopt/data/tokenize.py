@@ -1,4 +1,4 @@
-"""Token ids of checked rows: the ids that TRL 1.16's KTOTrainer gives the same rows, but nothing leaves unreported."""
+"""Token ids of checked rows, equal to those of TRL 1.16's KTOTrainer, with every loss of tokens reported."""
 
 import hashlib
 import json
@@ -6,34 +6,40 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.read import ON_BAD_ROW, LoadedRows
-from prefopt.data.rows import BadRow, DataError, bad_rows_error
+from prefopt.data.rows import Text, bad_rows_error, common_prefix
 from prefopt.data.template import TemplateTimeout, render
-from prefopt.errors import UserError
+from prefopt.errors import BadRow, DataError, UserError
 
 logger = logging.getLogger(__name__)
 
-CACHE_VERSION = 1  # part of the cache key: raise it when the ids of the same rows change
+CACHE_VERSION = 1  # part of every fingerprint: raise it when the ids of the same rows change
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Token ids of the rows that can be trained on, and what was found on the way.
+    """Token ids of the rows that can be trained on.
 
-    ``dataset`` has the columns ``prompt_ids``, ``completion_ids`` (with the end of turn, and not yet cut to
-    ``max_length``: the collator cuts, because a mismatched prompt may leave it more room), ``label``, ``group``,
-    ``row``, the position in ``LoadedRows.rows``, and ``line``, the line in the source ``name``. ``bad`` has the rows
-    that had to leave here. ``counts`` is that of ``LoadedRows``, with ``rows``, ``desirable``, ``undesirable``,
-    ``groups`` and ``bad`` brought up to date, and ``truncated`` (rows that lose the end of their completion),
-    ``truncated_tokens``, ``prompt_cut`` (rows whose prompt ends in tokens that the rendered conversation has not),
-    ``prompt_tokens`` and ``completion_tokens`` (within ``max_length``). ``fingerprint`` depends on the rows, the
-    tokenizer, its template and ``max_length`` alone. ``conversational`` is whether the rows were chat messages.
+    Attributes:
+        dataset: columns ``prompt_ids``; ``completion_ids``, with the end of turn and not cut to ``max_length`` (the
+            collator cuts, because a mismatched prompt may leave more room); ``label``; ``group``; ``row``, the position
+            in ``LoadedRows.rows``; ``line``, the line in the source.
+        bad: the rows that could not be tokenised.
+        counts: those of ``LoadedRows``, updated, and ``truncated`` (rows that lose the end of their completion),
+            ``truncated_tokens``, ``prompt_cut`` (rows whose prompt, rendered alone, ends in other tokens than in the
+            whole row), ``prompt_tokens`` and ``completion_tokens`` (within ``max_length``).
+        fingerprint: depends on the rows, the tokenizer, its template and ``max_length`` only.
+        max_length: tokens per sequence.
+        name: of the source.
+        conversational: whether the rows were chat messages.
     """
 
     dataset: Dataset
@@ -53,17 +59,17 @@ def tokenize_rows(
     on_bad_row: str = "stop",
     chat_template_kwargs: Mapping | None = None,
 ) -> Tokenized:
-    """Encode every row and find where its completion begins.
+    """Encode every row and split it into prompt and completion.
 
-    Chat rows are rendered by the tokenizer's template, text rows end in the EOS token. The completion begins where the
-    ids of the prompt (with the generation prompt) and those of the whole row part.
+    The tokenizer's template renders chat rows; text rows end in the EOS token. The completion begins where the ids of
+    the whole row differ from those of the prompt (with the generation prompt).
 
     Args:
-        loaded: what ``load_rows`` returned.
+        loaded: from ``load_rows``.
         tokenizer: of the model to be trained.
-        max_length: tokens per sequence; a prompt that fills it makes a bad row, a longer row loses its end, counted.
-        on_bad_row: "stop" raises ``DataError``; "skip" leaves the rows out and lists them in ``bad``.
-        chat_template_kwargs: passed to the template, for example ``{"enable_thinking": False}``.
+        max_length: tokens per sequence. A row whose prompt fills it is bad; a longer row loses its end.
+        on_bad_row: "stop" raises ``DataError``; "skip" omits the rows and lists them in ``bad``.
+        chat_template_kwargs: arguments of the template, for example ``{"enable_thinking": False}``.
 
     Raises:
         DataError: bad rows, no rows left, chat rows without a chat template, text rows without an EOS token.
@@ -88,22 +94,44 @@ def tokenize_rows(
             desc=f"Tokenizing {loaded.name}",
             **_cache(key),
         )
-    except TemplateTimeout as error:  # it may do so on every row: none of them is tried again
+    except TemplateTimeout as error:  # it may time out on every row, so it is not retried
         raise DataError(f"{loaded.name}:{encode.line}: {error}") from None
-    return _judged(loaded, encoded, max_length, on_bad_row, _key(key, max_length))
+    return _usable(loaded, encoded, max_length, on_bad_row, _key(key, max_length))
 
 
-def _judged(
+def token_lengths(rows: Dataset, side: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each prompt and completion, two (n,) int64 arrays; ``side`` prefixes the columns of a pair."""
+    names = [f"{side}prompt_ids", f"{side}completion_ids"]
+    table = rows.select_columns(names).with_format("arrow")[:]
+    prompt, completion = (pyarrow.compute.list_value_length(table[name]).to_numpy().astype(np.int64) for name in names)
+    return prompt, completion
+
+
+def token_counts(rows: Dataset, max_length: int | None, side: str = "") -> dict[str, int]:
+    """Tokens within ``max_length``, and what it truncates."""
+    prompt, completion = token_lengths(rows, side)
+    lost = np.maximum(prompt + completion - _limit(max_length), 0)
+    return {
+        "truncated": int((lost > 0).sum()),
+        "truncated_tokens": int(lost.sum()),
+        "prompt_tokens": int(prompt.sum()),
+        "completion_tokens": int((completion - lost).sum()),
+    }
+
+
+def _limit(max_length: int | None) -> int:
+    return np.iinfo(np.int64).max if max_length is None else max_length
+
+
+def _usable(
     loaded: LoadedRows, encoded: Dataset, max_length: int | None, on_bad_row: str, fingerprint: str
 ) -> Tokenized:
-    """Leave out the rows that cannot be trained on, and count what the rest loses."""
-    columns = encoded.with_format("numpy")
-    prompt, completion = columns["prompt_length"][:], columns["completion_length"][:]  # (n,)
-    limit = np.iinfo(np.int64).max if max_length is None else max_length
+    """Omit the rows that cannot be trained on, and count the rest."""
+    prompt, _ = token_lengths(encoded)
     bad, good = [], []
     lines = loaded.rows["line"][:]
     for row, problem in enumerate(encoded["problem"]):
-        if not problem and prompt[row] >= limit:
+        if not problem and prompt[row] >= _limit(max_length):
             problem = f"prompt has {prompt[row]} tokens, max_length is {max_length}: no room for an answer"
         if problem:
             bad.append(BadRow(loaded.name, lines[row], problem))
@@ -112,14 +140,14 @@ def _judged(
     if bad and on_bad_row == "stop":
         raise bad_rows_error(bad, len(encoded), loaded.name)
     if not good:
-        raise DataError(
-            f"{loaded.name} has no rows to train on; all {len(bad)} are bad, the first: {bad[0]}",
-            bad,
-        )
-    prompt, completion = prompt[good], completion[good]
-    lost = np.maximum(prompt + completion - limit, 0)
-    labels = np.asarray(loaded.rows["label"][:])[good]
-    cut = int(columns["prompt_cut"][:][good].sum())
+        raise DataError(f"{loaded.name} has no rows to train on; all {len(bad)} are bad, the first: {bad[0]}", bad)
+    dataset = encoded.select_columns(["prompt_ids", "completion_ids"])
+    for name in ("label", "group", "line"):
+        dataset = dataset.add_column(name, loaded.rows[name][:])
+    dataset = dataset.add_column("row", list(range(len(dataset))))
+    if bad:
+        dataset = dataset.select(good)
+    cut = int(np.asarray(encoded["prompt_cut"][:])[good].sum())
     if cut:
         logger.warning(
             "%s: in %d of %d rows the prompt alone is rendered differently from the same prompt with its answer; "
@@ -128,33 +156,23 @@ def _judged(
             cut,
             len(good),
         )
-    counts = loaded.counts | {
+    desirable = sum(dataset["label"])
+    counts = loaded.counts | token_counts(dataset, max_length)
+    counts |= {
         "rows": len(good),
-        "desirable": int(labels.sum()),
-        "undesirable": int((~labels).sum()),
-        "groups": len(set(np.asarray(loaded.rows["group"][:])[good].tolist())),
+        "desirable": desirable,
+        "undesirable": len(good) - desirable,
+        "groups": len(set(dataset["group"])),
         "bad": len(loaded.bad) + len(bad),
-        "truncated": int((lost > 0).sum()),
-        "truncated_tokens": int(lost.sum()),
         "prompt_cut": cut,
-        "prompt_tokens": int(prompt.sum()),
-        "completion_tokens": int((completion - lost).sum()),
     }
-    kept = encoded.select_columns(["prompt_ids", "completion_ids"])
-    for name in ("label", "group", "line"):
-        kept = kept.add_column(name, loaded.rows[name][:])
-    kept = kept.add_column("row", list(range(len(kept))))
-    if bad:
-        kept = kept.select(good)
-    return Tokenized(kept, bad, counts, fingerprint, max_length, loaded.name, loaded.conversational)
+    return Tokenized(dataset, bad, counts, fingerprint, max_length, loaded.name, loaded.conversational)
 
 
 _FEATURES = Features(
     {
         "prompt_ids": datasets.List(Value("int32")),
         "completion_ids": datasets.List(Value("int32")),
-        "prompt_length": Value("int64"),
-        "completion_length": Value("int64"),
         "prompt_cut": Value("bool"),
         "problem": Value("string"),
     }
@@ -162,26 +180,23 @@ _FEATURES = Features(
 
 
 class Encode:
-    """A batch of rows to ids; a row that the template refuses gets a ``problem`` instead.
+    """Encodes a batch of rows; a row that the template refuses gets a ``problem``.
 
-    ``line`` is that of the last row that was rendered, where the batch has a column of lines.
+    ``line`` is the line of the last row rendered, if the batch has a column of lines.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, template_kwargs: dict):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, template_kwargs: dict[str, Any]):
         self.tokenizer, self.chat, self.template_kwargs = tokenizer, chat, template_kwargs
         self.line: int | None = None
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        prompts, wholes, problems = [], [], []
+        rendered = []
         lines = batch.get("line", [None] * len(batch["prompt"]))
-        rows = zip(batch["prompt"], batch["completion"], lines, strict=True)
-        for prompt, completion, self.line in rows:
-            text, whole, problem = self.texts(prompt, completion)
-            prompts.append(text)
-            wholes.append(whole)
-            problems.append(problem)
+        for prompt, completion, self.line in zip(batch["prompt"], batch["completion"], lines, strict=True):
+            rendered.append(self.texts(prompt, completion))
+        prompts, wholes = (self.ids([texts[side] for texts in rendered]) for side in (0, 1))
         out: dict[str, list] = {name: [] for name in _FEATURES}
-        for prompt, whole, problem in zip(self.ids(prompts), self.ids(wholes), problems, strict=True):
+        for prompt, whole, (_, _, problem) in zip(prompts, wholes, rendered, strict=True):
             length = common_prefix(prompt, whole)
             if not problem and length == 0:
                 problem = "the prompt's first token changes once the completion follows it"
@@ -189,48 +204,38 @@ class Encode:
                 problem = "completion has no tokens once it is rendered"
             out["prompt_ids"].append(whole[:length])
             out["completion_ids"].append(whole[length:])
-            out["prompt_length"].append(length)
-            out["completion_length"].append(len(whole) - length)
             out["prompt_cut"].append(length < len(prompt))
             out["problem"].append(problem)
         return out
 
-    def texts(self, prompt: str | list, completion: str | list) -> tuple[str, str, str]:
-        """(prompt, prompt and completion, problem)"""
-        if not self.chat:
+    def texts(self, prompt: Text, completion: Text) -> tuple[str, str, str]:
+        """(prompt, prompt and completion, problem) as text."""
+        if isinstance(prompt, str):
+            assert isinstance(completion, str)
             eos = self.tokenizer.eos_token
             return prompt, prompt + completion + ("" if completion.endswith(eos) else eos), ""
+        assert isinstance(completion, list)
         try:
-            asked = render(self.tokenizer, prompt, self.template_kwargs, add_generation_prompt=True)
-            return asked, render(self.tokenizer, prompt + completion, self.template_kwargs), ""
+            opened = render(self.tokenizer, prompt, self.template_kwargs, add_generation_prompt=True)
+            return opened, render(self.tokenizer, prompt + completion, self.template_kwargs), ""
         except TemplateTimeout:
             raise
         except UserError as error:
             return "", "", str(error)
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        """The tokens of rendered texts, one list each."""
-        # A template writes its own special tokens; text gets those that the tokenizer adds.
-        encoded = self.tokenizer(texts, add_special_tokens=not self.chat, verbose=False)
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of rendered texts."""
+        # a template writes special tokens itself; for text the tokenizer adds them
+        encoded = self.tokenizer(list(texts), add_special_tokens=not self.chat, verbose=False)
         return encoded["input_ids"]
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share from the start.
-
-    Example:
-        >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
-        2
-    """
-    length = min(len(first), len(second))
-    return next((i for i in range(length) if first[i] != second[i]), length)
-
-
 def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the ids depend on: vocabulary, merges, normaliser, special tokens and template."""
+    """A hash of vocabulary, merges, normaliser, special tokens and template."""
+    core: Any
     if tokenizer.is_fast:
         core = json.loads(tokenizer.backend_tokenizer.to_str())
-        core.pop("padding"), core.pop("truncation")  # traces of the last call
+        core.pop("padding"), core.pop("truncation")  # state of the last call
     else:
         core = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return _key(core, tokenizer.special_tokens_map, tokenizer.chat_template)
@@ -241,13 +246,10 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _cache(key: str) -> dict:
-    """Arguments of ``Dataset.map``: one file per key under the cache of datasets, unless caching is switched off."""
+def _cache(key: str) -> dict[str, Any]:
+    """Arguments of ``Dataset.map``: one file per key in the cache of datasets, unless caching is off."""
     if not datasets.is_caching_enabled():
         return {"keep_in_memory": True, "new_fingerprint": key[:32]}
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "prefopt"
     folder.mkdir(parents=True, exist_ok=True)
-    return {
-        "cache_file_name": str(folder / f"tokens-{key[:32]}.arrow"),
-        "new_fingerprint": key[:32],
-    }
+    return {"cache_file_name": str(folder / f"tokens-v2-{key[:32]}.arrow"), "new_fingerprint": key[:32]}

@@ -1,15 +1,15 @@
-"""Token ids that a model has no embedding for: those of tokens that were added to a tokenizer, but not to the model."""
+"""Token ids without an embedding, for example of tokens that were added to the tokenizer but not to the model."""
 
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.data.rows import BadRow
 from prefopt.data.tokenize import Tokenized
+from prefopt.errors import BadRow
 
 BATCH_ROWS = 10_000
 
 
 def rows_beyond(tokenized: Tokenized, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[BadRow]:
-    """The rows with a token id that is no row of the embedding, and their first such token.
+    """The rows with a token id outside the embedding, each with its first such token.
 
     Args:
         tokenized: rows or pairs.
@@ -35,14 +35,14 @@ def rows_beyond(tokenized: Tokenized, size: int, tokenizer: PreTrainedTokenizerB
 
 
 def padding_beyond(token: int | None, size: int, tokenizer: PreTrainedTokenizerBase | None = None) -> str | None:
-    """A sentence about a padding token that has no embedding; None if it has one, or if there is none."""
+    """A sentence about a padding token without an embedding; None if there is no such problem."""
     if token is None or 0 <= token < size:
         return None
     return f"pad_token_id is {_named(token, tokenizer)}: {_has(size)}"
 
 
 def remedy(size: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """What to do about either, as one sentence."""
+    """How to correct either problem, as one sentence."""
     count = "" if tokenizer is None else f" (the tokenizer has {len(tokenizer):,} tokens)"
     return (
         "Use the tokenizer that belongs to the model, or give the model a row for each token: "

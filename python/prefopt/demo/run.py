@@ -15,7 +15,7 @@ from prefopt.demo.rows import pair_rows, split_questions, thumbs_rows
 from prefopt.demo.rule import RULE, judge, language
 from prefopt.demo.sampling import TEMPERATURE, sample_answers
 from prefopt.errors import UserError
-from prefopt.folder_lock import is_unused, only_writer
+from prefopt.files import is_unused, only_writer
 from prefopt.recipe import make_recipe, run_recipe
 from prefopt.report import write_report
 from prefopt.report.statistics import paired_difference, wilson

@@ -14,9 +14,10 @@ import numpy as np
 from prefopt.data.build.convert.answer import Dropped
 from prefopt.data.build.convert.mmlu_pro import CATEGORIES, NEEDS, convert
 from prefopt.data.read import LoadedRows, load_rows
-from prefopt.data.rows import DataError, RowError
+from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
 from prefopt.data.tokenize import Encode
+from prefopt.errors import DataError
 from prefopt.evaluate.answers import name_in
 from prefopt.evaluate.generate import generate
 from prefopt.evaluate.logprobs import answer_logps

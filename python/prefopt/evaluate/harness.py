@@ -20,8 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
-from prefopt.errors import UserError
-from prefopt.failure import how_to_install
+from prefopt.errors import UserError, how_to_install
 
 MMLU_MINI: dict[str, list[int]] = json.loads((Path(__file__).parent / "mmlu_mini.json").read_text(encoding="utf-8"))[
     "questions"

@@ -19,7 +19,7 @@ from prefopt.evaluate.results import (
 )
 from prefopt.evaluate.rules import make_rule
 from prefopt.evaluate.subject import Subject, find_subject, load_subject
-from prefopt.folder_lock import only_writer
+from prefopt.files import only_writer
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.charts import draw_suite

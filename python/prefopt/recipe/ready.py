@@ -18,11 +18,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from prefopt.data.build.plan import make_plan
-from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES, open_rows
 from prefopt.data.template import template_problems
-from prefopt.errors import UserError
-from prefopt.failure import first_line
+from prefopt.errors import DataError, UserError, first_line
 from prefopt.option_values import nearest, show
 from prefopt.options import Lora
 from prefopt.recipe.models import chat_template, located

@@ -8,10 +8,8 @@ from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
 
-from prefopt.errors import UserError
-from prefopt.failure import TRACEBACK_NAME
-from prefopt.files import TEMPORARY
-from prefopt.folder_lock import LOCK_NAME
+from prefopt.errors import TRACEBACK_NAME, UserError
+from prefopt.files import LOCK_NAME, TEMPORARY
 from prefopt.options import SECTIONS, Training
 from prefopt.paths import RECIPE_NAME, SOURCES, absolute_paths, is_missing
 from prefopt.recipe.load import load_recipe

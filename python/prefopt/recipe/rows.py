@@ -14,10 +14,10 @@ from prefopt.data.build.plan import Plan, make_plan
 from prefopt.data.build.run import build
 from prefopt.data.pairs import tokenize_pairs
 from prefopt.data.read import LoadedRows, load_rows, split_by_group
-from prefopt.data.rows import DataError
 from prefopt.data.sources import local_file
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.data.write import file_digest
+from prefopt.errors import DataError
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import METHODS, PAIRS, RATED

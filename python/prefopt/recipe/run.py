@@ -12,12 +12,9 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.labels import label_table
-from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Tokenized
-from prefopt.errors import UserError
-from prefopt.failure import first_line, is_first_rank, traceback_in
-from prefopt.files import write_whole
-from prefopt.folder_lock import only_writer
+from prefopt.errors import DataError, UserError, first_line, is_first_rank, traceback_in
+from prefopt.files import only_writer, write_whole
 from prefopt.four_bits import refuse_without_bitsandbytes
 from prefopt.option_values import show
 from prefopt.options import options_of

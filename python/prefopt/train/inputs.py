@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt.data.pairs import are_pairs, desirable_only, tokenize_pairs
 from prefopt.data.read import LoadedRows, load_rows
-from prefopt.data.rows import CHAT, TEXT, BadRow
+from prefopt.data.rows import CHAT, TEXT
 from prefopt.data.tokenize import Tokenized, tokenize_rows
+from prefopt.errors import BadRow
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import ANSWERS, PAIRS
 

@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prefopt.data.collate import pair_mismatched
-from prefopt.data.collate_pairs import SIDES
+from prefopt.data.collate import SIDES, pair_mismatched
 from prefopt.data.pairs import are_pairs
 from prefopt.data.tokenize import Tokenized
 from prefopt.files import temporary

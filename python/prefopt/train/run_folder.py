@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prefopt.data.rows import BadRow
+from prefopt.errors import BadRow
 from prefopt.files import write_whole
 from prefopt.redact import redacted
 

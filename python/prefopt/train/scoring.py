@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefopt.data.collate import PreferenceCollator
-from prefopt.data.collate_pairs import PairCollator
+from prefopt.data.collate import PairCollator, PreferenceCollator
 from prefopt.train.methods import Sequences
 from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
 from prefopt_kernels.integrations.transformers.head import own_positions

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from prefopt.data.collate import PreferenceCollator
-from prefopt.data.collate_pairs import PairCollator
+from prefopt.data.collate import PairCollator, PreferenceCollator
 from prefopt.data.sampler import LabelBalancedSampler
 from prefopt.train import prepare
 from prefopt.train.baselines import BaselineEstimators

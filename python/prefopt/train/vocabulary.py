@@ -5,9 +5,8 @@ And a base whose vocabulary was resized under an adapter.
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from prefopt.data.rows import BadRow, DataError
 from prefopt.data.vocabulary import padding_beyond, remedy, rows_beyond
-from prefopt.errors import UserError
+from prefopt.errors import BadRow, DataError, UserError
 from prefopt.train.inputs import Prepared
 
 SHOWN = 10

@@ -11,9 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.read import load_rows
-from prefopt.data.rows import DataError
 from prefopt.data.tokenize import Encode
-from prefopt.errors import UserError
+from prefopt.errors import DataError, UserError
 from prefopt.files import write_whole
 from prefopt.report.markdown import csv_text
 from prefopt.use.load import (

@@ -19,8 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.data.rows import TEXT
 from prefopt.data.template import render
-from prefopt.errors import UserError
-from prefopt.failure import first_line
+from prefopt.errors import UserError, first_line
 from prefopt.four_bits import (
     check_blocks,
     compute_dtype,

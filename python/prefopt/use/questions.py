@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefopt.data.rows import DataError, RowError
+from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
+from prefopt.errors import DataError
 
 PLACE = "{text}"  # where a text goes in --ask
 

@@ -1,1 +1,1 @@
-"""From published sets to the rows of a recipe: download or read, convert, choose, write with a manifest."""
+"""Build a data set: read or download sources, convert, filter, split, and write it with a manifest."""

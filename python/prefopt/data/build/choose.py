@@ -1,8 +1,8 @@
-"""Which answers stay, and in which split: the stages of `prefopt data build` after the rows were read.
+"""Filter, balance and split the answers of `prefopt data build`.
 
-An answer is known here by a number and a few facts; its text lies in a file. Every stage gives the answers that leave
-it a reason, so that what was made is what is kept plus what has a reason. Whatever looks random is the order of hashes
-of (seed, name): it does not depend on the order of the sources' rows, and stays as it is when they grow.
+An answer is a number with a few attributes; its text is in the spool. Each dropped answer has a reason, so that the
+answers made are those kept plus those dropped. All random choices sort by a hash of (seed, name): they do not depend on
+the order of the rows, and stay the same when a source grows.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from prefopt.data.build.plan import Plan, Source
-from prefopt.data.rows import DataError
+from prefopt.errors import DataError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -30,9 +30,9 @@ REASONS = (
 
 
 class Answers:
-    """Facts about every answer, by its number, and the groups they are in.
+    """The attributes of every answer, by number, and the groups of answers.
 
-    Two groups are one as soon as a prompt is in both: the same question in two sources must not be in two splits.
+    Groups that share a prompt are joined, since the same question in two sources must be in one split.
     """
 
     def __init__(self) -> None:
@@ -40,13 +40,13 @@ class Answers:
         self.line: list[int] = []
         self.label: list[bool] = []
         self.key: list[bytes] = []  # of prompt and completion, folded
-        self.group: list[int] = []  # as the source has it
+        self.group: list[int] = []  # within its source
         self.category: list[str] = []
-        self.reason: list[str | None] = []  # why it is not used
+        self.reason: list[str | None] = []  # why it was dropped
         self._names: list[str] = []  # of the groups
         self._numbers: dict[str, int] = {}
         self._parent: list[int] = []
-        self._least: list[str] = []  # of the root of each group: the first name in it
+        self._least: list[str] = []  # by root: the first name of the joined groups
         self._of_prompt: dict[bytes, int] = {}
 
     def __len__(self) -> int:
@@ -63,21 +63,23 @@ class Answers:
         category: str,
         reason: str | None = None,
     ) -> None:
-        """Take in the next answer; ``prompt`` and ``key`` are digests, of the prompt and of prompt and completion."""
+        """Add an answer; ``prompt`` is a digest of the prompt, ``key`` of prompt and completion."""
         number = self._numbers.setdefault(group, len(self._names))
         if number == len(self._names):
             self._names.append(group)
             self._parent.append(number)
             self._least.append(group)
         self._join(number, self._of_prompt.setdefault(prompt, number))
-        for column, value in (
-            (self.source, source), (self.line, line), (self.label, label), (self.key, key), (self.group, number),
-            (self.category, category), (self.reason, reason),
-        ):  # fmt: skip
-            column.append(value)
+        self.source.append(source)
+        self.line.append(line)
+        self.label.append(label)
+        self.key.append(key)
+        self.group.append(number)
+        self.category.append(category)
+        self.reason.append(reason)
 
     def alive(self, source: int | None = None) -> list[int]:
-        """The answers that no stage has left out, in the order they were read."""
+        """The answers that were not dropped, in the order they were read."""
         return [
             number
             for number, reason in enumerate(self.reason)
@@ -85,12 +87,12 @@ class Answers:
         ]
 
     def drop(self, numbers: Iterable[int], reason: str) -> None:
-        """Leave answers out, for a reason."""
+        """Drop answers for a reason."""
         for number in numbers:
             self.reason[number] = reason
 
     def group_name(self, number: int) -> str:
-        """The group of an answer: the first name, by spelling, of all groups that share a prompt with it."""
+        """The group of an answer: the alphabetically first name of the joined groups."""
         return self._least[self._root(self.group[number])]
 
     def _root(self, group: int) -> int:
@@ -107,19 +109,19 @@ class Answers:
 
 
 def digest(seed: int | str, *parts: str) -> bytes:
-    """A number that depends on the seed and the parts alone, as 32 bytes to sort by."""
+    """A hash of the seed and the parts, 32 bytes to sort by."""
     text = "\x1f".join((str(seed), *parts))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def choose(answers: Answers, plan: Plan) -> dict[str, list[int]]:
-    """Leave out what must go, and share the rest among the splits.
+    """Drop answers as the plan requires, and assign the rest to splits.
 
     Returns:
-        {split: numbers of its answers, in the order they are to be written}.
+        {split: numbers of its answers, in the order of the file}.
 
     Raises:
-        DataError: a split is empty, or training has one label alone and the plan does not ask for that.
+        DataError: a split is empty, or the train split has one label only and the plan does not set ``one_label``.
     """
     for number, source in enumerate(plan.sources):
         if source.per_group is not None:
@@ -133,7 +135,7 @@ def choose(answers: Answers, plan: Plan) -> dict[str, list[int]]:
 
 
 def _cap_rows_of_groups(answers: Answers, source: int, most: int, seed: int) -> None:
-    """At most so many rows (a pair is one row) of a group of this source."""
+    """Keep at most ``most`` rows (a pair is one row) of each group of a source."""
     groups: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number in answers.alive(source):
         groups[answers.group[number]][answers.line[number]].append(number)
@@ -147,10 +149,7 @@ def _drop_contradictory(answers: Answers) -> None:
     labels = defaultdict(set)
     for number in answers.alive():
         labels[answers.key[number]].add(answers.label[number])
-    answers.drop(
-        [number for number in answers.alive() if len(labels[answers.key[number]]) > 1],
-        CONTRADICTORY,
-    )
+    answers.drop([number for number in answers.alive() if len(labels[answers.key[number]]) > 1], CONTRADICTORY)
 
 
 def _drop_repeated(answers: Answers) -> None:
@@ -163,14 +162,13 @@ def _drop_repeated(answers: Answers) -> None:
 
 
 def _cap_groups(answers: Answers, source: int, own: Source, plan: Plan) -> None:
-    """At most so many groups in each category, and then in all."""
+    """Limit the groups of a source, first by category and then in total."""
     if own.per_category is not None:
         categories = defaultdict(list)
         for number in answers.alive(source):
             categories[answers.category[number]].append(number)
         for members in categories.values():
-            blocks = _by_group(answers, members, plan.seed)
-            for block in blocks[own.per_category :]:
+            for block in _by_group(answers, members, plan.seed)[own.per_category :]:
                 answers.drop(block, PER_CATEGORY)
     most = own.groups if own.groups is not None else plan.groups_per_source
     if most is not None:
@@ -179,7 +177,7 @@ def _cap_groups(answers: Answers, source: int, own: Source, plan: Plan) -> None:
 
 
 def _round_robin(answers: Answers, plan: Plan) -> None:
-    """A group of each source in turn, until all have run out, or the first one has, or max_rows are full."""
+    """Take a group of each source in turn until all sources, or the first one, run out, or ``max_rows`` is reached."""
     queues = [_by_group(answers, answers.alive(source), plan.seed) for source in range(len(plan.sources))]
     turns = (min if plan.until == "first" else max)(len(queue) for queue in queues)
     taken, full = 0, False
@@ -197,7 +195,7 @@ def _round_robin(answers: Answers, plan: Plan) -> None:
 
 
 def _by_group(answers: Answers, numbers: Sequence[int], seed: int) -> list[list[int]]:
-    """The answers group by group, the groups in a random but fixed order."""
+    """The answers of each group, the groups ordered by hash."""
     groups = defaultdict(list)
     for number in numbers:
         groups[answers.group_name(number)].append(number)
@@ -218,27 +216,23 @@ def _splits(answers: Answers, plan: Plan) -> dict[str, list[int]]:
     for name, numbers in splits.items():
         if not numbers:
             raise DataError(
-                f"the {name} split is empty: there are {len(set(names.values()))} groups, and it was to have "
-                f"{1 - plan.validation - plan.test if name == TRAIN else wanted[name]:.3g} of them"
+                f"the {name} split is empty: its share is "
+                f"{1 - plan.validation - plan.test if name == TRAIN else wanted[name]:.3g} of "
+                f"{len(set(names.values()))} groups"
             )
-        numbers.sort(
-            key=lambda number: (
-                digest(plan.seed, "order", answers.key[number].hex(), str(answers.label[number])),
-                number,
-            )
-        )
+        numbers.sort(key=lambda one: (digest(plan.seed, "order", answers.key[one].hex(), str(answers.label[one])), one))
     labels = {answers.label[number] for number in splits[TRAIN]}
     if len(labels) == 1 and not plan.one_label:
         word = "desirable" if labels == {True} else "undesirable"
         raise DataError(
             f"all {len(splits[TRAIN])} rows of the train split are {word}, but kto and apo_zero need both labels; "
-            "--one-label (one_label: true) builds it all the same, for supervised training"
+            "--one-label (one_label: true) allows it, for supervised training"
         )
     return splits
 
 
 def _by_hash(groups: set[str], plan: Plan) -> dict[str, str]:
-    """Each group goes where its own hash sends it, whatever else there is."""
+    """Assign each group by its own hash, independently of the others."""
     where = {}
     for name in groups:
         share = int.from_bytes(digest(plan.seed, "split", name)[:8], "big") / 2**64
@@ -248,10 +242,10 @@ def _by_hash(groups: set[str], plan: Plan) -> dict[str, str]:
 
 
 def _exactly(answers: Answers, kept: Sequence[int], plan: Plan) -> dict[str, str]:
-    """Exactly the shares asked for, of groups, and of each category as nearly as they divide.
+    """Assign the exact shares of groups, and nearly so within each category.
 
-    The groups of a category are ordered by hash; a group's place is its rank among them. Sorted by place, every stretch
-    of the list has each category in its share; the list is cut once, held-out shares rounded up.
+    The groups of a category are ordered by hash; a group's place is its relative rank. Sorted by place, every stretch
+    of the list has each category in proportion. The list is then cut, held-out shares rounded up.
     """
     strata: dict[tuple[int, str], dict[str, None]] = defaultdict(dict)
     first: dict[str, tuple[int, str]] = {}

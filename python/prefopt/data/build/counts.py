@@ -1,4 +1,4 @@
-"""What became of every row: the numbers of `prefopt data build`, as JSON and as a table."""
+"""The counts of `prefopt data build`, as JSON and as a table."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ BAD = "bad row (listed in bad_rows.jsonl)"
 
 @dataclass
 class Reading:
-    """What was found while one source was read: ``read`` is ``used`` plus all of ``left_out``.
+    """The counts of one source: ``read`` is ``used`` plus the sum of ``left_out``.
 
-    ``without_use`` counts fields that the converter did not ask for, where the schema is one's own.
+    ``without_use`` counts the unused fields of a source without a published schema.
     """
 
     read: int = 0
@@ -31,19 +31,18 @@ def count(
     splits: Mapping[str, Sequence[int]],
     plan: Plan,
 ) -> dict[str, Any]:
-    """All counts, per source and together.
+    """All counts, by source and in total.
 
-    For each source: ``read`` = ``used`` + ``left_out``, in rows of the source; ``answers`` = ``kept`` + ``dropped``, in
-    rated answers; ``kept`` = the sum of ``splits``. A group that two sources share is counted in both, and once in all.
+    For each source ``read`` = ``used`` + ``left_out`` (rows), ``answers`` = ``kept`` + ``dropped`` (answers), and
+    ``kept`` = the sum of ``splits``. A group that two sources share is counted in both, and once in the total.
     """
     numbers = range(len(answers))
+
+    def of(source: int, some: Sequence[int]) -> list[int]:
+        return [number for number in some if answers.source[number] == source]
+
     by_source = [
-        _counted(
-            reading,
-            [number for number in numbers if answers.source[number] == index],
-            answers,
-            {name: [number for number in split if answers.source[number] == index] for name, split in splits.items()},
-        )
+        _counted(reading, of(index, numbers), answers, {name: of(index, split) for name, split in splits.items()})
         for index, reading in enumerate(readings)
     ]
     total = Reading(
@@ -60,10 +59,7 @@ def count(
 
 
 def _counted(
-    reading: Reading,
-    numbers: Sequence[int],
-    answers: Answers,
-    splits: Mapping[str, Sequence[int]],
+    reading: Reading, numbers: Sequence[int], answers: Answers, splits: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
     reasons = Counter(answers.reason[number] for number in numbers)
     kept = [number for split in splits.values() for number in split]
@@ -91,7 +87,7 @@ def _labels(numbers: Sequence[int], answers: Answers) -> dict[str, int]:
 
 
 def table(counts: Mapping[str, Any]) -> str:
-    """The counts as text: a column for each source, a line for each stage, in the order of the stages."""
+    """The counts as text: a column for each source, a line for each stage."""
     columns = {**counts["sources"], "all": counts["total"]}
     total = counts["total"]
     lines: list[tuple[str, list[str]]] = []

@@ -1,4 +1,4 @@
-"""Taking in the sources of a plan: every row read, converted, counted, and its answers kept for the stages after it."""
+"""Read the sources of a plan: convert and count every row, and keep its answers."""
 
 import hashlib
 import json
@@ -14,15 +14,16 @@ from prefopt.data.build.counts import BAD, Reading
 from prefopt.data.build.language import is_in
 from prefopt.data.build.plan import Plan, Source
 from prefopt.data.read import KNOWN_FIELDS
-from prefopt.data.rows import BadRow, DataError, RowError, bad_rows_error, folded_turns
+from prefopt.data.rows import RowError, bad_rows_error, folded_turns
 from prefopt.data.sources import FILES, commit_of, local_file, open_rows
 from prefopt.data.write import Spool, file_digest
+from prefopt.errors import BadRow, DataError
 
 REMEDY = "--on-bad-row skip (on_bad_row: skip), which lists them in bad_rows.jsonl"
 
 
 class Intake:
-    """Facts about all answers in ``answers``, their texts in the spool under the same numbers, bad rows in ``bad``."""
+    """The answers of all sources: attributes in ``answers``, texts in ``spool`` by number, bad rows in ``bad``."""
 
     def __init__(self, plan: Plan, spool: Spool):
         self.plan, self.spool = plan, spool
@@ -32,10 +33,10 @@ class Intake:
         self._first: str | None = None  # the source that decided between text and chat messages
 
     def take(self, number: int) -> tuple[Reading, dict[str, Any]]:
-        """Take in one source of the plan; what was found in it, and its entry in the manifest.
+        """Read one source of the plan; returns its counts and its entry in the manifest.
 
         Raises:
-            DataError: it cannot be read, has bad rows and the plan wants to stop, or has nothing of use.
+            DataError: it cannot be read, has bad rows (if ``on_bad_row`` is "stop"), or has no usable rows.
         """
         source = _pinned(self.plan.sources[number])
         kind, reading = KINDS[source.kind], Reading()
@@ -60,7 +61,7 @@ class Intake:
         options = dict(source.options)
         if source.kind == "rows":
             options["messages"] = self.plan.messages
-        with closing(raws):  # so that an error is not followed by a bar of progress
+        with closing(raws):  # closes the progress bar before an error is reported
             for line, outcome in kind.convert(objects(), **options):
                 if isinstance(outcome, RowError):
                     problems.append(BadRow(name, line, str(outcome)))
@@ -116,13 +117,13 @@ class Intake:
         if chat != self.chat:
             text, messages = (self._first, name) if chat else (name, self._first)
             raise DataError(
-                f"source {text} holds text and {messages} chat messages; --messages (messages: true) makes a user's "
-                "and an assistant's message of each text"
+                f"source {text} holds text and {messages} chat messages; --messages (messages: true) converts text to "
+                "chat messages"
             )
 
 
 def _pinned(source: Source) -> Source:
-    """The source with the commit that its revision stands for if it is on the hub, without one if it is a file."""
+    """The source with the commit of its revision; a local file has neither."""
     path = Path(source.path).expanduser()
     if path.is_dir():
         return replace(source, revision=None)

@@ -1,14 +1,13 @@
-"""How much of a text is Arabic: a share of letters, not a guess at the language.
+"""The share of Arabic letters in a text.
 
-Counted are the letters of the Arabic alphabet, U+0621 to U+064A without the tatweel, after NFKC (which turns
-presentation forms into letters). Digits, punctuation, vowel signs and emoji do not count at all. Persian and Urdu are
-written mostly with the same letters, and pass a threshold of one half; where a source says which language a row is in
-(oasst1), ask it.
+Arabic letters are U+0621 to U+064A without the tatweel, after NFKC, which maps presentation forms to letters. Digits,
+punctuation, vowel signs and emoji are ignored. This does not identify the language: most Persian and Urdu texts reach a
+share of one half. Prefer a source's own language field, as in oasst1.
 """
 
 import unicodedata
 
-from prefopt.data.rows import Text
+from prefopt.data.rows import Text, plain_text
 
 LANGUAGES = ("ar",)
 
@@ -28,13 +27,9 @@ def arabic_share(text: str) -> float | None:
 
 
 def is_in(language: str | None, prompt: Text, completion: Text, share: float) -> bool:
-    """Whether a row is in a language: prompt and answer each reach the share, as far as they have letters."""
+    """Whether prompt and answer each reach the share; a text without letters is ignored."""
     if language is None:
         return True
-    shares = [arabic_share(_text(side)) for side in (prompt, completion)]
+    shares = [arabic_share(plain_text(side)) for side in (prompt, completion)]
     known = [one for one in shares if one is not None]
     return bool(known) and min(known) >= share
-
-
-def _text(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)

@@ -1,12 +1,13 @@
-"""manifest.json of a folder that `prefopt data build` wrote: checked before anything in it is used."""
+"""manifest.json of a built folder, checked before it is used."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefopt.data.rows import DataError, show
+from prefopt.data.rows import show
 from prefopt.data.write import file_digest
+from prefopt.errors import DataError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -26,10 +27,10 @@ SOURCE_FIELDS = {
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `prefopt data build` wrote, with every field that is used of the right type.
+    """The manifest of a folder that `prefopt data build` wrote.
 
     Raises:
-        DataError: the folder has none, or it is not what `prefopt data build` writes.
+        DataError: the folder has none, or a field has the wrong type.
     """
     path = folder / MANIFEST
     try:
@@ -53,15 +54,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def split_file(folder: Path, split: str, *, verify: bool = True) -> Path:
-    """The file of one split in a folder that `prefopt data build` wrote.
+    """The file of a split in a built folder.
 
     Args:
-        folder: the folder.
-        split: its name.
+        folder: the built folder.
+        split: name of the split.
         verify: compare the file's SHA-256 with that of the manifest.
 
     Raises:
-        DataError: there is no such split or file, or the file is not the one that was built.
+        DataError: there is no such split or file, or the file was changed.
     """
     splits = read_manifest(folder)["splits"]
     if split not in splits:
@@ -88,7 +89,7 @@ def _check(value: Any, fields: Mapping[str, tuple[type, ...]], path: Path, where
 
 
 def _check_file(name: str, folder: Path, path: Path, where: str) -> None:
-    """A manifest may come from elsewhere: what it names is read only inside its own folder."""
+    """A manifest is untrusted: it may only name files in its own folder."""
     plain = name not in ("", ".", "..") and Path(name).name == name and "\0" not in name
     home = folder.resolve()
     homes = {home}

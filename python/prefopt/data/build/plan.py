@@ -1,14 +1,14 @@
-"""What to build: sources and arguments, from a YAML plan or from words of the command line; strict.
+"""The plan of a build: sources and arguments, from a YAML file or the command line.
 
-A plan is a mapping of the fields of ``Plan``; each entry of ``sources`` is one of the words that the command line
-takes, or a mapping of the fields of ``Source`` together with the options of its kind.
+A YAML plan is a mapping of the fields of ``Plan``. Each entry of ``sources`` is a source as on the command line, or a
+mapping of the fields of ``Source`` and the options of its kind.
 """
 
 import dataclasses
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from prefopt.data.build.convert import KINDS, nearest_kind
 from prefopt.data.build.convert.mmlu_pro import TARGETS
 from prefopt.data.build.convert.oasst1 import KEEP
 from prefopt.data.build.language import LANGUAGES
-from prefopt.data.rows import DataError
 from prefopt.data.sources import FILES
-from prefopt.errors import UserError
+from prefopt.errors import DataError, UserError
 from prefopt.read_yaml import read_yaml
 
 FORMATS = ("parquet", "jsonl")
@@ -67,14 +66,14 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def _whole(least: int):
-    return (
-        lambda value: type(value) is int and value >= least,
-        f"a whole number, at least {least}",
-    )
+Check = tuple[Callable[[Any], bool], str]  # the test, and the expected value in words
 
 
-def _one_of(names: Sequence[str]):
+def _whole(least: int) -> Check:
+    return lambda value: type(value) is int and value >= least, f"a whole number, at least {least}"
+
+
+def _one_of(names: Sequence[str]) -> Check:
     return lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}"
 
 
@@ -82,11 +81,11 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_TEXT = (lambda value: isinstance(value, str) and bool(value.strip()), "text")
-_FLAG = (lambda value: isinstance(value, bool), "true or false")
-_SHARE = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 to below 1")
+_TEXT: Check = (lambda value: isinstance(value, str) and bool(value.strip()), "text")
+_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
+_SHARE: Check = (lambda value: _number(value) and 0 <= value < 1, "a number from 0 to below 1")
 
-PLAN_CHECKS = {
+PLAN_CHECKS: dict[str, Check] = {
     "seed": _whole(0),
     "validation": _SHARE,
     "test": _SHARE,
@@ -101,7 +100,7 @@ PLAN_CHECKS = {
     "on_bad_row": _one_of(("stop", "skip")),
     "format": _one_of(FORMATS),
 }
-SOURCE_CHECKS = {
+SOURCE_CHECKS: dict[str, Check] = {
     "kind": (lambda value: isinstance(value, str) and value in KINDS, f"one of {', '.join(KINDS)}"),
     "path": _TEXT,
     "name": (
@@ -115,7 +114,7 @@ SOURCE_CHECKS = {
     "per_group": _whole(1),
     "per_category": _whole(1),
 }
-OPTION_CHECKS = {
+OPTION_CHECKS: dict[str, Check] = {
     "min_ratio": (lambda value: _number(value) and value >= 1, "a number, at least 1"),
     "keep": _one_of(KEEP),
     "languages": (
@@ -127,13 +126,13 @@ OPTION_CHECKS = {
 
 
 def make_plan(words: Sequence[str], **arguments: Any) -> Plan:
-    """A plan from the words of the command line: sources, or one plan; an argument that is None is not given.
+    """A plan from the arguments of the command line: sources or one plan; an option that is None is not set.
 
-    A word is a plan (a .yaml file or the name of one that comes with the package), or
-    ``[NAME=][KIND:]PATH[@REVISION]``, where PATH is a file or a hub id, or the KIND of a published set alone.
+    A word is a plan (a .yaml file or the name of a packaged plan), ``[NAME=][KIND:]PATH[@REVISION]``, where PATH is a
+    file or a hub id, or the KIND of a published set.
 
     Raises:
-        DataError: an unknown name, or a value that is not possible.
+        DataError: an unknown name or an invalid value.
 
     Example:
         >>> plan = make_plan(["shp", "mine=rows.jsonl"], seed=3)
@@ -143,13 +142,12 @@ def make_plan(words: Sequence[str], **arguments: Any) -> Plan:
     given = {name: value for name, value in arguments.items() if value is not None}
     plans = [file for word in words if (file := _plan_file(word)) is not None]
     if plans and len(words) > 1:
-        raise DataError(f"{plans[0]} is a whole plan; expected it alone, or sources without it")
+        raise DataError(f"{plans[0]} is a plan; expected one plan without sources, or sources without a plan")
     if plans:
         content, where = _read(plans[0]), str(plans[0])
     else:
         content, where = {"sources": list(words)}, "command line"
-    known = ("sources", *PLAN_CHECKS)
-    _check_names(content, known, where)
+    _check_names(content, ("sources", *PLAN_CHECKS), where)
     values = {name: value for name, value in content.items() if value is not None}
     sources = values.pop("sources", None)
     if not isinstance(sources, list) or not sources:
@@ -168,7 +166,7 @@ def make_plan(words: Sequence[str], **arguments: Any) -> Plan:
 
 
 def plan_names() -> list[str]:
-    """The plans that come with the package."""
+    """Names of the packaged plans."""
     return sorted(path.stem for path in PLANS.glob("*.yaml"))
 
 
@@ -224,7 +222,7 @@ def _parsed(word: str) -> dict[str, Any]:
     """``[NAME=][KIND:]PATH[@REVISION]`` or ``KIND``."""
     values: dict[str, Any] = {}
     if Path(word).exists():
-        return {"path": word}  # whatever signs its name has
+        return {"path": word}  # even with a colon or @ in its name
     if named := re.fullmatch(r"([\w.-]+)=(.+)", word):
         values["name"], word = named.groups()
     kind, colon, rest = word.partition(":")
@@ -245,12 +243,12 @@ def _parsed(word: str) -> dict[str, Any]:
 
 
 def _is_file(word: str) -> bool:
-    """Whether a word is meant to be a file or a folder here, and not something on the hub."""
+    """Whether a word names a local file or folder rather than a hub dataset."""
     return Path(word).suffix.lower() in FILES or Path(word).exists()
 
 
 def _kind_of(values: Mapping[str, Any]) -> str:
-    """A published set is known by its hub id; anything else is rated rows or pairs."""
+    """A published set is recognised by its hub id; other sources have the usual schema."""
     return next((name for name, kind in KINDS.items() if kind.path == values.get("path")), "rows")
 
 
@@ -268,7 +266,7 @@ def _check_names(content: Mapping[str, Any], known: Sequence[str], where: str) -
             raise DataError(f"{where}: {name} is unknown{hint}")
 
 
-def _check_values(values: Mapping[str, Any], checks: Mapping[str, Any], where: str) -> None:
+def _check_values(values: Mapping[str, Any], checks: Mapping[str, Check], where: str) -> None:
     for name, value in values.items():
         good, words = checks[name]
         if not good(value):

@@ -1,8 +1,7 @@
-"""`prefopt data build`: from published sets and files of one's own to one checked set in splits.
+"""`prefopt data build`: from published sets and local files to one checked data set with splits.
 
-Start here. Every source is read and converted (``intake``, ``convert``), its answers lie on disk (``write.Spool``)
-while the stages of ``choose`` decide by facts alone, and the rest is written to a folder that appears when all of it is
-there.
+Start here. ``intake`` and ``convert`` read every source and spool its texts to disk, ``choose`` filters and splits by
+attributes only, and the result is written to a folder that appears when it is complete.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from prefopt.data.write import Spool, whole_folder, write_json, write_rows
 
 @dataclass(frozen=True)
 class Built:
-    """What ``build`` wrote: the folder, the counts of every stage, and the same as a table."""
+    """The folder that ``build`` wrote, and its counts, also as a table."""
 
     folder: Path
     counts: dict[str, Any]
@@ -35,18 +34,18 @@ class Built:
 
 
 def build(plan: Plan, out: str | Path) -> Built:
-    """Build a set of rated rows {prompt, completion, label, source, group} as a plan says.
+    """Build a data set of rows {prompt, completion, label, source, group}.
 
-    The folder gets one file a split, manifest.json (arguments, sources with their commits and fingerprints, files with
-    theirs), counts.json, counts.txt, and bad_rows.jsonl if there are any. The same plan on the same data gives the same
-    bytes. A build that is interrupted or fails leaves nothing.
+    The folder gets one file for each split, manifest.json (arguments, sources with commits and hashes, files with
+    hashes), counts.json, counts.txt, and bad_rows.jsonl if there are any. The same plan on the same data gives the same
+    bytes. A build that fails or is interrupted leaves nothing.
 
     Args:
         plan: from ``make_plan``.
-        out: a folder that is not there yet, or is empty.
+        out: a new or empty folder.
 
     Raises:
-        DataError: a source that cannot be read, bad rows, an empty split, one label alone.
+        DataError: a source that cannot be read, bad rows, an empty split, one label only.
         OSError: the folder cannot be written.
 
     Example:
@@ -100,7 +99,7 @@ def _rows(numbers: list[int], split: str, answers: Answers, spool: Spool, plan: 
 
 
 def _manifest(plan: Plan, sources: list[dict], files: dict[str, dict]) -> dict[str, Any]:
-    """Nothing in it depends on when, where or by whom the set was built."""
+    """The manifest; it does not depend on the time, the machine or the user."""
     return {
         "format": FORMAT,
         "fingerprint": hashlib.sha256(

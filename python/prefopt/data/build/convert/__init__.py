@@ -1,4 +1,4 @@
-"""The schemas that `prefopt data build` can read, one file each."""
+"""The schemas that `prefopt data build` reads, one file each."""
 
 import difflib
 from collections.abc import Callable
@@ -11,7 +11,7 @@ __all__ = ["KINDS", "Answer", "Dropped", "Kind", "Outcome", "Outcomes", "nearest
 
 
 class Kind(NamedTuple):
-    """A schema: its converter, the columns it needs, and the published dataset that has it, with the commit seen."""
+    """A schema: its converter and required columns, and the published set that has it, at a reviewed commit."""
 
     convert: Callable[..., Outcomes]
     needs: tuple[str, ...] | None
@@ -66,6 +66,6 @@ KINDS = {
 
 
 def nearest_kind(name: str) -> str:
-    """ "; did you mean shp?" where a kind is spelled almost so, otherwise nothing."""
+    """ "; did you mean shp?" if a kind has a similar name, otherwise an empty string."""
     near = difflib.get_close_matches(name, KINDS, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,8 +1,7 @@
-"""What a converter makes of a row: rated answers, or the reason why there are none.
+"""The result of a converter: answers, or the reason why a row has none.
 
-A converter takes the rows of one published schema and says of every one of them, in order, what became of it: a list of
-``Answer``, a ``Dropped`` (the schema has such rows, they are of no use, and they are counted by reason), or a
-``RowError`` (a row that the schema should not have: bad input).
+A converter reads the rows of one published schema. For each it yields, in order, a list of ``Answer``, a ``Dropped``
+(a valid but unusable row, counted by reason), or a ``RowError`` (bad input).
 """
 
 import math
@@ -13,7 +12,7 @@ from prefopt.data.rows import RowError, Text, rated_rows, show
 
 
 class Answer(NamedTuple):
-    """One rated answer. Rows of one ``group`` stay in one split; a source can be balanced by ``category``."""
+    """One answer and its label. A ``group`` stays in one split; a source can be balanced by ``category``."""
 
     prompt: Text
     completion: Text
@@ -23,7 +22,7 @@ class Answer(NamedTuple):
 
 
 class Dropped(Exception):
-    """A row that is left out on purpose; the message is the reason under which it is counted."""
+    """A row that is omitted on purpose; the message is the reason to count."""
 
 
 Outcome = list[Answer] | Dropped | RowError
@@ -32,7 +31,7 @@ Outcomes = Iterator[tuple[int, Outcome]]
 
 
 def each(raws: Raws, one: Callable[[Mapping[str, Any]], list[Answer]]) -> Outcomes:
-    """The converter of a schema whose rows stand for themselves."""
+    """Convert each row by itself."""
     for line, raw in raws:
         try:
             outcome: Outcome = one(raw)
@@ -46,7 +45,7 @@ def pair(prompt: list[dict[str, str]], chosen: str, rejected: str, group: str, c
 
     Raises:
         Dropped: one of them is empty, or both are the same.
-        RowError: the conversation is none.
+        RowError: the conversation is invalid.
     """
     if not chosen.strip() or not rejected.strip():
         raise Dropped("an answer is empty")
@@ -56,14 +55,14 @@ def pair(prompt: list[dict[str, str]], chosen: str, rejected: str, group: str, c
 
 
 def answer(prompt: list[dict[str, str]], text: str, label: bool, group: str, category: str = "") -> Answer:
-    """One answer, checked as a training row is checked."""
+    """One answer, with the checks of a training row."""
     completion = [{"role": "assistant", "content": text}]
     rated = rated_rows({"prompt": prompt, "completion": completion, "label": label})[0]
     return Answer(*rated, group=group, category=category)
 
 
 def user(text: str) -> dict[str, str]:
-    """A message of the user."""
+    """A user's message."""
     return {"role": "user", "content": text}
 
 

@@ -1,7 +1,6 @@
-"""Rated rows, {prompt, completion, label}, and pairs, {prompt, chosen, rejected}, as `prefopt train` reads them.
+"""Unpaired rows, {prompt, completion, label}, and pairs, {prompt, chosen, rejected}, as `prefopt train` reads them.
 
-The group is the field ``group`` where there is one, the prompt otherwise. Text stays text unless ``messages`` is set:
-then a prompt becomes one message of the user, and an answer one of the assistant.
+The group is the field ``group`` or, without one, the prompt. With ``messages``, text becomes chat messages.
 """
 
 from collections.abc import Mapping
@@ -13,18 +12,14 @@ from prefopt.data.rows import as_messages, group_of, rated_rows
 
 
 def convert(raws: Raws, *, messages: bool = False) -> Outcomes:
-    """One answer for a rated row, two for a pair."""
+    """One answer for an unpaired row, two for a pair."""
     return each(raws, partial(_answers, messages=messages))
 
 
 def _answers(raw: Mapping[str, Any], messages: bool) -> list[Answer]:
     answers = []
     for row in rated_rows(raw):
-        prompt, completion, label = row
-        key = group_of(raw, prompt)
-        given = raw.get("group")
+        key, given = group_of(raw, row.prompt), raw.get("group")
         group = f"{key:016x}" if given is None else str(given)
-        if messages:
-            prompt, completion, label = as_messages(row)
-        answers.append(Answer(prompt, completion, label, group))
+        answers.append(Answer(*(as_messages(row) if messages else row), group=group))
     return answers

@@ -1,16 +1,11 @@
 r"""Anthropic/hh-rlhf: {chosen, rejected}, two transcripts written as "\n\nHuman: ...\n\nAssistant: ...".
 
-The prompt is not given: it is all turns that both transcripts share, and it must end right before the last answer. The
-transcripts are split into turns first and compared turn by turn; cutting at the longest common beginning of the two
-*texts* goes wrong where the answers begin alike, and where one of them is empty. Traps:
+The prompt is the turns that both transcripts share, and must be all but the last answer. The transcripts are compared
+turn by turn, because the longest common beginning of the *texts* is wrong if the answers begin alike or one is empty.
 
-- Dialogues that part before the last answer: the rest of each would hold turns of the user, which are nobody's answer.
-- Transcripts that end with a turn of the user.
-- Empty last answers, also as "Assistant:" without a space.
-- The same dialogue twice.
-- Two turns of one speaker in a row.
-- Many dialogues are one conversation at several lengths: a longer one holds the answer of a shorter one in its prompt.
-  So the group is the opening question, not the prompt.
+Omitted: dialogues that differ before the last answer, transcripts that end with a user's turn, empty last answers (also
+"Assistant:" without a space), identical transcripts, and two turns of one speaker in a row. Many dialogues are one
+conversation at several lengths, so the group is the opening question, not the prompt.
 """
 
 import hashlib

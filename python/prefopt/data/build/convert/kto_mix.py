@@ -1,7 +1,6 @@
-"""trl-lib/kto-mix-14k: {prompt, completion, label}, rated rows of chat messages, taken as they are.
+"""trl-lib/kto-mix-14k: {prompt, completion, label}, unpaired chat messages.
 
-Prompts can have several turns. The label must be true or false: 0 and 1 are refused, as everywhere. The set was made of
-pairs, so a slice from its start need not be balanced; the table of counts shows it.
+Prompts can have several turns. The set was made of pairs, so a slice from its start may be unbalanced.
 """
 
 from collections.abc import Mapping

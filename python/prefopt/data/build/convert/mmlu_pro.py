@@ -1,14 +1,13 @@
 """TIGER-Lab/MMLU-Pro: multiple-choice questions in 14 fields, as instructions with the right answer.
 
-``target="category"`` asks for the field, ``target="letter"`` for the right option. Every row is desirable: this is data
-for supervised training. Traps:
+``target="category"`` asks for the field, ``target="letter"`` for the right option. Every row is desirable: the data is
+for supervised training.
 
-- ``src`` gives the field away, so only the question is shown (and its options where a letter is asked for).
-- The same question occurs in several rows; asked for its field, it is used once.
-- Some revisions fill up the options with "N/A"; these are not offered.
-- ``answer`` and ``answer_index`` are two spellings of one thing; where they disagree the row is left out.
-- A field's name can have two words ("computer science"): the first word of an answer is not the answer.
-- The smallest field has 381 questions; ``per_category`` in the plan balances them.
+- ``src`` reveals the field, so the prompt has only the question (and, for a letter, its options).
+- Repeated questions are used once for the field.
+- Options "N/A", padding in some revisions, are omitted.
+- A row whose ``answer`` and ``answer_index`` disagree is omitted.
+- The smallest field has 381 questions; ``per_category`` in the plan balances the fields.
 """
 
 from collections.abc import Mapping

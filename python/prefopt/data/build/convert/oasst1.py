@@ -1,15 +1,13 @@
-"""OpenAssistant/oasst1: one row a message, which form trees; answers to one message are ranked among each other.
+"""OpenAssistant/oasst1: trees of messages, one row each; the answers to a message are ranked.
 
-An answer is desirable if it is the best of its siblings and undesirable if it is the worst (``keep="extremes"``), or by
-the half it is in (``keep="halves"``, an odd one in the middle left out). Rank 0 is the best. Traps:
+The best of the siblings is desirable and the worst undesirable (``keep="extremes"``), or the better and the worse half
+(``keep="halves"``, without an odd one in the middle). Rank 0 is the best.
 
-- Ranks compare siblings only; a rank says nothing across messages. Unranked answers, and answers without a sibling,
-  have no verdict. Unrolling every neighbouring pair (a over b, b over c) would call b good and bad at once.
-- Deleted messages, messages that the review refused, and answers below a deleted message are not used, and do not count
-  as siblings.
-- The prompt is the path from the root. An answer further down the tree has another one's answer in its prompt, so the
-  group is the tree.
-- Languages are mixed; ``languages`` keeps some, by the message's own field.
+- Ranks compare siblings only, so unranked answers and answers without siblings have no label. Pairs of neighbours
+  (a over b, b over c) would give b both labels.
+- Deleted messages, messages rejected in review, and answers below a deleted message are not used, also not as siblings.
+- The prompt is the path from the root. It can contain other answers, so the group is the tree.
+- ``languages`` selects languages by the message's own field.
 """
 
 from collections import defaultdict
@@ -25,16 +23,15 @@ KEEP = ("extremes", "halves")
 
 
 def convert(raws: Raws, *, keep: str = "extremes", languages: Sequence[str] | None = None) -> Outcomes:
-    """One answer a ranked message; the whole table is held in memory, because a path can run through any row of it."""
+    """One answer for each ranked message; the table is held in memory, because a path can contain any row."""
     rows = list(raws)
     messages = {raw["message_id"]: raw for _, raw in rows if isinstance(raw.get("message_id"), str)}
     outcomes: dict[int, Outcome] = {}
     siblings = defaultdict(list)
     for line, raw in rows:
         try:
-            parent = _parent_of_ranked(raw, languages)
-            entry = (_rank(raw), text_of(raw, "message_id"), line, raw)
-            siblings[parent].append(entry)
+            parent, rank = _parent_and_rank(raw, languages)
+            siblings[parent].append((rank, text_of(raw, "message_id"), line, raw))
         except (Dropped, RowError) as reason:
             outcomes[line] = reason
     for parent, ranked in siblings.items():
@@ -49,8 +46,8 @@ def convert(raws: Raws, *, keep: str = "extremes", languages: Sequence[str] | No
         yield line, outcomes[line]
 
 
-def _parent_of_ranked(raw: Mapping[str, Any], languages: Sequence[str] | None) -> str:
-    """The message that a usable ranked answer replies to."""
+def _parent_and_rank(raw: Mapping[str, Any], languages: Sequence[str] | None) -> tuple[str, int]:
+    """The message that a usable answer replies to, and the answer's rank."""
     role = text_of(raw, "role")
     if role not in ROLES:
         raise RowError(f"role is {role!r}; expected prompter or assistant")
@@ -64,16 +61,17 @@ def _parent_of_ranked(raw: Mapping[str, Any], languages: Sequence[str] | None) -
         raise Dropped("another language")
     if not text_of(raw, "text").strip():
         raise Dropped("the answer is empty")
-    if _rank(raw) is None:
+    rank = _rank(raw)
+    if rank is None:
         raise Dropped("the message is not ranked")
     if not isinstance(raw.get("parent_id"), str):
         raise Dropped("a message above it is deleted or missing")
-    return raw["parent_id"]
+    return raw["parent_id"], rank
 
 
 def _rank(raw: Mapping[str, Any]) -> int | None:
     rank = raw.get("rank")
-    if rank is None or rank != rank:  # a missing number that went through pandas is a NaN
+    if rank is None or rank != rank:  # pandas writes a missing number as NaN
         return None
     if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != int(rank):
         raise RowError(f"rank is {rank!r}; expected a whole number or nothing")
@@ -81,7 +79,7 @@ def _rank(raw: Mapping[str, Any]) -> int | None:
 
 
 def _labels(ranks: Sequence[int], keep: str) -> list[bool | str]:
-    """For ranks from best to worst: the label, or the reason why there is none."""
+    """The label of each rank, from best to worst, or the reason why it has none."""
     if len(ranks) < 2:
         return ["no sibling to be compared with"]
     if ranks[0] == ranks[-1]:

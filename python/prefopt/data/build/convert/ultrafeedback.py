@@ -1,26 +1,14 @@
 """HuggingFaceH4/ultrafeedback_binarized: {prompt, prompt_id, chosen, rejected, score_chosen, score_rejected}.
 
-``chosen`` and ``rejected`` are whole conversations. Traps:
-
-- ``rejected`` was drawn at random from the three answers that are not the best, so equal scores occur: such a pair says
-  nothing about its answers.
-- Some answers are empty, and some pairs hold the same answer twice.
-- ``messages`` repeats ``chosen``; the columns are read from ``chosen`` and ``rejected`` alone.
+``chosen`` and ``rejected`` are whole conversations; ``messages`` repeats ``chosen`` and is not read. ``rejected`` was
+drawn at random from the three answers that are not the best, so scores can be equal; such pairs are omitted, as are
+empty and identical answers.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from prefopt.data.build.convert.answer import (
-    Answer,
-    Dropped,
-    Outcomes,
-    Raws,
-    each,
-    number_of,
-    pair,
-    text_of,
-)
+from prefopt.data.build.convert.answer import Answer, Dropped, Outcomes, Raws, each, number_of, pair, text_of
 from prefopt.data.rows import RowError
 
 NEEDS = ("prompt_id", "chosen", "rejected", "score_chosen", "score_rejected")

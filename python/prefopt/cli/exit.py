@@ -1,36 +1,71 @@
-"""How a failed command ends: one sentence on stderr, the traceback in a file, an exit code."""
+"""How a command ends: exit codes, the message on stderr, the traceback file, and SIGTERM."""
 
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prefopt.errors import RunError, UserError
+from prefopt.errors import TRACEBACK_NAME, RunError, UserError, first_line, how_to_install, is_first_rank
 
 FAILED = 1
-USAGE_ERROR = 2  # as argparse exits on a wrong argument
-TRACEBACK_NAME = "traceback.txt"
+USAGE_ERROR = 2  # argparse's exit code for a wrong argument
+INTERRUPTED = 130  # a shell's code for Ctrl-C
+BROKEN_PIPE = 141  # a shell's code for SIGPIPE
+TERMINATED = 128 + signal.SIGTERM
+
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 LONGEST_LINE, MOST_LINES = 1_000, 40  # of a message
-# What the extra [train] installs, by the names that Python imports.
+# The packages of the extra [train], by import name.
 NEEDED = "accelerate datasets huggingface_hub matplotlib peft safetensors transformers yaml".split()
 
 
-def end(error: Exception, show_traceback: bool) -> int:
+class Terminated(SystemExit):
+    """SIGTERM was received. A SystemExit, so that code which handles Ctrl-C does not catch it."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Raise ``Terminated`` on SIGTERM within the block; further signals are ignored during the cleanup.
+
+    Does nothing outside the main thread, or where SIGTERM is already handled or ignored.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    owner = os.getpid()
+
+    def handle(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker exits at once: the parent cleans up
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated(TERMINATED)
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def fail(error: Exception, show_traceback: bool) -> int:
     """Report a failure on stderr.
 
     Args:
-        error: what the command raised.
+        error: raised by the command.
         show_traceback: print the traceback instead of writing it to a file.
 
     Returns:
         The exit code: 2 for wrong input, 1 for everything else.
     """
-    code = USAGE_ERROR if _is_input(error) else FAILED
+    code = USAGE_ERROR if isinstance(error, UserError) or _missing_package(error) else FAILED
     where = ""
     if show_traceback:
         traceback.print_exception(error)
@@ -43,14 +78,14 @@ def end(error: Exception, show_traceback: bool) -> int:
 
 
 def finish_progress_bars() -> None:
-    """End the line of every progress bar that an exception has left open."""
+    """Close progress bars that an exception left open, so that the message starts on its own line."""
     tqdm = sys.modules.get("tqdm")
     for bar in list(getattr(tqdm and tqdm.tqdm, "_instances", ())):
         bar.close()
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters escaped, which could move the cursor or change the title of a terminal.
+    r"""The text with control characters escaped: they could move the cursor or change the terminal's title.
 
     Example:
         >>> print(printable("a\x1b[2Jb\nc"))
@@ -58,17 +93,6 @@ def printable(text: str) -> str:
         c
     """
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-@contextmanager
-def traceback_in(folder: Path) -> Iterator[None]:
-    """Let ``end`` write the traceback of a failure inside this block into ``folder``; an older one is removed."""
-    (folder / TRACEBACK_NAME).unlink(missing_ok=True)
-    try:
-        yield
-    except Exception as error:  # marked and raised again
-        error.traceback_folder = folder
-        raise
 
 
 def bounded(message: str) -> str:
@@ -85,33 +109,15 @@ def bounded(message: str) -> str:
     return "\n".join(shown)
 
 
-def how_to_install(extra: str) -> str:
-    """How to install the packages of an extra; the distribution is on no package index."""
-    return f"run pip install '.[{extra}]' in a checkout of prefopt-kernels"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message that is not blank, in front of it the type if the message is a bare key."""
-    kind = type(error).__name__
-    lines = (line.strip() for line in str(error).splitlines())
-    line = next((line for line in lines if line), kind)
-    return f"{kind}: {line}" if isinstance(error, KeyError) else line
-
-
-def _is_input(error: Exception) -> bool:
-    return isinstance(error, UserError) or _missing(error) is not None
-
-
-def _missing(error: Exception) -> str | None:
+def _missing_package(error: Exception) -> str | None:
     """The package of the extra [train] that is not installed."""
-    missing = isinstance(error, ModuleNotFoundError) and error.name in NEEDED
-    return error.name if missing else None
+    return error.name if isinstance(error, ModuleNotFoundError) and error.name in NEEDED else None
 
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, (UserError, RunError)):
         return str(error)
-    missing = _missing(error)
+    missing = _missing_package(error)
     if missing is not None:
         return f"the package {missing} is not installed, and prefopt needs it; {how_to_install('train')}"
     if _out_of_memory(error):
@@ -120,30 +126,29 @@ def _sentence(error: Exception) -> str:
             "--batch-size), a smaller data.max_length, or training.gradient_checkpointing true"
         )
     if isinstance(error, OSError) and error.strerror:
-        named = "" if error.filename is None else f": {str(error.filename)!r}"
-        return f"{error.strerror}{named}"
+        return error.strerror + ("" if error.filename is None else f": {str(error.filename)!r}")
     line = first_line(error)
     return line if line.startswith(type(error).__name__) else f"{type(error).__name__}: {line}"
 
 
 def _out_of_memory(error: Exception) -> bool:
-    torch = sys.modules.get("torch")  # what was not imported was not raised
-    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # torch's allocator on the CPU has no exception of its own
-    return of_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    torch = sys.modules.get("torch")  # if torch is not imported, it did not raise
+    from_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # torch's CPU allocator raises a plain RuntimeError
+    return from_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _write_traceback(error: Exception) -> Path | None:
-    """The file; None where none can be written."""
+    """The file; None if it cannot be written."""
     text = "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace")
     folder = getattr(error, "traceback_folder", None)
     try:
-        # a folder with files in it is a run's already; one that is empty stays free for the next start
+        # an empty folder stays empty, so that the next start can use it
         if folder is not None and folder.is_dir() and any(folder.iterdir()):
             path = folder / (TRACEBACK_NAME if is_first_rank() else f"traceback-rank-{os.environ['RANK']}.txt")
             path.write_bytes(text)
             return path
-    except OSError:  # a full disk, perhaps only that of the run folder
+    except OSError:  # for example a full disk
         pass
     try:
         number, name = tempfile.mkstemp(prefix="prefopt-traceback-", suffix=".txt")
@@ -152,8 +157,3 @@ def _write_traceback(error: Exception) -> Path | None:
         return Path(name)
     except OSError:
         return None
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the first of a distributed run, or the only one, by torchrun's variable RANK."""
-    return os.environ.get("RANK", "0") == "0"
