@@ -224,6 +224,14 @@ class MethodOptions(Loss):
         "folder of the cached reference scores", None, shown="beside the cache of datasets"
     )
     backend: Backend = option("backend of the fused log-probabilities", "auto")
+    packing: Literal["auto", "padded", "packed"] = option(
+        "lay the sequences of a pass out in padded rows, or one after another without padding; auto packs where "
+        "attention costs no more for it (flash and flex attention)",
+        "auto",
+    )
+    share_prompts: Literal["auto", "off"] = option(
+        "compute a prompt once for all its answers in a pass (needs sdpa or eager attention)", "auto"
+    )
 
 
 def _same(name: str) -> Any:

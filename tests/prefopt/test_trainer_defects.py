@@ -70,13 +70,15 @@ def watch_rows(trainer) -> list[tuple[list[int], list[bool]]]:
 
 def watch_pairs(trainer) -> list[list[tuple[int, int]]]:
     """(row, partner's row, both as dictionaries) of every mismatched sequence that is scored."""
-    seen, build = [], trainer.data_collator.mismatched
+    seen, build, pair = [], trainer.mismatched.answers, trainer.mismatched.pair
 
-    def keep(features, partners):
-        seen.append([(features[i], features[j]) for i, j in enumerate(partners) if j >= 0])
-        return build(features, partners)
+    def keep(rows):
+        found, partners = build(rows), pair([row["group"] for row in rows])
+        assert all(one.answer.completion == rows[partners[one.row]]["completion_ids"] for one in found)
+        seen.append([(rows[one.row], rows[partners[one.row]]) for one in found])
+        return found
 
-    trainer.data_collator.mismatched = keep
+    trainer.mismatched.answers = keep
     return seen
 
 

@@ -103,6 +103,8 @@ def test_defect_08_a_checkpoint_of_the_model_alone_keeps_the_counters(world, tmp
     assert set(state) == {
         "num_tokens",
         "loss_sum",
+        "positions",
+        "filled",
         "sums",
         "reference_point",
         "baselines",

@@ -25,11 +25,13 @@ def of(method: str) -> dict:
     return {"method": method, "data": data_for(method, 20), "sampler": "sequential"}
 
 
-def test_both_members_of_a_pair_are_in_one_pass(world, tmp_path):
+@pytest.mark.parametrize("share", ["auto", "off"])
+def test_both_members_of_a_pair_are_in_one_pass(world, tmp_path, share):
     trainer = make_trainer(
         world,
         tmp_path,
         method="dpo",
+        share_prompts=share,
         data=make_pairs(9),
         per_device_train_batch_size=2,
         max_steps=5,
@@ -41,6 +43,7 @@ def test_both_members_of_a_pair_are_in_one_pass(world, tmp_path):
         return forward(input_ids=input_ids, **kwargs)
 
     trainer.model.forward = keep
+    shared = share == "auto"
     seen, compute_loss = [], trainer.compute_loss
 
     def watch(model, inputs, *args, **kwargs):
@@ -52,12 +55,15 @@ def test_both_members_of_a_pair_are_in_one_pass(world, tmp_path):
     assert sorted(row for rows, _ in seen for row in rows) == list(range(9))
     assert [len(rows) for rows, _ in seen] == [2, 2, 2, 2, 1] and seen[0][0] != [0, 1]
     for ids, (rows, labels) in zip(passes, seen, strict=True):
-        assert labels == [True] * len(rows) + [False] * len(rows) and len(ids) == 2 * len(rows)
+        assert labels == [True] * len(rows) + [False] * len(rows)
+        assert len(ids) == (len(rows) if shared else 2 * len(rows))
         for place, row in enumerate(rows):
             for half, side in enumerate(("chosen", "rejected")):
                 pair = trainer.train_dataset[row]
-                expected = pair[f"{side}_prompt_ids"] + pair[f"{side}_completion_ids"]
-                assert ids[half * len(rows) + place, : len(expected)].tolist() == expected
+                prompt, answer = pair[f"{side}_prompt_ids"], pair[f"{side}_completion_ids"]
+                found = ids[place if shared else half * len(rows) + place].tolist()
+                start = len(prompt) + (half * len(pair["chosen_completion_ids"]) if shared else 0)
+                assert found[: len(prompt)] == prompt and found[start : start + len(answer)] == answer
 
 
 def test_rows_that_are_not_half_of_a_pair_are_left_out_and_counted(world, tmp_path):

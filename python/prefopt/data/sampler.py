@@ -1,4 +1,4 @@
-"""A sampler whose batches each have about the data's share of desirable rows.
+"""The order of the rows: with labels spread evenly over the batches, or given.
 
 A batch of one class gives KTO's loss a one-sided gradient.
 """
@@ -7,6 +7,19 @@ import random
 from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
+
+
+class ListSampler(Sampler[int]):
+    """The rows in a given order."""
+
+    def __init__(self, order: Sequence[int]):
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
 
 
 class LabelBalancedSampler(Sampler[int]):

@@ -107,6 +107,13 @@ def token_lengths(rows: Dataset, side: str = "") -> tuple[np.ndarray, np.ndarray
     return prompt, completion
 
 
+def by_length(rows: Dataset) -> list[int]:
+    """The rows or pairs by length, longest first."""
+    sides = [side for side in ("", "chosen_", "rejected_") if f"{side}prompt_ids" in rows.column_names]
+    lengths = np.sum([token_lengths(rows, side) for side in sides], axis=(0, 1))
+    return np.argsort(-lengths, kind="stable").tolist()
+
+
 def token_counts(rows: Dataset, max_length: int | None, side: str = "") -> dict[str, int]:
     """Tokens within ``max_length``, and what it truncates."""
     prompt, completion = token_lengths(rows, side)

@@ -6,9 +6,8 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from prefopt.data.collate import PreferenceCollator
 from prefopt.errors import UserError
-from prefopt.train.scoring import PackingCollator, score, to_device
+from prefopt.train.scoring import PassCollator, score, to_device
 from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
 
 
@@ -44,7 +43,7 @@ def answer_logps(
         (n,) fp64, nats, in the order of the rows.
     """
     device = next(model.parameters()).device
-    collate = PackingCollator(PreferenceCollator(pad_token_id, max_length=max_length))
+    collate = PassCollator(pad_token_id, max_length=max_length)
     head = head_of(model)
     # Rows of like length together, the longest first: little padding, and too big a batch fails at once.
     order = sorted(

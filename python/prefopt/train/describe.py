@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from prefopt.train.trainer import PreferenceTrainer
 
 
-def describe(trainer: "PreferenceTrainer", reference_kind: str, train: Prepared, evals: dict[str, Prepared]) -> None:
+def describe(
+    trainer: "PreferenceTrainer", reference_kind: str, train: Prepared, evals: dict[str, Prepared], passes: dict
+) -> None:
     """Warn about data and model, and record what run.json says of them.
 
     Args:
         trainer: built.
         reference_kind: in words.
         train, evals: the prepared rows.
+        passes: the layout of the passes, with reasons.
     """
     args, model, head = trainer.args, trainer.model, trainer.scorer.head
     if args.spec.data == RATED:
@@ -57,6 +60,7 @@ def describe(trainer: "PreferenceTrainer", reference_kind: str, train: Prepared,
         reference={"kind": reference_kind, "fingerprint": trainer._reference_fingerprint},
         data={"train": train.summary()}
         | {f"eval_{name}" if name else "eval": rows.summary() for name, rows in evals.items()},
+        passes=passes,
         world_size=args.world_size,
         diagnostics=trainer.diagnostics.state_dict()["findings"],
     )

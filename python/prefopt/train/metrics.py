@@ -29,6 +29,8 @@ SCALARS = (
     "accuracies",
     "entropy",
     "num_tokens",
+    "positions",  # of the policy's passes, and those with a token: of the run, not of a log
+    "filled",
     "rows_without_partner",
     "gradient_norms",  # never logged: here so that one look at the sums sees any gradient that is not finite
     *(f"grad/{component}" for component in COMPONENTS),
@@ -49,6 +51,8 @@ class RowMetrics:
     entropies: Tensor  # (B,) fp32, nats, summed likewise
     completion_tokens: Tensor  # (B,) int64
     tokens: Tensor  # (B,) int64, prompt and completion
+    positions: int = 0  # of the policy's pass
+    filled: Tensor | float = 0.0  # 0-dim, those with a token
     gradient_components: Tensor | None = None  # (len(COMPONENTS), R) fp32, 1/nats
 
 
@@ -94,6 +98,8 @@ class MetricSums:
             "counted": counted.sum(),
             "entropy": torch.where(sequences, rows.entropies, 0).sum(),
             "num_tokens": torch.where(sequences, rows.tokens, 0).sum(),
+            "positions": ones.new_tensor(rows.positions),
+            "filled": torch.as_tensor(rows.filled),
         }
         if paired and rows.rewards is not None:
             chosen, rejected = rewards.chunk(2)  # (P,)
@@ -142,7 +148,7 @@ class MetricSums:
 
     def load(self, values: Mapping[str, float]) -> None:
         """Continue from sums that ``read`` gave."""
-        ordered = [values[name] for name in SLOTS]
+        ordered = [values.get(name, 0.0) for name in SLOTS]  # a checkpoint of an earlier version has fewer
         self.vector.copy_(torch.tensor(ordered, dtype=self.vector.dtype))
 
 

@@ -1,99 +1,64 @@
 """KTO's reference point, from prompts paired with completions of other prompts.
 
 The passes over mismatched completions carry no gradient. Unless ``kl_estimator`` is "microbatch" they run once per
-optimizer step, before its first micro-batch, in pieces of the micro-batches' size.
+optimizer step, before its first micro-batch.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from prefopt.data.collate import pair_mismatched
+from prefopt.train.passes import Answer
 from prefopt.train.precompute import rotated
-from prefopt.train.scoring import PackingCollator
+from prefopt.train.scoring import PassCollator
 from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
 
 ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL, "ema": EMAKL}
 PAIRINGS = {"window": pair_mismatched, "microbatch": rotated, "ema": pair_mismatched}
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A reference point and how many rows had no mismatched completion to give to it."""
+class Mismatched(NamedTuple):
+    """A row's prompt with the completion of another prompt."""
 
-    value: Tensor  # 0-dim fp32, nats, clamped at 0, the same on all ranks
-    rows_without_partner: int  # of this rank
+    row: int  # whose prompt it is, by place
+    answer: Answer
+    ref_logp: float | None  # nats, if it was computed before training
 
 
 class MismatchedRows:
-    """Estimates the reference point from the rows of a window or a micro-batch.
+    """Pairs the rows of a window or micro-batch and reduces their log-ratios to the reference point.
 
     Args:
         kl_estimator: "window", "microbatch" or "ema": the pairing, the reduction over ranks, and the memory.
-        collator: builds the mismatched sequences.
-        log_ratios: returns (n,) policy minus reference, nats, for a batch, which may contain ``ref_logps``.
-        device: of an estimate from no rows.
+        collator: cuts completions to ``max_length``.
         decay: of "ema".
-        dummy_pass: called instead of ``log_ratios`` for a piece without sequences, where a pass needs all processes.
     """
 
-    def __init__(
-        self,
-        kl_estimator: str,
-        collator: PackingCollator,
-        log_ratios: Callable[[dict], Tensor],
-        device: torch.device,
-        decay: float | None = None,
-        dummy_pass: Callable[[], object] = lambda: None,
-    ):
+    def __init__(self, kl_estimator: str, collator: PassCollator, decay: float | None = None):
         self.pair = PAIRINGS[kl_estimator]
         self.estimator = ESTIMATORS[kl_estimator](**({} if decay is None else {"decay": decay}))
         self._start = self.estimator.state_dict()
         self.collator = collator
-        self.log_ratios = log_ratios
-        self.device = device
-        self.dummy_pass = dummy_pass
 
     def reset(self) -> None:
         """Restart from no estimate."""
         self.estimator.load_state_dict(self._start)
 
-    def estimate(self, pieces: Sequence[Sequence[dict]], *, update: bool) -> Estimate:
-        """One estimate from all rows of all pieces, which are scored piece by piece.
+    def answers(self, rows: Sequence[Mapping]) -> list[Mismatched]:
+        """One for each row that has a partner and room for its completion.
 
         Args:
-            pieces: rows of each micro-batch. Rows with a fixed ``kl_partner`` keep it; others are paired here.
-            update: False in evaluation.
+            rows: of the window, in an order that does not depend on its micro-batches. Rows with a fixed
+                ``kl_partner`` keep it; others are paired here.
         """
-        rows = [row for piece in pieces for row in piece]
-        fixed = bool(rows) and "kl_partner" in rows[0]
-        partners = [] if fixed else self.pair([row["group"] for row in rows])
-        ratios, start = [torch.zeros(0, device=self.device)], 0
-        for piece in pieces:
-            if fixed:
-                batch = self._fixed(piece)
-            else:
-                here = range(start, start + len(piece))
-                masked = [p if row in here else -1 for row, p in enumerate(partners)]
-                batch = self.collator.mismatched(rows, masked)
-            start += len(piece)
-            if batch is None:
-                self.dummy_pass()
-            else:
-                ratios.append(self.log_ratios(batch))
-        log_ratios = torch.cat(ratios)  # (n,)
-        value = self.estimator.estimate(log_ratios, update=update)
-        return Estimate(value, len(rows) - len(log_ratios))
-
-    def _fixed(self, piece: Sequence[dict]) -> dict | None:
-        """The sequences whose reference scores were computed beforehand."""
-        n = len(piece)
-        others = [{"prompt_ids": [], "completion_ids": row["kl_completion_ids"]} for row in piece]
-        partners = [n + i if row["kl_partner"] >= 0 else -1 for i, row in enumerate(piece)]
-        batch = self.collator.mismatched([*piece, *others], partners + [-1] * n)
-        if batch is not None:
-            known = [piece[i]["ref_kl_logps"] for i in batch["index"].tolist()]
-            batch["ref_logps"] = torch.tensor(known)
-        return batch
+        if rows and "kl_partner" in rows[0]:
+            others = [row["kl_completion_ids"] if row["kl_partner"] >= 0 else None for row in rows]
+        else:
+            partners = self.pair([row["group"] for row in rows])
+            others = [rows[partner]["completion_ids"] if partner >= 0 else None for partner in partners]
+        found = [
+            Mismatched(place, self.collator.cut(row["prompt_ids"], other), row.get("ref_kl_logps"))
+            for place, (row, other) in enumerate(zip(rows, others, strict=True))
+            if other is not None
+        ]
+        return [one for one in found if one.answer.completion]

@@ -23,7 +23,8 @@ from prefopt.data.collate import SIDES, pair_mismatched
 from prefopt.data.pairs import are_pairs
 from prefopt.data.tokenize import Tokenized
 from prefopt.files import temporary
-from prefopt.train.scoring import PackingCollator
+from prefopt.train.passes import Answer
+from prefopt.train.scoring import PassCollator
 
 CACHE_VERSION = 1  # part of the key: raise it when the numbers of the same inputs change
 
@@ -54,7 +55,7 @@ def with_reference(
     tokenized: Tokenized,
     partners: Sequence[int] | None,
     score: Callable[[dict], Tensor],
-    collator: PackingCollator,
+    collator: PassCollator,
     *,
     identity: Sequence[str],
     cache_dir: str | Path | None,
@@ -92,10 +93,10 @@ def with_reference(
         scored = []
         bar = tqdm(mine, desc="Reference log-probabilities", disable=not accelerator.is_main_process)
         for name, positions in bar:
-            batch = collator([sequences[name].feature(position) for position in positions])
+            batch = collator.lay_out([sequences[name].answer(position, collator) for position in positions])
             scored.append((name, positions, score(batch).cpu()))
         if in_lockstep and len(mine) * accelerator.num_processes < len(passes):
-            score(collator.dummy_batch())
+            score(collator.dummy_pass())
         columns = {name: torch.zeros(len(rows)) for name in sequences}
         for name, positions, values in gather_object(scored):
             columns[name][positions] = values
@@ -139,17 +140,10 @@ class _Sequences:
         ordered = sorted(wanted, key=lengths.__getitem__, reverse=True)
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
-    def feature(self, position: int) -> dict:
-        """A row for the collator."""
+    def answer(self, position: int, collator: PassCollator) -> Answer:
+        """The prompt and its completion within ``max_length``."""
         (prompts, prompt), (completions, completion) = self.prompts, self.completions
-        partner = self.partners[position]
-        return {
-            "prompt_ids": prompts[position][prompt],
-            "completion_ids": completions[partner][completion],
-            "label": True,
-            "group": 0,
-            "row": position,
-        }
+        return collator.cut(prompts[position][prompt], completions[self.partners[position]][completion])
 
 
 def _sequences(tokenized: Tokenized, partners: Sequence[int] | None) -> dict[str, _Sequences]:

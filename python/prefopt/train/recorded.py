@@ -50,6 +50,7 @@ class RecordedTrainer(ResumableTrainer):
         self._watch = FiniteWatch(str(self.args.output_dir))
         self._num_tokens = 0
         self._loss_sum: float | None = 0.0  # over steps, up to the last log
+        self._positions = self._filled = 0.0  # of the policy's passes, up to the last log
         self._resumed_between_logs = False
         self.diagnostics = Diagnostics(fades=self.args.spec.fades)
 
@@ -62,6 +63,8 @@ class RecordedTrainer(ResumableTrainer):
             self._sums["train"].reset()
             self._resumed_between_logs = False
             self._num_tokens += round(sums["num_tokens"])
+            self._positions += sums["positions"]
+            self._filled += sums["filled"]
             if self._loss_sum is not None:
                 self._loss_sum += sums["loss"]
             metrics = quotients(sums, loss_count=sums["steps"], components=self.objective.components)
@@ -134,6 +137,8 @@ class RecordedTrainer(ResumableTrainer):
         state = {
             "num_tokens": self._num_tokens,
             "loss_sum": self._loss_sum,
+            "positions": self._positions,
+            "filled": self._filled,
             "sums": self._read_sums(),
             "reference_point": {name: value.tolist() for name, value in kl.items()},
             "baselines": self.baselines.state_dict(),
@@ -214,6 +219,7 @@ class RecordedTrainer(ResumableTrainer):
         self._num_tokens = state["num_tokens"]
         self._resumed_between_logs = state["sums"]["steps"] > 0
         self._loss_sum = state.get("loss_sum")  # not in a checkpoint of an earlier version
+        self._positions, self._filled = (state.get(name, 0.0) for name in ("positions", "filled"))
         if self.is_world_process_zero():  # they are the sums of all ranks
             self._sums["train"].load(state["sums"])
         if self.mismatched is not None:
@@ -255,8 +261,10 @@ class RecordedTrainer(ResumableTrainer):
         self._record_end("finished", None)
 
     def _record_end(self, status: str, reason: str | None) -> None:
+        padding = 1.0 - self._filled / self._positions if self._positions else None
         self.run_folder.update(
             status=status,
+            passes=self.run_folder.record.get("passes", {}) | {"padding": padding},
             stopped_by=reason,
             diagnostics=self.diagnostics.state_dict()["findings"],
             steps=self.run_folder.record.get("steps", {}) | {"done": self.state.global_step},

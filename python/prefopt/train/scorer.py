@@ -8,9 +8,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from prefopt.train.inputs import Prepared
+from prefopt.train.methods import PAIRS
 from prefopt.train.precompute import fixed_partners, with_reference
+from prefopt.train.probe import why_not
 from prefopt.train.reference import AdapterOff, Reference, choose_reference
-from prefopt.train.scoring import PackingCollator, Scores, score, to_device
+from prefopt.train.scoring import PassCollator, Scores, score, to_device
+from prefopt.train.vocabulary import embedding_rows
 from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ POLICY_OUTPUTS = ("entropy", "mean_logit")
 
 
 class Scorer:
-    """Scores batches of ``PackingCollator`` under the policy and the reference.
+    """Scores passes of ``PassCollator`` under the policy and the reference.
 
     Args:
         trainer: built, with its ``layout``.
@@ -31,7 +34,7 @@ class Scorer:
     def __init__(
         self,
         trainer: "PreferenceTrainer",
-        collator: PackingCollator,
+        collator: PassCollator,
         ref_model: nn.Module | None,
         *,
         fresh_adapter: bool,
@@ -77,6 +80,7 @@ class Scorer:
     @torch.no_grad()
     def policy_logps(self, batch: dict) -> Tensor:
         """(B,) nats, without gradient."""
+        batch = to_device(batch, self.args.device)
         with self.trainer.accelerator.autocast():
             return score(self._policy, self.head, batch, backend=self.args.backend).logps
 
@@ -97,16 +101,44 @@ class Scorer:
 
     @torch.no_grad()
     def log_ratios(self, batch: dict) -> Tensor:
-        """(n,) nats, policy minus reference of mismatched sequences."""
+        """(n,) nats, policy minus reference."""
         batch = to_device(batch, self.args.device)
         logps, ref_logps = self.policy_logps(batch), self.known_ref_logps(batch)
         assert ref_logps is not None
         return logps - ref_logps
 
-    def dummy_pass(self) -> None:
-        """The passes of ``log_ratios`` on a dummy batch, which keeps an idle rank in the collectives."""
-        known = {"ref_logps": torch.zeros(1)} if self.args.precompute_ref_logps else {}
-        self.log_ratios(self.collator.dummy_batch() | known)
+    def choose_layout(self) -> tuple[dict[str, bool], dict[str, str]]:
+        """Whether passes are packed and prompts shared, and why not where they could have been.
+
+        Raises:
+            ValueError: ``packing`` is "packed", and the model does not keep packed sequences apart.
+        """
+        args, model, reasons = self.args, self.trainer.model, {}
+        implementation = str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+        packed = args.packing == "packed" or (
+            args.packing == "auto" and implementation.removeprefix("paged|").startswith(("flash", "flex"))
+        )
+        if packed and (reason := self._why_not(packed=True)):
+            if args.packing == "packed":
+                raise ValueError(f"packing is 'packed'; {type(model).__name__} cannot take it: {reason}")
+            packed, reasons["packed"] = False, reason
+        shared = args.share_prompts == "auto" and not packed and (args.spec.data == PAIRS or self.trainer.recuts)
+        if shared and (reason := self._why_not(shared=True)):
+            shared, reasons["share_prompts"] = False, reason
+        return {"packed": packed, "share_prompts": shared}, reasons
+
+    def _why_not(self, **layout: bool) -> str | None:
+        if self.head.virtual_tokens:
+            return "prompt learning puts tokens before every row"
+        vocabulary = embedding_rows(self.trainer.model)
+        return why_not(self.trainer.model, self._plain_policy_logps, vocabulary, **layout)
+
+    def _plain_policy_logps(self, batch: dict) -> Tensor:
+        """As ``policy_logps``, of the model before it is wrapped."""
+        model = self.trainer.model
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            batch = to_device(batch, next(model.parameters()).device)
+            return score(model, self.head, batch, backend=self.args.backend).logps
 
     def scored(self, prepared: Prepared, batch_size: int) -> Dataset:
         """The rows, with the reference's scores as columns under ``precompute_ref_logps``."""

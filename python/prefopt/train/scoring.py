@@ -1,14 +1,15 @@
 """Log-probabilities of whole completions, under the policy or the reference."""
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from prefopt.data.collate import PairCollator, PreferenceCollator
+from prefopt.data.collate import SIDES, RawFeatures
 from prefopt.train.methods import Sequences
-from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
+from prefopt.train.passes import Answer, attention_masks, lay_out
+from prefopt_kernels.integrations.transformers import LMHead, Packing
 from prefopt_kernels.integrations.transformers.head import own_positions
 from prefopt_kernels.modules import sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
@@ -22,42 +23,66 @@ class Scores(NamedTuple):
     mean_logits: Tensor | None = None  # (B,) fp32
 
 
-class PackingCollator:
-    """A collator whose batches contain the positions of their completion tokens.
+class PassCollator:
+    """Lays rows or pairs out for a pass, on the CPU and possibly in a worker process: no step waits for the device.
 
-    They are computed here, on the CPU and possibly in a worker process, so that no step waits for the device.
+    Args:
+        pad_token_id: fills the rows of a padded layout.
+        max_length: tokens of a sequence; longer completions lose their end. None: no limit.
+        pairs: whether a feature is a pair.
     """
 
-    def __init__(self, collator: PreferenceCollator | PairCollator):
-        self.collator = collator
+    def __init__(self, pad_token_id: int, *, max_length: int | None, pairs: bool = False):
+        self.pad_token_id, self.max_length, self.pairs = pad_token_id, max_length, pairs
+        self.shared = self.packed = False
 
-    def __call__(self, features: Sequence[dict]) -> dict:
-        """One micro-batch: ``PreferenceCollator``'s, with the fields of ``Packing`` in place of the mask."""
-        return self._packed(self.collator(features))
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Any]:
+        """One micro-batch of R rows or pairs, of B sequences: of pairs the chosen answers, then the rejected ones.
 
-    def mismatched(self, features: Sequence[dict], partners: Sequence[int]) -> dict | None:
-        """Prompts with their partners' completions, in the same form; None if no row has a partner.
-
-        ``index`` (n,) is the row of ``features`` of each sequence.
+        Returns:
+            ``row`` and ``group`` (R,) int64; ``labels`` (B,) bool; the tensors of ``lay_out``; ``features``, the raw
+            rows or pairs; ``ref_logps`` (B,) fp32 if the features have its columns.
         """
-        assert isinstance(self.collator, PreferenceCollator)
-        batch = self.collator.build_mismatched(features, partners)
-        batch = {name.removeprefix("kl_"): value for name, value in batch.items()}
-        return self._packed(batch) if len(batch["index"]) else None
+        sides = SIDES if self.pairs else ("",)
+        batch: dict[str, Any] = {name: torch.tensor([row[name] for row in features]) for name in ("row", "group")}
+        labels = (
+            [side == "chosen" for side in sides for _ in features] if self.pairs else [r["label"] for r in features]
+        )
+        batch["labels"] = torch.tensor(labels, dtype=torch.bool)
+        batch |= self.lay_out([self.answer(row, side) for side in sides for row in features])
+        columns = [f"ref_{side}_logps" if side else "ref_logps" for side in sides]
+        if columns[0] in features[0]:
+            batch["ref_logps"] = torch.tensor([row[name] for name in columns for row in features])
+        batch["features"] = RawFeatures(features)
+        return batch
 
-    def dummy_batch(self) -> dict:
-        """A batch of two tokens that keeps an idle rank in the collectives; its scores are not used."""
-        token = {"prompt_ids": [0], "completion_ids": [0], "label": True, "group": 0, "row": 0}
-        return self([token])
+    def lay_out(self, answers: Sequence[Answer]) -> dict:
+        """The tensors of one pass."""
+        return lay_out(answers, self.pad_token_id, shared=self.shared, packed=self.packed)
 
-    @staticmethod
-    def _packed(batch: dict) -> dict:
-        packing = pack_completions(batch["input_ids"], batch.pop("completion_mask"))
-        return batch | packing._asdict()
+    def answer(self, row: Mapping, side: str = "") -> Answer:
+        """The prompt and completion of a row, or of a side of a pair."""
+        start = f"{side}_" if side else ""
+        answer = self.cut(row[f"{start}prompt_ids"], row[f"{start}completion_ids"])
+        if not answer.completion:
+            raise ValueError(
+                f"row {row['row']} has no completion token within max_length {self.max_length} (its prompt has "
+                f"{len(answer.prompt)}); tokenize_rows reports such rows"
+            )
+        return answer
+
+    def cut(self, prompt: Sequence[int], completion: Sequence[int]) -> Answer:
+        """The completion cut to the room that the prompt leaves, perhaps none; the prompt is never cut."""
+        room = len(completion) if self.max_length is None else max(0, self.max_length - len(prompt))
+        return Answer(prompt, completion[:room])
+
+    def dummy_pass(self) -> dict:
+        """A pass of two tokens that keeps an idle rank in the collectives; its scores are not used."""
+        return self.lay_out([Answer([0], [0])])
 
 
 def score(model: nn.Module, head: LMHead, batch: dict, *, backend: str, outputs: Iterable[str] = ()) -> Scores:
-    """Run ``model`` over a batch of ``PackingCollator`` and sum over each completion; differentiable."""
+    """Run ``model`` over a batch of ``PassCollator`` and sum over each completion; differentiable."""
     packing = Packing(*(batch[name] for name in Packing._fields))
     tokens = _scored_in_forward(model, head, batch, packing, tuple(outputs), backend)
 
@@ -98,7 +123,7 @@ def _scored_in_forward(
         head.module.register_forward_hook(piece_of_scores, prepend=True),
     ]
     try:
-        returned = model(input_ids=input_ids, attention_mask=batch["attention_mask"], use_cache=False)
+        returned = model(input_ids=input_ids, use_cache=False, **_attention(model, batch))
     finally:
         for hook in hooks:
             hook.remove()
@@ -108,6 +133,17 @@ def _scored_in_forward(
         )
     (tokens,) = found
     return tokens._replace(logp=tokens.logp + returned[0].sum())
+
+
+def _attention(model: nn.Module, batch: dict) -> dict:
+    """The model's arguments that keep the answers of a pass apart."""
+    if "attention_mask" in batch:
+        return {"attention_mask": batch["attention_mask"]}
+    given = {"position_ids": batch["position_ids"]}
+    if "segments" in batch:
+        base: Any = getattr(model, "module", model)  # of DDP or DeepSpeed's engine
+        given["attention_mask"] = attention_masks(batch, base.config.get_text_config(), base.dtype)
+    return given
 
 
 def to_device(batch: dict, device: torch.device) -> dict:

@@ -9,6 +9,7 @@ the device. recorded.py writes logs, checkpoints and the run folder.
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from datasets import Dataset
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from prefopt.data.collate import PairCollator, PreferenceCollator
-from prefopt.data.sampler import LabelBalancedSampler
+from prefopt.data.sampler import LabelBalancedSampler, ListSampler
+from prefopt.data.tokenize import by_length
 from prefopt.train import prepare
 from prefopt.train.baselines import BaselineEstimators
 from prefopt.train.config import PreferenceConfig
@@ -33,9 +34,10 @@ from prefopt.train.recorded import RecordedTrainer
 from prefopt.train.reference import Reference
 from prefopt.train.run_folder import RunFolder
 from prefopt.train.scorer import Scorer
-from prefopt.train.scoring import PackingCollator, Scores, outputs, per_row, sequences, to_device
+from prefopt.train.scoring import PassCollator, Scores, outputs, per_row, sequences
+from prefopt.train.step_values import StepScores, StepValues
 from prefopt.train.vocabulary import check_token_ids
-from prefopt.train.window import drop_repeats, set_row_weights
+from prefopt.train.window import Window, count_rows, make_window, set_counted, set_token_weights
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -97,9 +99,7 @@ class PreferenceTrainer(RecordedTrainer):
             pad_token_id = prepare.pad_token_id(processing_class, model)
             models = [model] if ref_model is None else [model, ref_model]
             check_token_ids(models, processing_class, [train, *evals.values()], pad_token_id)
-            rows_collator = collator = PackingCollator(PreferenceCollator(pad_token_id, max_length=args.max_length))
-            if args.spec.data == PAIRS:
-                collator = PackingCollator(PairCollator(pad_token_id, max_length=args.max_length))
+            collator = PassCollator(pad_token_id, max_length=args.max_length, pairs=args.spec.data == PAIRS)
             prepare.check_best(args, evals)
             prepare.check_steps(args, len(train.tokenized.dataset))
             super().__init__(
@@ -114,7 +114,7 @@ class PreferenceTrainer(RecordedTrainer):
             )
             show_lines(self)
             self.layout = Layout(self)
-            self.scorer = Scorer(self, rows_collator, ref_model, fresh_adapter=peft_config is not None)
+            self.scorer = Scorer(self, collator, ref_model, fresh_adapter=peft_config is not None)
             reference_kind = "none" if self.reference is None else self.reference.kind
             self._reference_fingerprint = self.scorer.fingerprint
             if self._compilation.backend != DynamoBackend.NO:
@@ -130,22 +130,19 @@ class PreferenceTrainer(RecordedTrainer):
             self.baselines = BaselineEstimators(args)
             self.mismatched = None
             if args.needs_kl:
-                self.mismatched = MismatchedRows(
-                    str(args.kl_estimator),
-                    rows_collator,
-                    self.scorer.log_ratios,
-                    args.device,
-                    decay=args.kl_decay,
-                    dummy_pass=self.scorer.dummy_pass if self.layout.in_lockstep else lambda: None,
-                )
-            self._window: list[dict] = []
-            self._z0: Tensor | None = None  # of the window
-            self._ahead: tuple[list[Tensor | None], Baselines] | None = None  # of the window
+                self.mismatched = MismatchedRows(str(args.kl_estimator), collator, decay=args.kl_decay)
+            # TRL's estimator and the order of the data need the micro-batches as they come.
+            self.recuts = args.kl_estimator != "microbatch" and args.sampler != "sequential"
+            passes, why_not = self.scorer.choose_layout()
+            collator.packed, collator.shared = passes["packed"], passes["share_prompts"]
+            self.step_scores = StepScores(self)
+            self._window: Window | None = None
+            self._values: StepValues | None = None  # of the window
             self._sampler: LabelBalancedSampler | None = None
             self.add_callback(_SamplerEpoch(self))
             self._reset_state()
             self.run_folder = RunFolder(str(args.output_dir), active=self.is_world_process_zero())
-            describe(self, reference_kind, train, evals)
+            describe(self, reference_kind, train, evals, passes | {"recut": self.recuts, "why_not": why_not})
 
     def _build_accelerator_args(self, **kwargs) -> dict:
         """Trainer's, without compilation of the whole model, which would remove the hooks of its head."""
@@ -182,9 +179,11 @@ class PreferenceTrainer(RecordedTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The window's micro-batches, each row or pair with its weight in the step's mean loss."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        set_row_weights(batches, self.accelerator, by_tokens=self.objective.nll_weight > 0)
+        window = make_window(batches, self.accelerator, self.scorer.collator, recut=self.recuts)
+        if self.objective.nll_weight > 0:
+            set_token_weights(window, self.accelerator)
         # The first compute_loss makes the estimates: on resume the random state is restored in between.
-        self._window, self._z0, self._ahead = batches, None, None
+        self._window, self._values, batches = window, None, window.batches
         if batches:
             self._sums["train"].add_step(self.accelerator.num_processes)
             self.baselines.step(self.state.global_step)
@@ -195,17 +194,14 @@ class PreferenceTrainer(RecordedTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's part of the step's mean loss, and on request the values that ``predict`` returns."""
-        args, objective, mode = self.args, self.objective, "train" if model.training else "eval"
-        z0 = self._reference_point(inputs, mode)
-        ahead = self._score_window() if mode == "train" and args.needs_window and len(self._window) > 1 else None
-        ref_logps = ahead[0][inputs["position"]] if ahead else self.scorer.known_ref_logps(inputs)
+        objective, mode = self.objective, "train" if model.training else "eval"
+        values, ref_logps = self._step_values(inputs, mode)
         policy = self.scorer.policy(model, inputs)
         rows = sequences(inputs, policy.logps, ref_logps)
-        if ahead:
-            baselines = ahead[1]
-        else:  # all rows of the step, or of the evaluation batch
-            baselines = self._estimate(rows.first(len(inputs["features"])), mode)
-        baselines = replace(baselines, reference_point=z0)
+        baselines = values.baselines
+        if not values.estimated:  # these are all rows of the step, or of the evaluation batch
+            estimated = self.estimate(rows.first(len(inputs["features"])), mode)
+            baselines = replace(estimated, reference_point=baselines.reference_point)
         losses = objective.losses(rows, baselines) * inputs["row_weights"]
         if "token_weights" in inputs:
             nll = objective.nll(rows, len(losses))
@@ -214,34 +210,29 @@ class PreferenceTrainer(RecordedTrainer):
         loss = losses.sum()
         return (loss, outputs(rows, rewards, len(losses))) if return_outputs else loss
 
-    def _reference_point(self, inputs: dict, mode: str) -> Tensor | float:
-        """z0 of the window, or of the micro-batch; in evaluation of the batch; 0 for a method without one."""
-        if self.mismatched is None:
-            return 0.0
-        windowed = mode == "train" and self.args.kl_estimator != "microbatch"
-        if windowed and self._z0 is not None:
-            return self._z0
-        batches = self._window if windowed else [inputs]
-        pieces = [list(batch["features"]) for batch in batches]
-        estimate = self.mismatched.estimate(pieces, update=mode == "train")
-        self._sums[mode].add_estimate(estimate.value, estimate.rows_without_partner)
-        if windowed:
-            self._z0 = estimate.value
-        return estimate.value
+    def _step_values(self, inputs: dict, mode: str) -> tuple[StepValues, Tensor | None]:
+        """The values of the micro-batch's window, and the micro-batch's scores under the reference."""
+        window, windowed = self._window, self.args.kl_estimator != "microbatch"
+        assert window is not None
+        if mode == "eval":
+            values = self.step_scores.values(window, mode, reference_point=True, ahead=False)
+            position = 0
+        else:
+            position = inputs["position"]
+            if self._values is None:
+                ahead = self.args.needs_window and len(window.batches) > 1
+                self._values = self.step_scores.values(window, mode, reference_point=windowed, ahead=ahead)
+            values = self._values
+            if not windowed:
+                alone = Window([inputs], window.rows, [window.places[position]], [window.kept[position]])
+                point = self.step_scores.values(alone, mode, reference_point=True, ahead=False).baselines
+                baselines = replace(values.baselines, reference_point=point.reference_point)
+                values = replace(values, baselines=baselines)
+        ref_logps = values.ref_logps[position]
+        return values, self.scorer.known_ref_logps(inputs) if ref_logps is None else ref_logps
 
-    def _score_window(self) -> tuple[list[Tensor | None], Baselines]:
-        """Scores of each micro-batch of the window under the reference, and the baselines from all its rows; cached."""
-        if self._ahead is None:
-            references, parts = [], []
-            for batch in self._window:
-                batch = to_device(batch, self.args.device)
-                references.append(self.scorer.known_ref_logps(batch))
-                logps = self.scorer.policy_logps(batch)
-                parts.append(sequences(batch, logps, references[-1]).first(len(batch["features"])))
-            self._ahead = references, self._estimate(Sequences.joined(parts), "train")
-        return self._ahead
-
-    def _estimate(self, rows: Sequences, mode: str) -> Baselines:
+    def estimate(self, rows: Sequences, mode: str) -> Baselines:
+        """Shift and decision mean from all rows of a step, or of an evaluation batch."""
         baselines = self.baselines.estimate(rows, update=mode == "train")
         if baselines.shift is not None:
             self._sums[mode].add_shift(baselines.shift, baselines.gate)
@@ -262,7 +253,9 @@ class PreferenceTrainer(RecordedTrainer):
             mean_logits=policy.mean_logits,
             entropies=policy.entropies,
             completion_tokens=rows.lengths,
-            tokens=inputs["attention_mask"].sum(1),
+            tokens=inputs["tokens"],
+            positions=inputs["input_ids"].numel(),
+            filled=inputs["filled"],
             gradient_components=self.objective.gradient_components(detached, baselines),
         )
         self._sums[mode].add_rows(metrics, self.accelerator.num_processes if mode == "train" else 1)
@@ -272,6 +265,21 @@ class PreferenceTrainer(RecordedTrainer):
         return metrics.rewards
 
     # ---- evaluation ----
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """Trainer's, or longest first, so that little is padded and a batch that does not fit fails early."""
+        if not self.recuts:
+            return super()._get_eval_sampler(eval_dataset)
+        return ListSampler(by_length(eval_dataset))
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        """Trainer's; predictions are in the order of the data."""
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if not self.recuts or output.predictions is None:
+            return output
+        back = np.argsort(by_length(dataloader.dataset))
+        predictions = {name: values[back] for name, values in output.predictions.items()}
+        return output._replace(predictions=predictions, label_ids=output.label_ids[back])
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"):
         """Trainer's, for rows in any form that ``train_dataset`` takes, or a dictionary of them.
@@ -307,8 +315,11 @@ class PreferenceTrainer(RecordedTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The batch's summed loss, and the values of each row or pair that ``predict`` returns."""
-        drop_repeats(inputs, self.accelerator, last=True)
+        rows = list(inputs["features"])
+        mine, _ = count_rows(inputs, self.accelerator, last=True)
+        set_counted(inputs, mine)
         inputs = self._prepare_inputs(inputs)
+        self._window = Window([inputs], rows, [list(range(len(rows)))], [mine])
         with torch.no_grad():
             if prediction_loss_only:
                 return self.compute_loss(model, inputs), None, None

@@ -1,0 +1,93 @@
+"""What the losses of a window need before its first micro-batch: the reference point, the shift, the decision mean.
+
+They come from passes without gradient over rows of the whole window. Policy and reference score the same passes, so
+that rounding cancels in the log-ratio: equal weights give 0.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prefopt.train.methods import Baselines, Sequences
+from prefopt.train.mismatched import Mismatched
+from prefopt.train.passes import by_prompt, cut, width
+from prefopt.train.scoring import sequences, to_device
+from prefopt.train.window import Window
+
+if TYPE_CHECKING:
+    from prefopt.train.trainer import PreferenceTrainer
+
+
+@dataclass(frozen=True)
+class StepValues:
+    """Of a window: ``ref_logps`` (B,) nats of each micro-batch, None where they are not computed yet.
+
+    ``baselines`` is complete if ``estimated``; otherwise only its reference point is.
+    """
+
+    ref_logps: list[Tensor | None]
+    baselines: Baselines
+    estimated: bool
+
+
+class StepScores:
+    """Runs the passes of a window or micro-batch that have no gradient."""
+
+    def __init__(self, trainer: "PreferenceTrainer"):
+        self.trainer = trainer
+
+    def values(self, window: Window, mode: str, *, reference_point: bool, ahead: bool) -> StepValues:
+        """Score the window.
+
+        Args:
+            window: of an optimizer step, or one micro-batch or evaluation batch.
+            mode: "train" or "eval"; evaluation does not change running averages.
+            reference_point: estimate KTO's.
+            ahead: estimate the shift and the decision mean from all rows; otherwise each micro-batch does.
+        """
+        baselines = Baselines()
+        if reference_point and self.trainer.mismatched is not None:
+            baselines = Baselines(reference_point=self._reference_point(window, mode))
+        if not ahead:
+            return StepValues([None] * len(window.batches), baselines, estimated=False)
+        scorer, parts, refs = self.trainer.scorer, [], []
+        for batch, kept in zip(window.batches, window.kept, strict=True):
+            batch = to_device(batch, self.trainer.args.device)
+            refs.append(scorer.known_ref_logps(batch))
+            parts.append(sequences(batch, scorer.policy_logps(batch), refs[-1]).first(kept))
+        estimated = self.trainer.estimate(Sequences.joined(parts), mode)
+        return StepValues(refs, replace(estimated, reference_point=baselines.reference_point), estimated=True)
+
+    def _reference_point(self, window: Window, mode: str) -> Tensor:
+        """0-dim, nats, from as many passes as the window has micro-batches."""
+        trainer, mismatched = self.trainer, self.trainer.mismatched
+        assert mismatched is not None
+        rows = [window.rows[place] for place in window.counted]
+        found, collator = mismatched.answers(rows), trainer.scorer.collator
+        log_ratios = torch.zeros(len(found), device=trainer.args.device)
+        for piece in self._pieces(found, window):
+            answers = [found[number].answer for number in piece]
+            if answers or trainer.layout.in_lockstep:  # an idle rank runs a dummy pass
+                batch = collator.lay_out(answers) if answers else collator.dummy_pass()
+                known = [found[number].ref_logp for number in piece]
+                if trainer.args.precompute_ref_logps:
+                    batch["ref_logps"] = torch.tensor(known if answers else [0.0], dtype=torch.float32)
+                ratios = trainer.scorer.log_ratios(batch)
+                if answers:
+                    log_ratios[piece] = ratios
+        point = mismatched.estimator.estimate(log_ratios, update=mode == "train")
+        trainer._sums[mode].add_estimate(point, len(rows) - len(found))
+        return point
+
+    def _pieces(self, found: list[Mismatched], window: Window) -> list[list[int]]:
+        """By length, or in the micro-batch of the prompt's row."""
+        answers, collator = [one.answer for one in found], self.trainer.scorer.collator
+        if not self.trainer.recuts:
+            places = [window.counted[one.row] for one in found]
+            return [[n for n, place in enumerate(places) if place in set(here)] for here in window.places]
+        groups = by_prompt(answers) if collator.shared else [[n] for n in range(len(answers))]
+        widths = [width(answers, group) for group in groups]
+        pieces = cut(widths, len(window.batches), packed=collator.packed)
+        return [[n for group in piece for n in groups[group]] for piece in pieces]
