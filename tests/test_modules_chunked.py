@@ -372,7 +372,7 @@ def test_where_chunks_pay(place, H, backend, environment, pays, monkeypatch):
     ("settings", "dtype", "reason"),
     [
         ({"reduction": "none"}, torch.float32, "the reduction is 'none'"),
-        ({}, torch.float16, "fp16 loses gradients"),
+        ({}, torch.float16, "fp16 gradients underflow"),
     ],
 )
 def test_chunked_that_cannot_run_is_refused(settings, dtype, reason):

@@ -65,12 +65,12 @@ def test_a_head_in_fp32_under_hidden_states_in_bf16(processes):
 
 def test_what_a_mesh_does_not_say_is_refused(processes):
     expected = {
-        "no names": "the head is a DTensor on a mesh without names, which does not say whether",
+        "no names": "the head is a DTensor on a mesh without dimension names, so tensor and data",
         "another name": "the head is a DTensor over mesh dimension 'cp'; expected one of ('tp',",
         "two": "the head is sharded over 2 tensor-parallel mesh dimensions; expected one",
-        "chunked": "scheme 'chunked' cannot run this call: the head's rows are spread over",
-        "sequence": "hidden is a DTensor with placements (Shard(dim=0),); expected it whole",
-        "partial": "hidden is a DTensor with placements (Partial(sum),); expected it whole",
+        "chunked": "scheme 'chunked' cannot run this call: the head's rows are sharded over",
+        "sequence": "hidden is a DTensor with placements (Shard(dim=0),); expected Replicate()",
+        "partial": "hidden is a DTensor with placements (Partial(sum),); expected Replicate()",
     }
     for process in processes:
         for name, sentence in expected.items():

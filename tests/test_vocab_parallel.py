@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_on_every_rank(processes):
         "weight": "ValueError: weight_shard has shape (65,); expected (V_r, H)",
         "dtype": "TypeError: weight has dtype torch.float64; expected that of hidden",
         "hidden": "TypeError: hidden is a list; expected a plain tensor",
-        "mesh": "ValueError: group is a DeviceMesh of 2 dimensions; expected the one that shares",
+        "mesh": "ValueError: group is a DeviceMesh of 2 dimensions; expected the one that shards",
     }
     made = problem(ignored=0.0)
     whole = linear_logprob(made.hidden, made.weight, made.targets).logp
@@ -132,5 +132,5 @@ def test_a_frozen_head_costs_no_unit_gradient(monkeypatch):
 
 def test_without_a_process_group():
     assert not dist.is_initialized()
-    with pytest.raises(RuntimeError, match="expected init_process_group before"):
+    with pytest.raises(RuntimeError, match="expected init_process_group before sharded heads"):
         vocab_parallel_linear_logprob(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), vocab_start=0)
