@@ -128,7 +128,7 @@ def test_refusals(tokenizer):
     model = build_model(tokenizer, 0)
     with pytest.raises(ValueError, match=r"method is 'dpo'; expected one of \('kto', 'apo_zero'\)"):
         PrefoptModule(model, model, method="dpo")
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no adapter to switch off; expected"):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no adapter to disable; expected"):
         PrefoptModule(model)
     with pytest.raises(ValueError, match="Linear has no output embedding"):
         PrefoptModule(nn.Linear(2, 2), model)

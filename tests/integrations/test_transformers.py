@@ -115,7 +115,7 @@ def test_models_without_a_usable_head_are_refused():
     model = make("llama")
     model.lm_head = nn.Linear(32, 97, bias=False)
     model.lm_head.weight = nn.Parameter(torch.zeros(97 * 16, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="leave the head out of quantisation"):
+    with pytest.raises(ValueError, match="exclude the head from quantisation"):
         lm_head_of(model)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):
         pack_completions(torch.zeros(3), torch.zeros(3))

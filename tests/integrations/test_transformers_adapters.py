@@ -247,7 +247,7 @@ def test_hidden_states_that_are_nobodys_tokens_are_refused():
         PromptTuningConfig(num_virtual_tokens=3, **TASK),
     )
     model.peft_config["default"].peft_type = "CPT"
-    with pytest.raises(ValueError, match="PEFT's CPT weighs the loss from logits"):
+    with pytest.raises(ValueError, match="PEFT's CPT weights the loss with logits"):
         patch_forward(model)
 
 

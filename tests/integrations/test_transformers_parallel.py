@@ -98,10 +98,10 @@ def test_context_parallel_is_refused(name, monkeypatch):
         monkeypatch.setattr(accelerate.state, "is_initialized", lambda: True)
         state = SimpleNamespace(parallelism_config=config)
         monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: state)
-        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, which shards every sequence"):
             model(**batch)
         packing = pack_completions(batch["input_ids"], batch["labels"] >= 0)
-        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, which shards every sequence"):
             completion_logprobs(model, batch["input_ids"], None, packing)
         setattr(config, name, 1)
         assert model(**batch).logits is None
@@ -112,5 +112,5 @@ def test_trained_tokens_in_a_spread_head_are_refused():
     layer = SimpleNamespace(base_layer=nn.Linear(2, 4, bias=False), disable_adapters=False)
     layer.active_adapters, layer.merged = ["default"], False
     layer.base_layer.weight.device_mesh = "a mesh"
-    with pytest.raises(ValueError, match="trainable_token_indices reaches a head that is spread"):
+    with pytest.raises(ValueError, match="trainable_token_indices applies to an lm_head that is sharded"):
         transformers_adapters._with_trained_tokens(layer)

@@ -270,9 +270,9 @@ def test_what_cannot_be_patched_is_refused_with_the_reason(monkeypatch):
 
     for change, match in (
         (scaled, "processes its logits in a way that is not supported yet"),
-        (squared, "adds something to it that needs logits"),
-        (own, "does not give its logits and its labels to its loss_function"),
-        (masked, "does not give its logits and its labels to its loss_function"),
+        (squared, "adds a term that needs logits"),
+        (own, "does not pass its logits and labels unchanged"),
+        (masked, "does not pass its logits and labels unchanged"),
     ):
         monkeypatch.setattr(type(model), "forward", change)
         refused(match)
@@ -281,11 +281,11 @@ def test_what_cannot_be_patched_is_refused_with_the_reason(monkeypatch):
     with patch_forward(model):
         inputs = inputs_for("", masked=True)
         model.train()
-        with pytest.raises(ValueError, match="leave logits_to_keep out"):
+        with pytest.raises(ValueError, match="do not pass logits_to_keep"):
             model(**inputs, logits_to_keep=2)
         assert model(**inputs).logits is None  # and nothing is left from the failure
         model.lm_head = nn.Linear(32, 97, bias=False)
-        with pytest.raises(RuntimeError, match="got another lm_head since"):
+        with pytest.raises(RuntimeError, match="its lm_head has been replaced since"):
             model(**inputs)
 
 

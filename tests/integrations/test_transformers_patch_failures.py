@@ -116,7 +116,7 @@ def test_an_adaption_prompt_is_refused_and_can_be_scored():
     model = get_peft_model(make("llama"), config)
     base = model.get_base_model()
     before, count = set(base.__dict__), hooks(model)
-    with pytest.raises(ValueError, match="past the patched forward .*AdaptionPrompt"):
+    with pytest.raises(ValueError, match="bypasses the patched forward .*AdaptionPrompt"):
         patch_forward(model)
     assert set(base.__dict__) == before and hooks(model) == count
     ids, attention, completion = batch()

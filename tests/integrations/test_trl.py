@@ -340,7 +340,7 @@ def test_what_lies_on_top_is_not_thrown_away(monkeypatch):
     handle = ours.patch()
     with monkeypatch.context() as m:
         m.setattr(utils, "_ChunkedLogProbFunction", int)
-        with pytest.raises(RuntimeError, match="no longer this patch; undo first"):
+        with pytest.raises(RuntimeError, match="no longer this patch; undo the later"):
             handle.undo()
     handle.undo()
 
@@ -355,7 +355,7 @@ def refused(reason: str) -> None:
 @pytest.mark.parametrize("version", ["0.24.0", "1.15.1", "1.17.0", "2.0.0.dev0"])
 def test_other_versions_are_refused(version, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    refused(f"TRL is {version}; tested from 1.16, below 1.17")
+    refused(f"TRL is {version}; tested with 1.16")
 
 
 def test_without_trl_the_reason_is_given(monkeypatch):
