@@ -104,6 +104,11 @@ def _gradient(loss_of: RowLoss, logp: Tensor, bounds: Tensor, sequences: slice) 
     return grad
 
 
+def _has_mixed_products(hidden: Tensor) -> bool:
+    """Whether products of half-precision operands have fp32 results, which torch supports on CUDA only."""
+    return hidden.is_cuda and hidden.dtype != torch.float32
+
+
 class _Head:
     """Products with the head in one call, and their accumulators."""
 
@@ -119,8 +124,7 @@ class _Head:
         operands = {"hidden": hidden, "weight": weight, "bias": bias}
         trained = {name: each for name, each in operands.items() if each is not None and each.requires_grad}
         self.dtypes = {name: each.dtype for name, each in trained.items()}
-        # torch multiplies bf16 operands into fp32 results on CUDA only
-        self.mixed = hidden.is_cuda and hidden.dtype != torch.float32
+        self.mixed = _has_mixed_products(hidden)
         self.dtype = hidden.dtype if self.mixed else torch.float32  # of the products' operands
         self.hidden, self.weight = hidden, weight.to(self.dtype)
         self.bias = None if bias is None else bias.float()

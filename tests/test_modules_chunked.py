@@ -8,9 +8,9 @@ import torch
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefopt_kernels import chunked as _chunked_head
-from prefopt_kernels import modules
+from prefopt_kernels import chunked, modules
 from prefopt_kernels.modules import FusedLinearKTOLoss
+from prefopt_kernels.ops.linear_logprob.transform import Transform
 from prefopt_kernels.parallel import dtensor as sharded_head
 from support.numerics import assert_as_good_as_torch
 from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain, without
@@ -22,28 +22,8 @@ OUTPUTS = ("entropy", "mean_logit", "is_top1")
 def limit_rows(monkeypatch, rows):
     """Chunks of at most ``rows`` tokens; None as the module has it: one chunk here."""
     if rows is not None:
-        small = functools.partial(_chunked_head.chunked_head, chunk_bytes=4 * V * rows)
+        small = functools.partial(chunked.chunked_head, chunk_bytes=4 * V * rows)
         monkeypatch.setattr(modules, "chunked_head", small)
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    """Which sequences each chunk held, and how many tokens each of its parts had."""
-    taken = []
-    cut, softmax = _chunked_head._chunks, _chunked_head._Head.softmax
-
-    def spy_cut(ends, limit):
-        for first, last in cut(ends, limit):
-            taken.append(((first, last), []))
-            yield first, last
-
-    def spy_softmax(self, rows):
-        taken[-1][1].append(len(rows))
-        return softmax(self, rows)
-
-    monkeypatch.setattr(_chunked_head, "_chunks", spy_cut)
-    monkeypatch.setattr(_chunked_head._Head, "softmax", spy_softmax)
-    return taken
 
 
 def step(scheme, inputs, *, by=1.0, **options):
@@ -98,11 +78,6 @@ def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """The path of a GPU on the CPU: bf16 operands, rounded gradients of the logits, products as CUDA's would be."""
-    made = _chunked_head._Head.__init__
-
-    def mixed(self, hidden, weight, *rest):
-        made(self, hidden, weight, *rest)
-        self.mixed, self.dtype, self.weight = True, hidden.dtype, weight
 
     def product(a, b, *, out_dtype):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
@@ -112,7 +87,7 @@ def as_on_cuda(monkeypatch):
         assert out is to and to.dtype == torch.float32
         return to.add_(product(a, b, out_dtype=out_dtype))
 
-    monkeypatch.setattr(_chunked_head._Head, "__init__", mixed)
+    monkeypatch.setattr(chunked, "_has_mixed_products", lambda hidden: True)
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "addmm", add_product)
 
@@ -149,19 +124,31 @@ def test_each_gradient_alone(name, also_hidden):
             assert some[leaf].grad is None
 
 
+def chunks_of(inputs, rows: int) -> list[tuple[int, int, int]]:
+    """First and last sequence of each chunk, and its number of tokens."""
+    found = []
+
+    def loss_of(logp, bounds, sequences):
+        found.append((sequences.start, sequences.stop, len(logp)))
+        return modules.sequence_logps(logp, bounds)
+
+    x = leaves(inputs, TRAINED)
+    operands = (x[name] for name in (*TRAINED, "targets", "cu_seqlens"))
+    chunked.chunked_head(*operands, loss_of, Transform(1.0, None, 1.0), chunk_bytes=4 * V * rows)
+    return found
+
+
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        (None, [((0, 4), [9])]),  # nine tokens count, in sequences of 3, 0, 4 and 2
-        (7, [((0, 3), [7]), ((3, 4), [2])]),
-        (4, [((0, 2), [3]), ((2, 3), [4]), ((3, 4), [2])]),
-        (3, [((0, 2), [3]), ((2, 3), [3, 1, 3, 1]), ((3, 4), [2])]),  # four are too many: twice
+        (T, [(0, 4, 9)]),  # nine tokens are scored, in sequences of 3, 0, 4 and 2
+        (7, [(0, 3, 7), (3, 4, 2)]),
+        (4, [(0, 2, 3), (2, 3, 4), (3, 4, 2)]),
+        (3, [(0, 2, 3), (2, 3, 4), (3, 4, 2)]),  # a longer sequence is one chunk, in parts
     ],
 )
-def test_chunks_are_whole_sequences(rows, expected, chunks, monkeypatch):
-    limit_rows(monkeypatch, rows)
-    step("chunked", leaves(batch(), TRAINED))
-    assert chunks == expected
+def test_chunks_are_whole_sequences(rows, expected):
+    assert chunks_of(batch(), rows) == expected
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -178,11 +165,11 @@ def test_a_sequence_of_ignored_tokens(first):
         torch.testing.assert_close(ours[name].grad, beside[name].grad, rtol=1e-5, atol=1e-6)
 
 
-def test_no_token_counts(chunks):
+def test_no_token_counts():
     inputs = leaves(batch(), TRAINED)
     inputs["targets"] = torch.full((T,), -100)
     _, metrics = step("chunked", inputs)
-    assert metrics.token_count.item() == 0 and chunks == []
+    assert metrics.token_count.item() == 0 and chunks_of(inputs, T) == []
     for name in TRAINED:
         assert torch.equal(inputs[name].grad, torch.zeros_like(inputs[name])), name
 
@@ -255,10 +242,10 @@ def test_memory_is_bounded_by_the_chunk_and_the_head(rows, expected):
     x = leaves(inputs, TRAINED)
     size = {} if rows is None else {"chunk_bytes": 4 * 400 * rows}
     with Largest() as largest:
-        _chunked_head.chunked_head(
+        chunked.chunked_head(
             *(x[name] for name in (*TRAINED, "targets", "cu_seqlens")),
             lambda logp, bounds, rows: modules.sequence_logps(logp, bounds),
-            _chunked_head.Transform(1.0, None, 1.0),
+            Transform(1.0, None, 1.0),
             **size,
         )
     assert largest.elements == expected

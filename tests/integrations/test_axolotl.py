@@ -27,6 +27,7 @@ from support.docs_checks import ROOT, code_blocks
 from support.tiny_models import make_dataset
 from support.trainer import COMMON, make_world, train
 
+OPTIONS = COMMON | {"max_steps": 2}
 PLUGIN = "prefopt_kernels.integrations.axolotl.PrefoptPlugin"
 
 
@@ -96,7 +97,7 @@ def configure(raw: dict) -> tuple[dict, list]:
 
 def build(cfg: dict, plugins: list, world, folder) -> trl.KTOTrainer:
     """Axolotl's builder of preference trainers, for KTO."""
-    arguments = {"beta": cfg["rl_beta"], "per_device_train_batch_size": 4, **COMMON}
+    arguments = {"beta": cfg["rl_beta"], "per_device_train_batch_size": 4, **OPTIONS}
     for plugin in plugins:
         arguments |= plugin.get_training_args(cfg) or {}
     args = trl.KTOConfig(str(folder), bf16=False, gradient_checkpointing=False, **arguments)
@@ -138,7 +139,7 @@ def test_the_documented_configuration_trains_as_axolotl_without_it(loss_type, ax
     assert type(mine).__mro__[2] is AxolotlKTOTrainer
     assert mine.loss_type == (loss_type or "kto") and mine.calculate_KL == (loss_type is None)
     mine, theirs = train(mine), train(theirs)
-    assert len(mine) == COMMON["max_steps"] and len({entry["loss"] for entry in mine}) > 1
+    assert len(mine) == OPTIONS["max_steps"] and len({entry["loss"] for entry in mine}) > 1
     if loss_type is None:
         for found, expected in zip(mine, theirs, strict=True):
             assert found == pytest.approx(expected, abs=1e-4, rel=0)

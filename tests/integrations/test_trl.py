@@ -24,6 +24,7 @@ from prefopt_kernels.integrations import trl as ours
 from support.tiny_models import ROWS, make_dataset
 from support.trainer import COMMON, gradients_of_first_step, make_world, steps_of
 
+OPTIONS = COMMON | {"max_steps": 2}
 CONTRACT = 1e-4  # nats of a log-probability, and what is logged of them
 OWN = (utils._ChunkedLogProbFunction, utils._use_triton)
 
@@ -79,7 +80,6 @@ CASES = {
     "kto": ("KTO", make_dataset, {}),
     "kto lora": ("KTO", make_dataset, {"lora": True}),
     "kto gemma2": ("KTO", make_dataset, {"arch": "gemma2"}),
-    "kto precomputed": ("KTO", make_dataset, {"precompute_ref_log_probs": True}),
     "dpo": ("DPO", pairs, {}),
     "dpo ipo, weighted": ("DPO", pairs, {"loss_type": ["ipo"], "use_weighting": True}),
     "sft": ("SFT", chats, {}),
@@ -97,7 +97,7 @@ def build(case: str, world, folder: Path):
     if name in ("GRPO", "RLOO"):
         further["reward_funcs"] = reward
     else:
-        options["max_length"] = COMMON["max_length"]
+        options["max_length"] = OPTIONS["max_length"]
     if name in ("KTO", "DPO") and not lora:
         further["ref_model"] = copy.deepcopy(world.ref)
     if lora:
@@ -107,7 +107,7 @@ def build(case: str, world, folder: Path):
         per_device_train_batch_size=4,
         bf16=False,  # TRL turns bf16 autocast on otherwise
         gradient_checkpointing=False,
-        **({key: value for key, value in COMMON.items() if key != "max_length"} | options),
+        **({key: value for key, value in OPTIONS.items() if key != "max_length"} | options),
     )
     trainer = getattr(trl, f"{name}Trainer")(
         model=copy.deepcopy(world.model),
@@ -136,11 +136,11 @@ def test_trainers_log_and_learn_the_same(case, worlds, tmp_path, monkeypatch):
     with ours.patch() as patched:
         mine = build(case, world, tmp_path / "mine")
         gradients = gradients_of_first_step(mine)
-    assert patched.calls >= COMMON["max_steps"] and patched.passed_on == 0
+    assert patched.calls >= OPTIONS["max_steps"] and patched.passed_on == 0
     assert len(scored) >= patched.calls
 
     logs, their_logs = steps_of(mine), steps_of(theirs)
-    assert len(logs) == len(their_logs) == COMMON["max_steps"]
+    assert len(logs) == len(their_logs) == OPTIONS["max_steps"]
     for step, (found, expected) in enumerate(zip(logs, their_logs, strict=True)):
         assert found.keys() == expected.keys()
         for key in found.keys() - {"step_time"}:

@@ -32,6 +32,7 @@ from support.trainer import (
     train,
 )
 
+OPTIONS = COMMON | {"max_steps": 2}
 TOLERANCES = {"loss": 1e-5}  # the contract: 1e-5 on the loss,
 OTHERS = 1e-4  # 1e-4 on sums of log-probabilities and on what is made of them
 ON_BLOCKS = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -67,7 +68,7 @@ def worlds(tmp_path_factory):
 
 
 def make(cls, world: World, folder: Path, *, peft_config=None, **options):
-    settings = {"per_device_train_batch_size": 4} | COMMON | options
+    settings = {"per_device_train_batch_size": 4} | OPTIONS | options
     torch.manual_seed(7)  # TRL 1.9 does not, before it makes the adapter
     trainer = cls(
         model=copy.deepcopy(world.model),
@@ -113,7 +114,7 @@ def test_it_logs_and_learns_the_same(case, worlds, tmp_path):
         found[name] = (gradients, [*steps_of(trainer), trainer.evaluate()])
     (gradients, logs), (their_gradients, their_logs) = found["mine"], found["theirs"]
 
-    assert len(logs) == len(their_logs) == COMMON["max_steps"] + 1
+    assert len(logs) == len(their_logs) == OPTIONS["max_steps"] + 1
     for step, (mine, theirs) in enumerate(zip(logs, their_logs, strict=True)):
         assert mine.keys() == theirs.keys()
         for key in mine:
@@ -137,7 +138,7 @@ def test_the_model_never_builds_logits(worlds, tmp_path):
     train(trainer)
     trainer.evaluate()
     # policy and reference on matched and on mismatched completions, in each batch
-    assert len(positions) == 4 * (COMMON["max_steps"] + 1) and set(positions) == {0}
+    assert len(positions) == 4 * (OPTIONS["max_steps"] + 1) and set(positions) == {0}
 
 
 def test_logits_that_are_asked_for_come_from_trl(worlds, tmp_path):
