@@ -61,7 +61,10 @@ def chunked_head(
             parts = rows[ends[first] : ends[last]].split(limit)
             logp = [head.softmax(part) for part in parts]
             inside = bounds[first : last + 1] - ends[first]
-            upstream = _gradient(loss_of, torch.cat(logp), inside, slice(first, last))
+            with torch.enable_grad():
+                chunk = torch.cat(logp).requires_grad_()
+                losses = loss_of(chunk, inside, slice(first, last))
+                (upstream,) = torch.autograd.grad(losses.sum(), chunk)  # (n,) d loss / d logp
             for part, by in zip(parts, upstream.split(limit), strict=True):
                 if len(parts) > 1:
                     head.softmax(part)
@@ -94,14 +97,6 @@ def _chunks(ends: list[int], limit: int) -> Iterator[tuple[int, int]]:
         if ends[last] > ends[first]:
             yield first, last
         first = last
-
-
-def _gradient(loss_of: RowLoss, logp: Tensor, bounds: Tensor, sequences: slice) -> Tensor:
-    """(n,) d loss / d logp."""
-    with torch.enable_grad():
-        logp = logp.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(logp, bounds, sequences).sum(), logp)
-    return grad
 
 
 def _has_mixed_products(hidden: Tensor) -> bool:

@@ -303,11 +303,8 @@ class FusedLinearKTOLoss(nn.Module):
             kl_log_ratio = kl_log_ratio.detach().float()
             return (kl_log_ratio.sum() / max(kl_log_ratio.shape[0], 1)).clamp(min=0.0)
         if not isinstance(reference_point, Tensor) or reference_point.ndim != 0:
-            got = (
-                f"has shape {tuple(reference_point.shape)}"
-                if isinstance(reference_point, Tensor)
-                else f"is a {type(reference_point).__name__}"
-            )
+            shape = getattr(reference_point, "shape", None)
+            got = f"is a {type(reference_point).__name__}" if shape is None else f"has shape {tuple(shape)}"
             raise ValueError(f"reference_point {got}; expected a 0-dim tensor in nats")
         return reference_point.detach().float()
 

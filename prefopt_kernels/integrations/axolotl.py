@@ -59,13 +59,10 @@ def _trainer() -> type:
 
 @cache
 def _arguments() -> type:
-    """The plugin's options in Axolotl's configuration."""
-    from pydantic import BaseModel
+    """The plugin's options in Axolotl's configuration: TRL's loss_type, "kto" by default or "apo_zero_unpaired"."""
+    from pydantic import create_model
 
-    class PrefoptArgs(BaseModel):
-        prefopt_loss_type: str | None = None  # TRL's: "kto" (the default) or "apo_zero_unpaired"
-
-    return PrefoptArgs
+    return create_model("PrefoptArgs", prefopt_loss_type=(str | None, None))
 
 
 @cache

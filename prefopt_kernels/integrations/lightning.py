@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from prefopt_kernels.integrations._optional import lazy_classes
 from prefopt_kernels.integrations.transformers import (
-    LMHead,
     check_lm_head,
     completion_logprobs,
     lm_head_of,
@@ -21,17 +20,6 @@ from prefopt_kernels.integrations.transformers import (
 )
 from prefopt_kernels.modules import METHODS, sequence_logps, unpaired_losses
 from prefopt_kernels.reference_point import MicrobatchKL
-
-
-def batch_logps(
-    model: nn.Module, head: LMHead, batch: dict[str, Tensor], prefix: str = "", backend: str = "auto"
-) -> Tensor:
-    """(B,) nats: sums over the completions of ``{prefix}input_ids``, ``attention_mask`` and ``completion_mask``."""
-    ids = batch[f"{prefix}input_ids"]
-    packing = pack_completions(ids, batch[f"{prefix}completion_mask"])
-    mask = batch[f"{prefix}attention_mask"]
-    tokens = completion_logprobs(model, ids, mask, packing, head=head, backend=backend)
-    return sequence_logps(tokens.logp, packing.cu_seqlens)
 
 
 @cache
@@ -137,7 +125,11 @@ def _module() -> type:
             return losses.mean()
 
         def _logps(self, model: nn.Module, batch: dict[str, Tensor], prefix: str = "") -> Tensor:
-            return batch_logps(model, lm_head_of(model), batch, prefix, self.backend)
+            """(B,) nats: sums over the completions of ``{prefix}input_ids``."""
+            ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+            packing = pack_completions(ids, batch[f"{prefix}completion_mask"])
+            tokens = completion_logprobs(model, ids, mask, packing, backend=self.backend)
+            return sequence_logps(tokens.logp, packing.cu_seqlens)
 
         @torch.no_grad()
         def _reference(self, batch: dict[str, Tensor], prefix: str = "") -> Tensor:

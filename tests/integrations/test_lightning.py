@@ -14,6 +14,8 @@ from prefopt.data import PreferenceCollator
 from prefopt.demo.model import build_model, build_tokenizer
 from prefopt_kernels.integrations import lightning
 from prefopt_kernels.integrations.lightning import PrefoptModule
+from prefopt_kernels.integrations.transformers import completion_logprobs, pack_completions
+from prefopt_kernels.modules import sequence_logps
 from support.docs_checks import ROOT
 from support.trainer import noisy_copy
 
@@ -90,8 +92,9 @@ def test_an_adapter_is_trained_against_the_policy_without_it(tokenizer, tmp_path
     model = get_peft_model(base, config)
     batch = next(iter(loader(tokenizer, 1)))
     module = PrefoptModule(model, method="apo_zero", learning_rate=RATE)
-    head = lightning.lm_head_of(plain)
-    expected = lightning.batch_logps(plain, head, batch)
+    packing = pack_completions(batch["input_ids"], batch["completion_mask"])
+    tokens = completion_logprobs(plain, batch["input_ids"], batch["attention_mask"], packing)
+    expected = sequence_logps(tokens.logp, packing.cu_seqlens)
     assert torch.allclose(module._reference(batch), expected, atol=1e-4, rtol=0)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     logged = fit(module, loader(tokenizer, 3), tmp_path)

@@ -14,30 +14,11 @@ from prefopt_kernels.integrations.liger.scores import check_padded, reference_lo
 from prefopt_kernels.losses import apo_zero_loss, bco_loss, dpo_loss, ipo_loss
 
 
-def _sigmoid(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
-    return dpo_loss(*pairs[:4], beta=options.beta)
-
-
-def _robust(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
-    return dpo_loss(*pairs[:4], beta=options.beta, label_smoothing=options.label_smoothing, robust=True)
-
-
-def _ipo(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
-    return ipo_loss(*pairs, beta=options.beta)
-
-
-def _bco_pair(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
-    """The unpaired loss of the chosen row as desirable plus that of the rejected row as undesirable."""
-    desirable, beta = torch.ones_like(pairs.chosen, dtype=torch.bool), options.beta
-    chosen = bco_loss(pairs.chosen, pairs.ref_chosen, desirable, beta=beta, shift=0.0)
-    return chosen + bco_loss(pairs.rejected, pairs.ref_rejected, ~desirable, beta=beta, shift=0.0)
-
-
-def _apo_zero(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
-    """As ``_bco_pair``."""
-    desirable, beta = torch.ones_like(pairs.chosen, dtype=torch.bool), options.beta
-    chosen = apo_zero_loss(pairs.chosen, pairs.ref_chosen, desirable, beta=beta)
-    return chosen + apo_zero_loss(pairs.rejected, pairs.ref_rejected, ~desirable, beta=beta)
+def _unpaired(loss: Callable[..., Tensor], pairs: Pairs, **options: float) -> Tensor:
+    """An unpaired loss of the chosen row as desirable plus that of the rejected row as undesirable."""
+    desirable = torch.ones_like(pairs.chosen, dtype=torch.bool)
+    chosen = loss(pairs.chosen, pairs.ref_chosen, desirable, **options)
+    return chosen + loss(pairs.rejected, pairs.ref_rejected, ~desirable, **options)
 
 
 def _margin(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
@@ -84,15 +65,15 @@ def _discopop(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
 
 
 LOSS_TYPES: dict[str, Callable[[Pairs, "LigerFusedLinearDPOLoss"], Tensor]] = {
-    "sigmoid": _sigmoid,
+    "sigmoid": lambda pairs, o: dpo_loss(*pairs[:4], beta=o.beta),
     "hinge": _hinge,
-    "ipo": _ipo,
+    "ipo": lambda pairs, o: ipo_loss(*pairs, beta=o.beta),
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
-    "robust": _robust,
-    "bco_pair": _bco_pair,
+    "robust": lambda pairs, o: dpo_loss(*pairs[:4], beta=o.beta, label_smoothing=o.label_smoothing, robust=True),
+    "bco_pair": lambda pairs, o: _unpaired(bco_loss, pairs, beta=o.beta, shift=0.0),
     "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
+    "apo_zero": lambda pairs, o: _unpaired(apo_zero_loss, pairs, beta=o.beta),
     "apo_down": _apo_down,
     "discopop": _discopop,
 }

@@ -37,7 +37,7 @@ NAMES = {"entropy": "entropy", "mean_logits": "mean_logit", "is_top1": "is_top1"
 
 
 class FusedHead:
-    """Replacement of TRL's autograd function; one at a time, shared by all patches."""
+    """Replaces TRL's autograd function until ``remove``; one at a time, shared by all patches."""
 
     def __init__(self, utils: Any, backend: str):
         self.utils = utils
@@ -48,9 +48,8 @@ class FusedHead:
         self.calls = 0
         self.passed_on = 0
 
-    def install(self) -> None:
-        self.utils._ChunkedLogProbFunction = self
-        self.utils._use_triton = self._selects_tokens
+        utils._ChunkedLogProbFunction = self
+        utils._use_triton = self._selects_tokens
 
     def remove(self) -> None:
         self.utils._ChunkedLogProbFunction = self.original
@@ -182,9 +181,7 @@ def patch(*, backend: str = "auto") -> Patch:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"TRL cannot be patched: {reason}")
-    head = FusedHead(importlib.import_module("trl.trainer.utils"), backend)
-    head.install()
-    return Patch(head)
+    return Patch(FusedHead(importlib.import_module("trl.trainer.utils"), backend))
 
 
 def why_not() -> str | None:
