@@ -64,7 +64,7 @@ def plain(inputs, dtype, z0, *, beta=0.3, desirable=1.25, undesirable=0.5, **hea
 
 
 def leaves(inputs, names):
-    """A copy of ``inputs`` in which ``names`` ask for gradients."""
+    """A copy of ``inputs`` in which ``names`` require gradients."""
     return {k: v.clone().requires_grad_() if k in names else v for k, v in inputs.items()}
 
 
@@ -137,7 +137,7 @@ def test_metrics():
     assert metrics.is_top1_sum.tolist() == top1.tolist()
 
 
-def test_outputs_that_nobody_asked_for_are_none():
+def test_outputs_not_requested_are_none():
     _, metrics = FusedLinearKTOLoss(beta=0.3)(**batch(), reference_point=tensor(0.0))
     assert metrics.entropy_sum is None
     assert metrics.mean_logit_sum is None
@@ -290,7 +290,7 @@ def bad(message, error=ValueError, **change):
         bad("kl_log_ratio has shape (); expected (n,)", reference_point=None, kl_log_ratio=tensor(1.0)),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(change, error, message):
+def test_invalid_arguments(change, error, message):
     arguments = batch() | {"reference_point": tensor(0.0)} | change
     with pytest.raises(error) as caught:
         FusedLinearKTOLoss(beta=0.3)(**arguments)
@@ -312,7 +312,7 @@ def test_apo_zero_refuses_a_reference_point(name):
         ({"desirable_weight": -1.0}, "^desirable_weight is -1.0; expected a finite number, 0"),
     ],
 )
-def test_bad_settings_are_named_at_construction(settings, message):
+def test_invalid_settings_raise_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearKTOLoss(**({"beta": 0.1} | settings))
 
@@ -347,7 +347,7 @@ def test_an_impossible_token_stays_in_its_sequence():
     assert logps[1] == -torch.inf and logps[3].isnan()
 
 
-def test_sequence_logps_reads_no_value_on_a_device():
+def test_sequence_logps_does_not_synchronise():
     # a meta tensor has no values: reading one, as a host synchronisation would, raises
     logps = sequence_logps(torch.zeros(5, device="meta"), torch.zeros(3, device="meta").long())
     assert logps.shape == (2,)

@@ -1,4 +1,4 @@
-"""The scheme "chunked" of FusedLinearKTOLoss: judged like the op's path, against fp64 on all logits, and beside it."""
+"""The scheme "chunked" of FusedLinearKTOLoss against fp64 on all logits and against the scheme "op"."""
 
 import functools
 import warnings
@@ -20,7 +20,7 @@ OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
 def limit_rows(monkeypatch, rows):
-    """Chunks of at most ``rows`` tokens; None as the module has it: one chunk here."""
+    """Chunks of at most ``rows`` tokens; None for the default, which is one chunk here."""
     if rows is not None:
         small = functools.partial(chunked.chunked_head, chunk_bytes=4 * V * rows)
         monkeypatch.setattr(modules, "chunked_head", small)
@@ -77,7 +77,7 @@ def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """The path of a GPU on the CPU: bf16 operands, rounded gradients of the logits, products as CUDA's would be."""
+    """The CUDA path on the CPU: bf16 operands, rounded gradients of the logits, emulated products."""
 
     def product(a, b, *, out_dtype):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
@@ -94,8 +94,8 @@ def as_on_cuda(monkeypatch):
 
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_path_of_a_gpu(head, rows, as_on_cuda, monkeypatch):
-    """Judged as everything else, though the gradient of the logits is rounded to bf16 for its products."""
+def test_the_cuda_path(head, rows, as_on_cuda, monkeypatch):
+    """With the same tolerance, although the gradient of the logits is rounded to bf16 for its products."""
     limit_rows(monkeypatch, rows)
     ours = leaves(batch(torch.bfloat16), TRAINED)
     loss, _ = step("chunked", ours, by=-3.0, **HEADS[head])
@@ -103,8 +103,8 @@ def test_the_path_of_a_gpu(head, rows, as_on_cuda, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "overload"), [("mm", "dtype"), ("addmm", "dtype_out")])
-def test_cuda_has_the_products_that_are_asked_of_it(name, overload):
-    """By their arguments; tensors without data will not do, for torch 2.11 computes their addmm wrongly."""
+def test_torch_has_the_mixed_precision_products(name, overload):
+    """By their schemas; on meta tensors torch 2.11 has a wrong addmm."""
     product = getattr(getattr(torch.ops.aten, name), overload)
     assert "Tensor mat2, ScalarType out_dtype" in str(product._schema)
 
@@ -112,7 +112,7 @@ def test_cuda_has_the_products_that_are_asked_of_it(name, overload):
 @pytest.mark.parametrize("name", TRAINED[1:])
 @pytest.mark.parametrize("also_hidden", [True, False])
 def test_each_gradient_alone(name, also_hidden):
-    """The same bits, whoever else asks."""
+    """Bitwise independent of which other gradients are required."""
     wanted = ("hidden", name) if also_hidden else (name,)
     everything, some = leaves(batch(), TRAINED), leaves(batch(), wanted)
     step("chunked", everything)
@@ -153,7 +153,7 @@ def test_chunks_are_whole_sequences(rows, expected):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_sequence_of_ignored_tokens(first):
-    """It has the loss of log-ratio 0, and no gradient; the others are what they were."""
+    """Its loss is that of log-ratio 0, and its gradient 0; other sequences are unchanged."""
     inputs = batch()
     inputs["targets"][: BOUNDS[1]] = -100
     ours, beside = leaves(inputs, TRAINED), leaves(inputs, TRAINED)
@@ -175,7 +175,7 @@ def test_no_token_counts():
 
 
 def test_a_confident_target_keeps_its_gradient():
-    """p above 0.9999: onehot - p is a small difference, taken in fp32 before anything is rounded."""
+    """p above 0.9999: the small difference onehot - p is taken in fp32 before rounding."""
     inputs = batch(torch.bfloat16)
     inputs["targets"] = torch.arange(T)
     inputs["weight"] = torch.eye(V, H).bfloat16()
@@ -206,7 +206,7 @@ def test_a_confident_target_keeps_its_gradient():
 
 
 def test_a_banned_token():
-    """A bias of -inf: its p is 0, and nothing turns into NaN."""
+    """A bias of -inf: p is 0, and there is no NaN."""
     inputs = batch()
     inputs["targets"][inputs["targets"] == 3] = 4
     inputs["bias"][3] = inputs["ref_bias"][3] = -torch.inf
@@ -306,7 +306,7 @@ def schemes(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["auto", "op", "chunked"])
-def test_without_a_gradient_for_the_head_the_op_runs(scheme, schemes):
+def test_the_op_runs_without_a_gradient_for_the_head(scheme, schemes):
     step(scheme, leaves(batch(), ("hidden",)))
     module = FusedLinearKTOLoss(beta=0.3, scheme=scheme)
     with torch.no_grad():
@@ -319,7 +319,7 @@ def test_auto_on_the_cpu_is_the_op(schemes):
     assert schemes == ["op"]
 
 
-def test_auto_takes_chunks_where_they_pay_and_says_where_it_cannot(schemes, monkeypatch):
+def test_auto_uses_chunks_and_warns_where_it_cannot(schemes, monkeypatch):
     monkeypatch.setattr(modules, "_chunks_pay", lambda hidden, backend: True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -362,21 +362,21 @@ def test_where_chunks_pay(place, H, backend, environment, pays, monkeypatch):
         ({}, torch.float16, "fp16 gradients underflow"),
     ],
 )
-def test_chunked_that_cannot_run_is_refused(settings, dtype, reason):
+def test_unsupported_chunked_calls_are_refused(settings, dtype, reason):
     module = FusedLinearKTOLoss(beta=0.3, scheme="chunked", **settings)
     with pytest.raises(ValueError, match=f"^scheme 'chunked' cannot run this call: {reason}"):
         module(**leaves(batch(dtype), TRAINED), kl_log_ratio=tensor(KL))
 
 
 def test_a_compiler_traces_the_op():
-    """Asked for by name it is refused, for the ends of the sequences cannot be read."""
+    """The scheme "chunked" is refused, because cu_seqlens cannot be read while tracing."""
     module = FusedLinearKTOLoss(beta=0.3, scheme="chunked")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match="torch.compile traces the call"):
         compiled(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
 
 
-def test_an_unknown_scheme_is_named():
+def test_unknown_scheme():
     with pytest.raises(ValueError, match=r"^scheme is 'c'; expected one of \('auto', 'op',"):
         FusedLinearKTOLoss(beta=0.3, scheme="c")
 
@@ -388,7 +388,7 @@ def test_an_unknown_scheme_is_named():
         ({"weight": torch.zeros(V, H + 1, requires_grad=True)}, r"weight has shape \(13, 8\)"),
     ],
 )
-def test_bad_operands_are_named(change, message):
+def test_invalid_operands(change, message):
     inputs = without(leaves(batch(), TRAINED), *change) | change
     with pytest.raises(ValueError, match=message):
         step("chunked", inputs)

@@ -1,4 +1,4 @@
-"""The plugin in Axolotl's calling convention, by a stand-in of the few calls that Axolotl makes.
+"""The plugin with a stub of Axolotl that makes the same calls.
 
 Checked by hand on 21 November 2026 against Axolotl 0.19.0 with TRL 1.9.0: ``cli/config.py`` (``prepare_plugins``),
 ``integrations/base.py`` (``BasePlugin``, ``load_plugin``), ``integrations/config.py`` (``merge_input_args``),
@@ -48,11 +48,11 @@ class BasePlugin:
 
 
 class AxolotlKTOTrainer(trl.KTOTrainer):
-    """Axolotl puts its optimizers and schedulers in between; the rest is TRL's."""
+    """Axolotl's class adds optimizers and schedulers to TRL's."""
 
 
 class AxolotlInput(BaseModel):
-    """Of Axolotl's schema: what it does not know is dropped without a word."""
+    """A part of Axolotl's schema, which silently drops unknown keys."""
 
     rl: str | None = None
     plugins: list[str] | None = None
@@ -151,7 +151,7 @@ def test_a_validated_configuration_may_be_registered_again(axolotl):
     assert again == cfg and cfg["trainer_cls"] == plugin_module.TRAINER
 
 
-def test_a_later_configuration_without_the_plugin_is_left_alone(axolotl):
+def test_a_configuration_without_the_plugin_is_unchanged(axolotl):
     cfg = {"rl": "dpo", "plugins": ["other.Plugin"]}
     load(PLUGIN)().register(cfg)
     load(PLUGIN)().register(later := {"rl": "dpo"})
@@ -175,7 +175,7 @@ def test_refusals(change, message, axolotl):
         check_configuration(snippet() | change)
 
 
-def test_other_names_are_attribute_errors_and_the_classes_need_axolotl():
+def test_unknown_names_and_missing_axolotl():
     with pytest.raises(AttributeError, match=re.escape("has no attribute 'PrefoptPlugins'")):
         _ = plugin_module.PrefoptPlugins
     assert issubclass(plugin_module.PrefoptArgs, BaseModel)

@@ -1,4 +1,4 @@
-"""The exported folder is loaded by Hugging Face ``kernels``, without and beside the package, and gives its numbers."""
+"""Hugging Face ``kernels`` loads the exported folder, with and without the package, with the same results."""
 
 import ast
 import importlib.metadata
@@ -105,7 +105,7 @@ def beside(folder, tmp_path_factory) -> dict:
     return run(BESIDE, folder, second, TRITON_INTERPRET="0")
 
 
-def test_written_for_this_version():
+def test_kernels_has_the_supported_version():
     assert importlib.metadata.version("kernels") == "0.17.2"
 
 
@@ -139,7 +139,7 @@ def test_a_layer_is_kernelized(mode, beside):
     assert (gradient - other).norm() <= 1e-5 * other.norm()
 
 
-def test_what_is_written_is_what_kernels_reads(folder):
+def test_kernels_reads_the_exported_metadata(folder):
     metadata = [Metadata.read_from_file(folder / "build" / each / "metadata.json") for each in VARIANTS]
     assert {each.name.python_name for each in metadata} == {"prefopt_kernels"}
     assert {each.version for each in metadata} == {3}

@@ -67,7 +67,7 @@ def fit(module, data, folder, **options) -> list[dict]:
     return losses.logged
 
 
-def test_its_steps_are_those_of_the_plain_loop(tokenizer, tmp_path):
+def test_steps_equal_the_plain_loop(tokenizer, tmp_path):
     model, reference = build_model(tokenizer, 0), build_model(tokenizer, 1)
     other = copy.deepcopy(model)
     data = loader(tokenizer, steps=4)
@@ -106,7 +106,7 @@ def test_an_adapter_is_trained_against_the_policy_without_it(tokenizer, tmp_path
     assert len(lora) == 2 and all(p.requires_grad for p in lora)
 
 
-def test_checkpoints_and_modes_leave_the_reference_alone(tokenizer, tmp_path):
+def test_checkpoints_and_modes_do_not_change_the_reference(tokenizer, tmp_path):
     model = build_model(tokenizer, 0)
     reference = noisy_copy(model, 0.01)
     module = PrefoptModule(model, reference, learning_rate=RATE)

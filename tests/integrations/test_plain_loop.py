@@ -33,8 +33,8 @@ def plain_logps(model, batch: dict, prefix: str = "") -> torch.Tensor:
     return (logp * mask[:, 1:]).sum(1)
 
 
-def test_its_losses_are_those_of_plain_torch():
-    """And a loop over the model's own logits learns the same."""
+def test_losses_equal_plain_torch():
+    """A loop on the model's own logits has the same losses."""
     tokenizer = build_tokenizer()
     generator = torch.Generator().manual_seed(0)
     rows = [

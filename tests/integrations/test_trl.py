@@ -1,4 +1,4 @@
-"""TRL's own trainers log the same numbers with our op behind them, and are given their own function back."""
+"""Patched TRL trainers log the same values, and undo restores TRL's function."""
 
 import copy
 import importlib.metadata
@@ -31,7 +31,7 @@ OWN = (utils._ChunkedLogProbFunction, utils._use_triton)
 
 @pytest.fixture(autouse=True)
 def unpatched():
-    """Whatever a test does, TRL has its own two functions before and after."""
+    """TRL has its own two functions before and after each test."""
     assert (utils._ChunkedLogProbFunction, utils._use_triton) == OWN
     yield
     found = (utils._ChunkedLogProbFunction, utils._use_triton)
@@ -121,7 +121,7 @@ def build(case: str, world, folder: Path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trainers_log_and_learn_the_same(case, worlds, tmp_path, monkeypatch):
+def test_patched_trainers_equal_trl(case, worlds, tmp_path, monkeypatch):
     world = worlds(CASES[case][2].get("arch", "qwen3"))
     theirs = build(case, world, tmp_path / "theirs")
     their_gradients = gradients_of_first_step(theirs)
@@ -154,8 +154,8 @@ def test_trainers_log_and_learn_the_same(case, worlds, tmp_path, monkeypatch):
         assert error <= 1e-5 * their_gradients[name].norm().clamp(min=1e-6), name
 
 
-def test_only_tokens_that_count_are_scored(worlds, tmp_path, monkeypatch):
-    """TRL scores prompt and padding as well on the processor."""
+def test_only_completion_tokens_are_scored(worlds, tmp_path, monkeypatch):
+    """On the CPU TRL also scores prompt and padding."""
     rows = {"ours": [], "theirs": []}
     linear_logprob, apply = ours.linear_logprob, ChunkedLogProbFunction.apply
 
@@ -209,7 +209,7 @@ def operands(bias: bool, frozen: bool = False, dtype=torch.float32):
 @pytest.mark.parametrize("outputs", [(), OUTPUTS, ("log_probs", "entropy")])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_call_answers_as_trls_function(outputs, softcap, bias):
+def test_a_call_has_the_results_of_trls_function(outputs, softcap, bias):
     results = []
     with ours.patch() as patched:
         for function in (utils._ChunkedLogProbFunction, ChunkedLogProbFunction):
@@ -242,7 +242,7 @@ def test_the_head_follows_the_hidden_states_dtype():
     assert [x.grad.dtype for x in (hidden, *low)] == [torch.float32] + [torch.bfloat16] * 2
 
 
-def test_autocast_is_followed_with_fp32_logits():
+def test_autocast_keeps_fp32_logits():
     hidden, weight, bias, targets = operands(True)
     arguments = (hidden, weight, bias, targets, 1.0, 16, None, 1.0, ())
     rounded = [x.detach().bfloat16().double() for x in (hidden, weight, bias)]
@@ -269,8 +269,8 @@ def test_a_call_compiles_into_one_graph():
             assert torch.equal(mine, theirs)
 
 
-def test_gradients_under_zero_3_are_left_to_trl():
-    """ZeRO-3 marks its parameters with ds_id and lends them for the forward; TRL's backward borrows them again."""
+def test_gradients_under_zero_3_are_delegated_to_trl():
+    """ZeRO-3 marks parameters with ds_id and gathers them for the forward; TRL's backward gathers them again."""
     hidden, weight, bias, targets = operands(True)
     weight = nn.Parameter(weight.detach())
     weight.ds_id = 0
@@ -291,7 +291,7 @@ def patched() -> bool:
     return isinstance(utils._ChunkedLogProbFunction, ours.FusedHead)
 
 
-def test_the_block_ends_and_undo_does_what_it_says():
+def test_with_block_and_undo():
     with ours.patch():
         assert patched()
     assert not patched()
@@ -308,7 +308,7 @@ def test_the_block_ends_and_undo_does_what_it_says():
         assert patched()
 
 
-def test_twice_is_harmless_in_any_order():
+def test_patching_twice_in_any_order():
     first, second = ours.patch(), ours.patch()
     assert utils._ChunkedLogProbFunction.original is ChunkedLogProbFunction  # not stacked
     first.undo()
@@ -336,7 +336,7 @@ def test_the_backend_is_the_named_one(monkeypatch):
     assert seen == ["reference", "reference"]
 
 
-def test_what_lies_on_top_is_not_thrown_away(monkeypatch):
+def test_a_later_replacement_is_kept(monkeypatch):
     handle = ours.patch()
     with monkeypatch.context() as m:
         m.setattr(utils, "_ChunkedLogProbFunction", int)
@@ -358,7 +358,7 @@ def test_other_versions_are_refused(version, monkeypatch):
     refused(f"TRL is {version}; tested with 1.16")
 
 
-def test_without_trl_the_reason_is_given(monkeypatch):
+def test_missing_trl(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -367,12 +367,12 @@ def test_without_trl_the_reason_is_given(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["unsloth", "unsloth_zoo"])
-def test_unsloth_is_not_stacked_on(name, monkeypatch):
+def test_unsloth_is_refused(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, ModuleType(name))
     refused(f"{name} is loaded, which rewrites TRL's trainers")
 
 
-def test_somebody_elses_function_is_not_replaced(monkeypatch):
+def test_a_foreign_function_is_not_replaced(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(utils, "_ChunkedLogProbFunction", int)
         refused("<class 'int'>, which is not TRL's own")
@@ -395,7 +395,7 @@ def test_a_missing_name_is_refused(name, monkeypatch):
             ours.patch()
 
 
-def test_these_are_all_the_places_in_trl():
+def test_all_users_of_the_function_in_trl_are_documented():
     """The function has one user, and the trainers that score through it are the ones in the documentation."""
     root = Path(trl.__file__).parent
     sources = {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in root.rglob("*.py")}

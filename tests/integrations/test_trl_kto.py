@@ -1,4 +1,4 @@
-"""The fused subclass of TRL's KTO trainer logs and learns what TRL's own does.
+"""The fused subclass of TRL's KTO trainer against TRL's own.
 
 Runs against the installed TRL, 1.16.0, whose trainer has the same methods. With 1.9.0 before it on the path, which is
 what Axolotl pins, the same tests run against that one; there TRL's own trainer fails at prompt tuning.
@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_logs_and_learns_the_same(case, worlds, tmp_path):
+def test_logs_and_gradients_equal_trl(case, worlds, tmp_path):
     options = dict(CASES[case])
     world = worlds(options.pop("arch", "qwen3"))
     found = {}
@@ -141,7 +141,7 @@ def test_the_model_never_builds_logits(worlds, tmp_path):
     assert len(positions) == 4 * (OPTIONS["max_steps"] + 1) and set(positions) == {0}
 
 
-def test_logits_that_are_asked_for_come_from_trl(worlds, tmp_path):
+def test_requested_logits_come_from_trl(worlds, tmp_path):
     trainer = make(fused_kto_trainer(KTOTrainer), worlds("qwen3"), tmp_path)
     batch = next(iter(trainer.get_eval_dataloader()))
     loss, logits, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
@@ -150,7 +150,7 @@ def test_logits_that_are_asked_for_come_from_trl(worlds, tmp_path):
     torch.testing.assert_close(loss, fused, rtol=0, atol=1e-5)
 
 
-def test_the_named_backend_scores(worlds, tmp_path, monkeypatch):
+def test_the_backend_is_used(worlds, tmp_path, monkeypatch):
     seen, score = [], LMHead.score
 
     def counted(self, *args, **kwargs):
@@ -177,7 +177,7 @@ def test_refusals(worlds, tmp_path, monkeypatch):
             fused_kto_trainer(KTOTrainer)
 
 
-def test_without_trl_the_reason_is_given(monkeypatch):
+def test_missing_trl(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
