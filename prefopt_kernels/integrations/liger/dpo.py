@@ -4,6 +4,7 @@ Types that ``prefopt_kernels.losses`` has are computed there; the formulas of th
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,7 @@ LOSS_TYPES: dict[str, Callable[[Pairs, "LigerFusedLinearDPOLoss"], Tensor]] = {
 }
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearDPOLoss(PairLoss):
     r"""DPO and its variants with the interface of Liger's class.
 
@@ -114,39 +116,26 @@ class LigerFusedLinearDPOLoss(PairLoss):
         tensor(0.6931, grad_fn=<AddBackward0>)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-    ):
-        super().__init__(
-            ignore_index,
-            beta,
-            compute_nll_loss,
-            compiled,
-            chunk_size,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            average_log_prob=average_log_prob,
-        )
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type is {loss_type!r}; expected one of {tuple(LOSS_TYPES)}")
-        if loss_type == "exo_pair" and not 0.0 < label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing is {label_smoothing}; expected above 0 and below 1 for exo_pair")
-        if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {label_smoothing}; expected from 0 to below 0.5 for robust")
-        self.use_ref_model = use_ref_model
-        self.loss_type = loss_type
-        self.discopop_tau = discopop_tau
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    compute_nll_loss: bool = False
+    compiled: bool = True
+    use_ref_model: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type is {self.loss_type!r}; expected one of {tuple(LOSS_TYPES)}")
+        if self.loss_type == "exo_pair" and not 0.0 < self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected above 0 and below 1 for exo_pair")
+        if self.loss_type == "robust" and not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected from 0 to below 0.5 for robust")
 
     def forward(
         self,

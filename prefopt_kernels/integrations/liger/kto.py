@@ -1,5 +1,7 @@
 """KTO with the signature of Liger's ``LigerFusedLinearKTOLoss``, on ``linear_logprob`` and ``kto_loss``."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from prefopt_kernels.integrations.liger.scores import check_padded, logit_sums, 
 from prefopt_kernels.losses import kto_loss
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearKTOLoss(nn.Module):
     r"""KTO over padded sequences with the interface of Liger's class.
 
@@ -32,22 +35,15 @@ class LigerFusedLinearKTOLoss(nn.Module):
         True
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compiled: bool = True,
-        use_ref_model: bool = False,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ):
+    ignore_index: int = -100
+    beta: float = 0.1
+    compiled: bool = True
+    use_ref_model: bool = False
+    average_log_prob: bool = False
+    chunk_size: int = 1
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
 
     def forward(
         self,

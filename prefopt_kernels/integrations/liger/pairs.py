@@ -3,6 +3,7 @@
 Rows are in Liger's order: the P chosen sequences first, then the P rejected ones, padded to one length.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,29 +35,17 @@ class Pairs(NamedTuple):
 
 
 class PairLoss(nn.Module):
-    """Options of a loss of pairs, and what every such class computes and logs."""
+    """What all losses of pairs compute and log. Subclasses are dataclasses of their options, in Liger's order."""
 
-    def __init__(
-        self,
-        ignore_index: int,
-        beta: float,
-        compute_nll_loss: bool,
-        compiled: bool,
-        chunk_size: int,
-        *,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        average_log_prob: bool = True,
-    ):
+    ignore_index: int
+    beta: float
+    compute_nll_loss: bool
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    average_log_prob: bool = True
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.compute_nll_loss = compute_nll_loss
-        self.compiled = compiled
-        self.chunk_size = chunk_size
-        self.alpha = alpha
-        self.label_smoothing = label_smoothing
-        self.average_log_prob = average_log_prob
 
     def _score_pairs(
         self,
@@ -99,7 +88,7 @@ class PairLoss(nn.Module):
 class ReferenceFreeLoss(PairLoss):
     """CPO and SimPO: the DPO loss without a reference model, and for SimPO with a target margin."""
 
-    gamma = 0.0
+    gamma: float = 0.0
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -117,6 +106,7 @@ class ReferenceFreeLoss(PairLoss):
         return losses.mean() + nll, logged
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearCPOLoss(ReferenceFreeLoss):
     r"""CPO with the interface of Liger's class.
 
@@ -138,29 +128,17 @@ class LigerFusedLinearCPOLoss(ReferenceFreeLoss):
         tensor(2.7726)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-    ):
-        super().__init__(
-            ignore_index,
-            beta,
-            compute_nll_loss,
-            compiled,
-            chunk_size,
-            alpha=alpha,
-            label_smoothing=label_smoothing,
-            average_log_prob=average_log_prob,
-        )
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearSimPOLoss(ReferenceFreeLoss):
     r"""SimPO with the interface of Liger's class.
 
@@ -183,23 +161,17 @@ class LigerFusedLinearSimPOLoss(ReferenceFreeLoss):
         tensor(0.6931)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        label_smoothing: float = 0.0,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        gamma: float = 0.5,
-        chunk_size: int = 1,
-    ):
-        super().__init__(
-            ignore_index, beta, compute_nll_loss, compiled, chunk_size, alpha=alpha, label_smoothing=label_smoothing
-        )
-        self.gamma = gamma
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    label_smoothing: float = 0.0
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    gamma: float = 0.5
+    chunk_size: int = 1
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearORPOLoss(PairLoss):
     r"""ORPO with the interface of Liger's class.
 
@@ -221,15 +193,11 @@ class LigerFusedLinearORPOLoss(PairLoss):
         tensor(2.7726)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        compute_nll_loss: bool = True,
-        compiled: bool = True,
-        chunk_size: int = 1,
-    ):
-        super().__init__(ignore_index, beta, compute_nll_loss, compiled, chunk_size)
+    ignore_index: int = -100
+    beta: float = 0.1
+    compute_nll_loss: bool = True
+    compiled: bool = True
+    chunk_size: int = 1
 
     def forward(
         self,
