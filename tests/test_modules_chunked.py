@@ -216,17 +216,19 @@ def test_a_banned_token():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned."""
+    """Elements of the largest tensor that an operation returned, and tokens of the largest logits (n, 400)."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements = self.tokens = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, torch.Tensor):
                 self.elements = max(self.elements, value.numel())
+                if value.shape[1:] == (400,) and value.shape[0] != H:  # (H, 400) is the transposed head
+                    self.tokens = max(self.tokens, value.shape[0])
         return out
 
 
@@ -247,6 +249,7 @@ def test_memory_is_bounded_by_the_chunk_and_the_head(rows, expected):
             **size,
         )
     assert largest.elements == expected
+    assert largest.tokens == (rows or 9)  # a sequence of four is split into parts
 
 
 def test_the_backward_can_run_twice():
