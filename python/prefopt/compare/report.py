@@ -6,15 +6,7 @@ from pathlib import Path
 from prefopt.compare.notes import notes_of
 from prefopt.compare.page import page, title_of
 from prefopt.compare.plots import draw
-from prefopt.compare.summary import (
-    MEASURES,
-    TABLES,
-    Line,
-    Measure,
-    learned_cell,
-    lines_of,
-    whole_rounds,
-)
+from prefopt.compare.summary import MEASURES, SECOND, TABLES, Line, lines_of, whole_rounds
 from prefopt.files import write_whole
 from prefopt.report.figures import placed
 from prefopt.report.markdown import csv_text, plain, table
@@ -66,8 +58,8 @@ def as_csv(lines: Sequence[Line]) -> str:
 def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
     """The tables in columns, and the notes."""
     parts = []
-    for name, measures in TABLES.items():
-        rows = _cells(lines, name, measures)
+    for name in TABLES:
+        rows = _cells(lines, name)
         widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
         told = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         parts.append("\n".join([told[0], "-" * max(map(len, told)), *told[1:]]))
@@ -77,21 +69,18 @@ def terminal(lines: Sequence[Line], notes: Sequence[str]) -> str:
 def markdown(content: dict, lines: Sequence[Line], notes: Sequence[str]) -> str:
     """Both tables and the notes, ready for a README."""
     parts = [f"## {plain(title_of(content))}"]
-    for name, measures in TABLES.items():
-        head, *body = _cells(lines, name, measures)
+    for name in TABLES:
+        head, *body = _cells(lines, name)
         parts.append(table(head, body))
     parts.append("\n".join(f"- {plain(note)}" for note in notes))
     return "\n\n".join(parts) + "\n"
 
 
-def _cells(lines: Sequence[Line], name: str, measures: Sequence[Measure]) -> list[list[str]]:
-    """Head and body of a table; what a base model cannot have, it has no line for."""
-    cost = name == "Cost"
-    extra = "sequences in a step" if cost else "learned"
-    rows = [["method", extra, *(one.head for one in measures)]]
+def _cells(lines: Sequence[Line], name: str) -> list[list[str]]:
+    """Head and body of a table; training costs are none of the base model's."""
+    measures = TABLES[name]
+    rows = [["method", SECOND[name], *(one.head for one in measures)]]
     for line in lines:
-        if cost and line.method == BASE:
-            continue
-        first = str(line.sequences_per_step) if cost else learned_cell(line)
-        rows.append([line.title, first, *(line.cell(one) for one in measures)])
+        if name != "Cost" or line.method != BASE:
+            rows.append([line.title, line.second(name), *(line.cell(one) for one in measures)])
     return rows

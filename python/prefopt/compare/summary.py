@@ -72,6 +72,7 @@ TABLES = {  # compare.csv has all of them
     "Cost": [one for one in COST if one.key != "sequences_per_second"],
     "Learning": list(LEARNING),
 }
+SECOND = {"Cost": "sequences in a step", "Learning": "learned"}  # the column after the method
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,14 @@ class Line:
             return self.absent.get(measure.key, "")
         median, low, high = map(measure.write, self.values[measure.key])
         return median if low == high else f"{median} ({low} to {high})"
+
+    def second(self, table: str) -> str:
+        """The cell under ``SECOND[table]``."""
+        if table == "Cost":
+            return str(self.sequences_per_step)
+        if self.method == BASE:
+            return ""
+        return f"{self.learned} of {self.runs} runs" if self.runs else NO_RUN
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -183,13 +192,6 @@ def lines_of(content: dict) -> list[Line]:
             )
         )
     return _base(content) + lines
-
-
-def learned_cell(line: Line) -> str:
-    """How many of the runs learned what their method is for."""
-    if line.method == BASE:
-        return ""
-    return f"{line.learned} of {line.runs} runs" if line.runs else NO_RUN
 
 
 def _values(run: dict, relative: dict[tuple[str, int], float], timed: int) -> dict[str, float]:

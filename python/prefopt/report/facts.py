@@ -87,31 +87,42 @@ def model_settings(run: Run) -> dict[str, Any]:
     return found | {label: value for label, value in used.items() if value is not False}
 
 
-def data_sets(run: Run) -> dict[str, dict]:
-    """{train or evaluation set: {count: value}} of the rows as they were trained on."""
-    data = _dict(run.record.get("data"))
-    return {key: value for key, value in data.items() if isinstance(value, dict)}
-
-
-def built_from(run: Run) -> list[dict[str, Any]]:
-    """The sources of the built folder that the data came from; a file is told from what the hub has under that name."""
-    sources = run.manifest.get("sources")
-    return [
-        {
-            "source": source.get("name"),
-            "schema": source.get("kind"),
-            "from": hub_id(source.get("path")) or "a local file",
-            "revision": source.get("revision"),
-            "rows": source.get("rows"),
-        }
-        for source in (sources if isinstance(sources, list) else [])
-        if isinstance(source, dict)
+def data_table(run: Run) -> tuple[list[str], list[list[Any]]]:
+    """Head and body of the counts of each set of rows that training used; a fingerprint by its first 12 characters."""
+    sets = {name: counts for name, counts in _dict(run.record.get("data")).items() if isinstance(counts, dict)}
+    names = dict.fromkeys(name for counts in sets.values() for name in counts)
+    body = [
+        [COUNT_NAMES.get(name, name.replace("_", " ")), *(counts.get(name, "") for counts in sets.values())]
+        for name in names
     ]
+    for row in body:
+        if row[0] == "fingerprint":
+            row[1:] = [str(value)[:12] for value in row[1:]]
+    return ["data", *sets], body
+
+
+def bad_rows(run: Run) -> list[list[Any]]:
+    """File, line and reason of the first rows that were skipped."""
+    return [[row.get(key, "") for key in ("file", "line", "reason")] for row in run.bad_rows]
+
+
+def versions(run: Run) -> dict[str, Any]:
+    """Of Python and of the packages that determine the numbers."""
+    return _dict(run.record.get("versions"))
+
+
+def source_table(run: Run) -> tuple[list[str], list[list[Any]]]:
+    """Head and body of the sources of the built folder that the data came from; no path of a local file."""
+    body = [
+        [source.get("name"), source.get("kind"), hub_id(source.get("path")) or "a local file"]
+        + [source.get("revision"), source.get("rows")]
+        for source in _dicts(run.manifest.get("sources"))
+    ]
+    return ["source", "schema", "from", "revision", "rows"], body
 
 
 def resumes(run: Run) -> list[list[str]]:
-    """When a run was resumed, from which step, and which options changed; one line for each time."""
-    rows = run.record.get("resumes")
+    """When a run was resumed, from which step, and which options changed; one row for each time."""
     return [
         [
             str(row.get("at", "")),
@@ -122,8 +133,7 @@ def resumes(run: Run) -> list[list[str]]:
             )
             or "nothing",
         ]
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
+        for row in _dicts(run.record.get("resumes"))
     ]
 
 
@@ -164,6 +174,8 @@ def shown(value: Any) -> str:
         >>> shown(968768), shown(0.5), shown(True), shown(["v_proj", "q_proj"])
         ('968,768', '0.5', 'yes', 'q_proj, v_proj')
     """
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -191,5 +203,9 @@ def _here(name: str, value: Any) -> str:
     return Path(str(value)).name if local else str(value)
 
 
-def _dict(value: Any) -> dict:
+def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

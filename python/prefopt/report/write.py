@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from prefopt.files import write_whole
-from prefopt.report.card import card
 from prefopt.report.charts import draw_suite
 from prefopt.report.edited import keep_if_edited, marked
 from prefopt.report.figures import placed
 from prefopt.report.markdown import csv_text
-from prefopt.report.page import page
+from prefopt.report.page import card, page
 from prefopt.report.plots import draw, drawable
 from prefopt.report.read import Run, read_run
 from prefopt.report.words import tell
@@ -44,9 +43,8 @@ def write_report(run_dir: str | Path) -> Path:
     # `prefopt eval` writes a richer file of that name, and eval.json beside it.
     if summary and not (run.path / "eval.json").is_file():
         write_whole(run.path / "eval_summary.csv", summary, ERRORS)
-    pictures = [one for some in evaluated.values() for one in some]
     readme = run.path / "README.md"
-    text = marked(card(run, story, plots, pictures), ERRORS)
+    text = marked(card(run, story, plots, evaluated), ERRORS)
     keep_if_edited(readme)
     write_whole(readme, text, ERRORS)
     report = run.path / "report.html"
