@@ -35,7 +35,7 @@ FLOORS = (
     {"train"},
     {"report"},
     {"recipe"},
-    {"evaluate", "use", "export", "demo", "tiny"},
+    {"evaluate", "use", "export", "demo"},
     {"compare"},
     {"cli"},
     {"__main__"},
@@ -46,9 +46,7 @@ PUBLIC = {"data", "train"}  # `prefopt/__init__.py` imports their public names o
 EXCEPTIONS = {
     ("four_bits", "pretrained"): "both load models",
     ("evaluate", "use"): "generation and scoring are the same as in chat and classify",
-    ("evaluate", "demo"): "the suite of the demo data",
     ("export", "use"): "a run is loaded for export as it is for chat",
-    ("tiny", "demo"): "both build small models",
 }
 
 

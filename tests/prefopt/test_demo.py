@@ -11,19 +11,19 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt.data import load_rows, tokenize_rows
-from prefopt.demo import run, run_demo
-from prefopt.demo.model import build_model, build_tokenizer
-from prefopt.demo.rows import (
+from prefopt.data.toy.rows import (
     LANGUAGES,
     bad_answer,
     good_answer,
     pair_rows,
     split_questions,
-    thumbs_rows,
+    unpaired_rows,
 )
-from prefopt.demo.rule import is_about, judge, language, topic_of
+from prefopt.data.toy.rule import is_about, judge, language, topic_of
+from prefopt.data.toy.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
+from prefopt.demo import run, run_demo
+from prefopt.demo.model import build_model, build_tokenizer
 from prefopt.demo.sampling import sample_answers
-from prefopt.demo.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
 from prefopt.errors import UserError
 from prefopt.train.methods import METHODS, PAIRS
 
@@ -102,9 +102,9 @@ def test_held_out_questions_are_never_seen_and_every_topic_is():
 
 def test_rows_have_the_promised_share_of_thumbs_up():
     seen, _ = split_questions(0)
-    rows = thumbs_rows(seen, 3, 0.4, "x", 0)
+    rows = unpaired_rows(seen, 3, 0.4, "x", 0)
     assert len(rows) == 1152 and sum(row["label"] for row in rows) == round(0.4 * 1152)
-    assert rows == thumbs_rows(seen, 3, 0.4, "x", 0) != thumbs_rows(seen, 3, 0.4, "x", 1)
+    assert rows == unpaired_rows(seen, 3, 0.4, "x", 0) != unpaired_rows(seen, 3, 0.4, "x", 1)
 
 
 def test_a_pair_is_an_answer_that_passes_and_one_that_does_not():
@@ -127,7 +127,7 @@ def tokenizer():
 
 def test_an_answer_ends_with_its_end_of_turn_token(tmp_path, tokenizer):
     """A token after it would be the same in every row: KTO could learn that one instead of the answers."""
-    rows = thumbs_rows(split_questions(0)[0][:20], 1, 0.5, "x", 0)
+    rows = unpaired_rows(split_questions(0)[0][:20], 1, 0.5, "x", 0)
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     encoded = tokenize_rows(load_rows(file), tokenizer, max_length=run.MAX_LENGTH).dataset

@@ -7,13 +7,13 @@ from transformers import AutoTokenizer
 
 from prefopt.cli import main
 from prefopt.data import DataError
+from prefopt.demo.tiny import tiny_recipe
 from prefopt.errors import UserError
 from prefopt.recipe import load_recipe, make_recipe
 from prefopt.recipe.models import load_tokenizer
 from prefopt.recipe.named import recipe_list, recipe_names
 from prefopt.recipe.rows import load_data, with_plan
 from prefopt.recipe.run import preference_config
-from prefopt.tiny import tiny_recipe
 from support.tiny_models import make_tokenizer
 
 PUBLISHED = [name for name in recipe_names() if load_recipe(name).data.plan is not None]

@@ -11,11 +11,11 @@ from peft import LoraConfig, get_peft_model
 
 import prefopt.four_bits as packing
 from prefopt.cli import main
+from prefopt.demo.tiny.families import family_of, save_tiny
 from prefopt.errors import UserError
 from prefopt.recipe import load_recipe, make_recipe
 from prefopt.recipe.models import load_model, quantize_for
 from prefopt.recipe.run import preference_config
-from prefopt.tiny.families import family_of, save_tiny
 from prefopt.train.prepare import keep_gradients_of_four_bits
 from support.tiny_models import make_model, make_tokenizer
 

@@ -34,7 +34,7 @@ from prefopt.cli import main  # noqa: E402  (without network from here on)
 
 def _inputs() -> None:
     """``base`` and ``rows.jsonl`` in the current folder, under names that could be the hub's."""
-    from prefopt.tiny.families import family_of, save_tiny
+    from prefopt.demo.tiny.families import family_of, save_tiny
     from support.tiny_models import make_rows
 
     rows = make_rows(True)

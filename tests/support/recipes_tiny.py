@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from prefopt.cli import main
+from prefopt.demo.tiny.shrink import shrunk
 from prefopt.options import SECTIONS
 from prefopt.recipe import Recipe, load_recipe
-from prefopt.tiny.shrink import shrunk
 
 # What a run writes down in its recipe although nobody changed it: the rows of the plan, the defaults spelled out.
 SPELLED_OUT = {"data.eval_path", "data.eval_split", "training.sampler"}

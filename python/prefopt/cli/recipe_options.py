@@ -50,7 +50,7 @@ def recipe_of(given: argparse.Namespace, overrides: Mapping[str, Any]) -> Recipe
     """The recipe that was named, made tiny where that was asked for, which prints what shrinks."""
     if not given.tiny:
         return load_recipe(given.recipe, overrides)
-    from prefopt.tiny import tiny_recipe
+    from prefopt.demo.tiny import tiny_recipe
 
     recipe = tiny_recipe(given.recipe, overrides)
     print("\n".join(recipe.notes), flush=True)

@@ -1,22 +1,31 @@
-"""A tokenizer and a tiny language model, built here from the demo's own text, and a short fine-tune on answers."""
+"""The demo's tokenizer and language model, and a short supervised fine-tune."""
 
 import math
 import random
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from prefopt.data import Tokenized
-from prefopt.demo import text
+from prefopt.data.tokenize import Tokenized
+from prefopt.data.toy import text
+from prefopt.demo.build import random_model, train_tokenizer
 from prefopt_kernels import linear_logprob
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# The line break stands before a turn, not after it: an answer ends with its end-of-turn token. A line break after that
-# would be one more scored token, the same in every row, by which KTO can tell good from bad without any better answer.
+POSITIONS = 256
+SIZES: dict[str, int | bool] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": POSITIONS,
+    "tie_word_embeddings": True,
+}
+# The line break is before a turn, not after it, so that an answer ends with its end-of-turn token. Otherwise the line
+# break would be scored too: a token that is the same in every row, by which KTO can separate good from bad.
 CHATML = (
     "{% for message in messages %}"
     "{{ '' if loop.first else '\n' }}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}"
@@ -26,23 +35,15 @@ CHATML = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """ByteLevel BPE over the demo's English and Arabic sentences, with a ChatML template."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=2048,
-        special_tokens=[PAD, TURN_START, TURN_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(_sentences(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=TURN_END,
-        pad_token=PAD,
-        model_max_length=256,
-        chat_template=CHATML,
+    """Byte-level BPE over the demo's English and Arabic sentences, with a ChatML template."""
+    return train_tokenizer(
+        _sentences(),
+        vocabulary=2048,
+        special=(PAD, TURN_START, TURN_END),
+        eos=TURN_END,
+        pad=PAD,
+        template=CHATML,
+        max_length=POSITIONS,
     )
 
 
@@ -57,28 +58,13 @@ def _sentences() -> list[str]:
     return sentences
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of about a million parameters with random weights drawn from ``seed``, fp32."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """A Qwen3 of about a million parameters with random fp32 weights drawn from ``seed``."""
+    return random_model("qwen3", tokenizer, seed, **SIZES)
 
 
 def supervised_fine_tune(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rows: Tokenized,
     *,
@@ -132,9 +118,3 @@ def _pad(batch: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tens
         mask[i, :end] = 1
         targets[i, len(prompt) - 1 : end - 1] = torch.tensor(answer)
     return ids, mask, targets
-
-
-def save_model(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Model (safetensors) and tokenizer into ``path``, as a folder that any hub id could stand for."""
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)

@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from prefopt.data import load_rows, tokenize_rows
-from prefopt.demo.model import build_model, build_tokenizer, save_model, supervised_fine_tune
-from prefopt.demo.rows import pair_rows, split_questions, thumbs_rows
-from prefopt.demo.rule import RULE, judge, language
+from prefopt.data.toy.rows import pair_rows, split_questions, unpaired_rows
+from prefopt.data.toy.rule import RULE, judge, language
+from prefopt.demo.model import build_model, build_tokenizer, supervised_fine_tune
 from prefopt.demo.sampling import TEMPERATURE, sample_answers
 from prefopt.errors import UserError
 from prefopt.files import is_unused, only_writer
@@ -160,11 +160,11 @@ def _run(out: Path, seed: int, method: str) -> Path:
     seen, held_out = split_questions(seed)
     questions = [question.text for question in held_out]
     rows = {
-        "sft.jsonl": thumbs_rows(seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS),
+        "sft.jsonl": unpaired_rows(seen, SFT_ROWS_PER_QUESTION, SFT_GOOD_SHARE, "sft", seed, SFT_BAD_KINDS),
     }
     for name, questions_of, side in (("train", seen, "train"), ("held_out", held_out, "held out")):
         rows[f"{name}.jsonl"] = (
-            pair_rows(questions_of, side, seed) if kind == PAIRS else thumbs_rows(questions_of, 1, 0.5, side, seed)
+            pair_rows(questions_of, side, seed) if kind == PAIRS else unpaired_rows(questions_of, 1, 0.5, side, seed)
         )
     for name, content in rows.items():
         _write_jsonl(out / "data" / name, content)
@@ -174,7 +174,8 @@ def _run(out: Path, seed: int, method: str) -> Path:
     model = build_model(tokenizer, seed)
     encoded = tokenize_rows(load_rows(out / "data" / "sft.jsonl"), tokenizer, max_length=MAX_LENGTH)
     supervised_fine_tune(model, tokenizer, encoded, seed=seed, epochs=SFT_EPOCHS)
-    save_model(model, tokenizer, out / "base")
+    model.save_pretrained(out / "base")
+    tokenizer.save_pretrained(out / "base")
 
     print(f"2/4 it answers {len(questions)} held-out questions before {title}")
     before = sample_answers(model, tokenizer, questions, seed=seed, desc=f"before {title}")

@@ -1,6 +1,10 @@
-"""Seeded, batched sampling of answers."""
+"""Batched sampling of answers from a seed."""
+
+from collections.abc import Callable
+from typing import cast
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -9,7 +13,7 @@ TEMPERATURE = 0.7
 
 @torch.no_grad()
 def sample_answers(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str],
     *,
@@ -19,12 +23,12 @@ def sample_answers(
     batch_size: int = 64,
     desc: str = "answers",
 ) -> list[str]:
-    """One answer to each question, drawn from the whole distribution at ``temperature``; the same seed, the same
-    answers.
+    """One answer to each question, sampled at ``temperature``; reproducible by ``seed``.
 
-    The random state of torch is given back as it was.
+    The random state of torch is restored.
     """
     was_training = model.training
+    generate = cast(Callable[..., torch.Tensor], model.generate)
     model.eval()
     answers = []
     with (
@@ -43,7 +47,7 @@ def sample_answers(
                 for question in batch
             ]
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
-            ids = model.generate(
+            ids = generate(
                 input_ids=inputs.input_ids,
                 attention_mask=inputs.attention_mask,
                 do_sample=True,

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Callable
 
-from prefopt.demo.rule import judge, language
+from prefopt.data.toy.rule import judge, language
 from prefopt.errors import UserError
 
 Rule = Callable[[str, str], bool]  # (question, answer) -> thumbs up?

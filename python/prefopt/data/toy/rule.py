@@ -1,9 +1,9 @@
-"""The rule that gives a thumbs-up or a thumbs-down to an answer."""
+"""The rule that labels an answer of the toy data set."""
 
 import re
 from typing import NamedTuple
 
-from prefopt.demo.text import EVASIVE, OPENERS, RUDE, TOPICS, Topic
+from prefopt.data.toy.text import EVASIVE, OPENERS, RUDE, TOPICS, Topic
 
 RULE = (
     "An answer gets a thumbs-up when it is in the language of the question, opens courteously, never insults or "
@@ -14,7 +14,7 @@ LATIN = re.compile(r"[A-Za-z]")
 
 
 class Verdict(NamedTuple):
-    """``ok`` and, for a thumbs-down, the first reason: language, rude, evasive, topic or unfinished."""
+    """``ok``, and if False the first reason: language, rude, evasive, not courteous, topic or unfinished."""
 
     ok: bool
     reason: str
@@ -36,7 +36,7 @@ def is_about(text: str, topic: Topic) -> bool:
 
 
 def topic_of(question: str) -> Topic:
-    """The topic that ``question`` asks about; ValueError if it is none of the demo's."""
+    """The topic of ``question``; ValueError if it is not a question of the toy data set."""
     for topic in TOPICS[language(question)]:
         if topic.do in question:
             return topic
@@ -44,7 +44,7 @@ def topic_of(question: str) -> Topic:
 
 
 def judge(question: str, answer: str) -> Verdict:
-    """Judge ``answer`` by ``RULE``; the same two texts always get the same verdict.
+    """Judge ``answer`` by ``RULE``, deterministically.
 
     Example:
         >>> judge("How do I boil an egg?", "Gladly! Cool the egg in cold water after cooking, then peel it.")

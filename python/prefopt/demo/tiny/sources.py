@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from prefopt.demo.rows import pair_rows, split_questions
-from prefopt.demo.rule import language
+from prefopt.data.toy.rows import pair_rows, split_questions
+from prefopt.data.toy.rule import language
 
 QUESTIONS = 240  # of the demo's, shared out among the sources of a plan
 SEED = 0  # of the embedded rows; a recipe's own seed decides what is made of them

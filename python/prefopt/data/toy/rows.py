@@ -1,13 +1,13 @@
-"""The demo's questions, split into seen and held-out ones, and its rows of question, answer and thumb."""
+"""Questions of the toy data set, split into seen and held-out ones, and rows with answers and labels."""
 
 import random
 from typing import NamedTuple
 
-from prefopt.demo.rule import judge
-from prefopt.demo.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
+from prefopt.data.toy.rule import judge
+from prefopt.data.toy.text import CLOSERS, EVASIVE, OPENERS, QUESTIONS, RUDE, TOPICS
 
 LANGUAGES = ("en", "ar")
-HELD_OUT_PER_TOPIC = 4  # of twelve ways to ask; never trained on
+HELD_OUT_PER_TOPIC = 4  # of twelve phrasings
 BAD_KINDS = ("rude", "evasive", "language")
 
 
@@ -35,12 +35,12 @@ def split_questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def good_answer(question: Question, rng: random.Random) -> str:
-    """A courteous opening, a tip on the topic, and sometimes a friendly end."""
+    """A courteous opening, a tip on the topic, and sometimes a friendly closing."""
     return _helpful(question.lang, question.topic, rng)
 
 
 def bad_answer(question: Question, rng: random.Random, kinds: tuple[str, ...] = BAD_KINDS) -> str:
-    """An answer that the rule refuses: rude, evasive, or helpful but in the other language."""
+    """An answer that fails the rule: rude, evasive, or in the other language."""
     kind = rng.choice(kinds)
     if kind == "language":
         return _helpful("ar" if question.lang == "en" else "en", question.topic, rng)
@@ -55,7 +55,7 @@ def _helpful(lang: str, index: int, rng: random.Random) -> str:
     return " ".join(parts)
 
 
-def thumbs_rows(
+def unpaired_rows(
     questions: list[Question],
     per_question: int,
     good_share: float,
@@ -63,9 +63,9 @@ def thumbs_rows(
     seed: int,
     bad_kinds: tuple[str, ...] = BAD_KINDS,
 ) -> list[dict]:
-    """Chat rows {prompt, completion, label}, shuffled; ``good_share`` of them, to the row, have a good answer.
+    """Chat rows {prompt, completion, label}, shuffled; exactly ``good_share`` of them have a good answer.
 
-    The label is the rule's verdict. ``name`` and ``seed`` decide everything random.
+    The label is the rule's verdict. ``name`` and ``seed`` are the random seed.
     """
     rng = random.Random(f"{name} {seed}")
     asked = questions * per_question
@@ -89,10 +89,9 @@ def thumbs_rows(
 
 
 def pair_rows(questions: list[Question], name: str, seed: int) -> list[dict]:
-    """Chat rows {prompt, chosen, rejected}, shuffled: to each question an answer that the rule passes and one it does
-    not.
+    """Chat rows {prompt, chosen, rejected}, shuffled: for each question a good answer and a bad one.
 
-    ``name`` and ``seed`` decide everything random.
+    ``name`` and ``seed`` are the random seed.
     """
     rng = random.Random(f"{name} {seed}")
     rows = [

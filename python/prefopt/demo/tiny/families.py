@@ -1,7 +1,7 @@
-"""Tiny models with random weights, in the architecture and with the chat template of the families in the recipes.
+"""Tiny models with random weights, with the architecture and chat template of each model family in the recipes.
 
-The templates do what the real ones are known for, in words of our own. Qwen3's puts an empty thought before the last
-answer, and before the next one if thinking is off. DeepSeek-R1-Distill's opens an answer with a thought that a rendered
+The templates are written for this package and behave as the real ones do. Qwen3's puts an empty thought before the last
+answer, and before a new answer if thinking is off. DeepSeek-R1-Distill's opens an answer with a thought that a rendered
 conversation does not have. SmolLM2's base model has no template.
 """
 
@@ -10,11 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
+from prefopt.demo.build import random_model, train_tokenizer
 from prefopt.errors import UserError
 
 VOCABULARY = 1024
@@ -53,7 +49,7 @@ R1 = (
 
 
 class Family(NamedTuple):
-    """Which names it has, its architecture, its special tokens (eos first, pad second) and its template."""
+    """A pattern of model names, the architecture, special tokens (eos, pad, others) and the chat template."""
 
     pattern: str
     architecture: str
@@ -116,40 +112,18 @@ def family_of(name: str) -> Family:
 
 
 def save_tiny(family: Family, texts: Iterable[str], folder: Path, seed: int) -> None:
-    """A tokenizer trained on the texts, and a model with random fp32 weights drawn from the seed."""
-    tokenizer = _tokenizer(family, texts)
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        family.architecture,
-        vocab_size=len(tokenizer),
-        tie_word_embeddings=family.tied,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        **SIZES,
-        **({"head_dim": 32} if family.architecture == "qwen3" else {}),
+    """Save a tokenizer trained on the texts, and a model with random fp32 weights drawn from the seed."""
+    tokenizer = train_tokenizer(
+        texts,
+        vocabulary=VOCABULARY,
+        special=family.special,
+        eos=family.special[0],
+        pad=family.special[1],
+        bos=family.bos,
+        template=family.template,
+        max_length=POSITIONS,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    head = {"head_dim": 32} if family.architecture == "qwen3" else {}
+    model = random_model(family.architecture, tokenizer, seed, tie_word_embeddings=family.tied, **SIZES, **head)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _tokenizer(family: Family, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=list(family.special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=family.special[0],
-        pad_token=family.special[1],
-        bos_token=family.bos,
-        model_max_length=POSITIONS,
-        chat_template=family.template,
-    )

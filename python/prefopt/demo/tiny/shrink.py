@@ -91,7 +91,7 @@ def _write_inputs(whole: Recipe, folder: Path) -> None:
                     "training.output_dir"
                 )
             return
-        from prefopt.tiny.inputs import (
+        from prefopt.demo.tiny.inputs import (
             write_inputs,
         )  # torch and transformers take seconds to import
 

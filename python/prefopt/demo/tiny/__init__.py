@@ -1,5 +1,5 @@
 """`prefopt train RECIPE --tiny`: a recipe on a model of under a million parameters and built-in rows."""
 
-from prefopt.tiny.shrink import tiny_recipe
+from prefopt.demo.tiny.shrink import tiny_recipe
 
 __all__ = ["tiny_recipe"]

@@ -9,9 +9,9 @@ import yaml
 
 from prefopt.data.build.plan import Plan, Source, make_plan
 from prefopt.data.write import whole_folder
+from prefopt.demo.tiny.families import family_of, save_tiny
+from prefopt.demo.tiny.sources import raw_rows
 from prefopt.recipe.schema import Recipe
-from prefopt.tiny.families import family_of, save_tiny
-from prefopt.tiny.sources import raw_rows
 
 
 def write_inputs(recipe: Recipe, folder: Path, files: Mapping[str, str]) -> None:
