@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from prefopt.compare.notes import notes_of
-from prefopt.compare.page import page
 from prefopt.compare.plan import (
     FEWEST_TIMED,
     WARMUP,
@@ -20,8 +19,8 @@ from prefopt.compare.plan import (
     steps_of,
 )
 from prefopt.compare.plots import draw
-from prefopt.compare.report import as_csv, markdown, terminal
-from prefopt.compare.rows import as_rated, judged_on, rows_of, sequences_of_steps
+from prefopt.compare.report import as_csv, markdown, page, terminal
+from prefopt.compare.rows import as_unpaired, held_out_of, rows_of, sequences_of_steps
 from prefopt.compare.summary import (
     MEASURES,
     TOO_FEW,
@@ -202,6 +201,7 @@ def test_what_went_wrong_is_said_first(content):
     assert any(note.startswith("2 prompts of the held-out rows were trained on") for note in notes)
     assert not any("SFT learned next to nothing" in note for note in notes)
     assert "no run ended" in terminal(lines, notes)
+    assert "loss is nan at step 3" in page(broken, lines, notes, [])  # a run without losses
     assert "efficiency" not in lines[2].values  # kto has no figure to be relative to
 
 
@@ -275,11 +275,11 @@ def sequences_in(row: dict) -> list[tuple]:
 
 def test_held_out_pairs_stay_pairs_for_the_evaluation(tokenizer):
     pairs = tokenize_pairs(load_rows(make_pairs(4)), tokenizer, max_length=96)
-    held_out = judged_on(pairs)
+    held_out = held_out_of(pairs)
     assert held_out.loaded.rows["line"][:] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert held_out.rows["label"][:] == [True, False] * 4
     assert held_out.rows["completion_ids"][3] == pairs.dataset["rejected_completion_ids"][1]
-    assert as_rated(pairs).counts["rows"] == 8
+    assert as_unpaired(pairs).counts["rows"] == 8
 
 
 # ---- one recipe for every method ----

@@ -12,12 +12,12 @@ from prefopt.options import OPTIONS, in_force, options_of
 from prefopt.report import write_report
 from prefopt.report.facts import (
     TRAINING,
+    format_value,
     main_settings,
     memory,
     model_settings,
     other_settings,
     resumes,
-    shown,
     source_table,
 )
 from prefopt.report.read import Run, read_run
@@ -123,4 +123,4 @@ def test_what_built_data_came_from(tmp_path):
     [(1e-06, "1e-06"), (float("nan"), "not a finite number"), ([0.5, 2.0], "0.5, 2"), ({}, "{}")],
 )
 def test_settings_as_a_reader_expects_them(value, text):
-    assert shown(value) == text
+    assert format_value(value) == text

@@ -1,4 +1,4 @@
-"""What `prefopt compare` is asked for, checked before anything heavy is imported."""
+"""The arguments of `prefopt compare`, checked before anything heavy is imported."""
 
 import difflib
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class CompareRequest:
 
     Args:
         methods: two or more of the recipe's ``loss.method``, in the order of the table.
-        runs: of each method, from 1; run k has the recipe's seed plus k.
-        out: folder, new or of the same comparison's earlier start.
+        runs: number of runs of each method; run k has the recipe's seed plus k.
+        out: folder, new or of an earlier start of the same comparison.
 
     Raises:
         UserError: an unknown or repeated method, one method alone, ``runs`` below 1, ``out`` is a file.
@@ -33,7 +33,7 @@ class CompareRequest:
     runs: int
     out: Path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for method in self.methods:
             if method not in KNOWN:
                 near = difflib.get_close_matches(method, KNOWN, n=1)

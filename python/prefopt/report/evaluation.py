@@ -1,4 +1,4 @@
-"""The evaluations of a run in the words and tables of page and card."""
+"""The evaluations of a run as tables of page and card."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def table(suite: Suite) -> list[list[str]]:
             with_error(line.change, sign=True),
             "" if line.chance is None else number(line.chance),
             f"{line.any.n:,}",
-            line.words,
+            line.verdict,
         ]
         for line in suite.lines()
     ]

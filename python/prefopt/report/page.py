@@ -9,13 +9,13 @@ from prefopt.report.figures import Picture
 from prefopt.report.metadata import base_model, metadata, title
 from prefopt.report.read import Run
 from prefopt.report.render import TEMPLATES, render
-from prefopt.report.words import Story, judgement, said_of
+from prefopt.report.summary import Summary, describe_finding, judgement
 
 REASONS = {"language": "other language", "topic": "off topic"}
 Pictures = Mapping[str, Sequence[Picture]]
 
 
-def page(run: Run, summary: Story, plots: Sequence[Picture] = (), suite_pictures: Pictures | None = None) -> str:
+def page(run: Run, summary: Summary, plots: Sequence[Picture] = (), suite_pictures: Pictures | None = None) -> str:
     """The page.
 
     Args:
@@ -27,14 +27,14 @@ def page(run: Run, summary: Story, plots: Sequence[Picture] = (), suite_pictures
     return render(TEMPLATES / "report.html.j2", **_context(run, summary, plots, suite_pictures))
 
 
-def card(run: Run, summary: Story, plots: Sequence[Picture] = (), suite_pictures: Pictures | None = None) -> str:
+def card(run: Run, summary: Summary, plots: Sequence[Picture] = (), suite_pictures: Pictures | None = None) -> str:
     """The model card, with the metadata that the hub reads; arguments as for ``page``."""
     body = render(TEMPLATES / "card.md.j2", **_context(run, summary, plots, suite_pictures))
     body = re.sub(r"\n{3,}", "\n\n", body)  # the blank lines of parts that are absent
     return f"---\n{metadata(run).to_yaml()}\n---\n\n{body}\n"
 
 
-def _context(run: Run, summary: Story, plots: Sequence[Picture], suite_pictures: Pictures | None) -> dict[str, Any]:
+def _context(run: Run, summary: Summary, plots: Sequence[Picture], suite_pictures: Pictures | None) -> dict[str, Any]:
     findings = run.record.get("diagnostics")
     return {
         "run": run,
@@ -46,7 +46,7 @@ def _context(run: Run, summary: Story, plots: Sequence[Picture], suite_pictures:
         "judged": judgement(run),
         "reasons": _reasons(run),
         "reasons_text": REASONS,
-        "warnings": list(map(said_of, findings)) if isinstance(findings, list) else None,
+        "warnings": list(map(describe_finding, findings)) if isinstance(findings, list) else None,
         "components": components,
         "evaluation": evaluation,
         "facts": facts,

@@ -5,10 +5,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from prefopt.report.facts import shown
+from prefopt.report.facts import format_value
 from prefopt.report.markdown import code, plain, table
-from prefopt.report.read import is_number
-from prefopt.report.words import percent
+from prefopt.report.score import is_number
+from prefopt.report.summary import percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -25,7 +25,10 @@ def render(template: Path, **context: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "plain": plain, "percent": percent}
+    environment.filters |= {"shown": format_value, "plain": plain, "percent": percent}
     environment.tests["number"] = is_number  # Jinja's own takes true and false for numbers
-    environment.globals |= {"code": code, "table": lambda head, body: table(head, [map(shown, row) for row in body])}
+    environment.globals |= {
+        "code": code,
+        "table": lambda head, body: table(head, [[*map(format_value, row)] for row in body]),
+    }
     return environment.get_template(template.name).render(context)

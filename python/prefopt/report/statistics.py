@@ -1,4 +1,4 @@
-"""Intervals for the few numbers that a report states."""
+"""Intervals of shares, of their differences and of means."""
 
 import math
 from collections.abc import Sequence
@@ -55,22 +55,17 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     neither = n - ups_before - ups_after + both
     spread = ups_before * (n - ups_before) * ups_after * (n - ups_after)
     crossed = (ups_before - both) * (ups_after - both)
-    covariance = both * neither - crossed
+    covariance = float(both * neither - crossed)
     if ups_before == both == ups_after:
         covariance = max(0.0, covariance - n / 2)
     phi = covariance / math.sqrt(spread) if spread else 0.0
     p, q = ups_after / n, ups_before / n
     (p_low, p_high), (q_low, q_high) = wilson(ups_after, n), wilson(ups_before, n)
-    difference = p - q
 
     def reach(a: float, b: float) -> float:
         return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
-    return (
-        difference,
-        difference - reach(p - p_low, q_high - q),
-        difference + reach(p_high - p, q - q_low),
-    )
+    return p - q, p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
