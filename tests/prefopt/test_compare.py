@@ -147,7 +147,7 @@ def score_of(run: dict, metric: str, model: str) -> float:
     return next(score["value"] for score in run["scores"] if (score["metric"], score["model"]) == (metric, model))
 
 
-def test_a_model_that_did_not_move_is_judged_as_its_base(world, tmp_path):
+def test_an_unchanged_model_scores_as_its_base(world, tmp_path):
     # All weights are trained, so the base is loaded again; bf16 wraps what is trained, and not the base.
     overrides = {"lora": None, "training.learning_rate": 1e-12, "training.bf16": True}
     recipe = load_recipe(world / "recipe.yaml", overrides)
@@ -201,7 +201,7 @@ def test_bad_input_and_other_failures_raise_different_errors(kind, error, tmp_pa
         run_in_subprocess(job, lambda: None)
 
 
-def test_how_a_process_ended():
+def test_exit_reasons():
     assert _exit_reason(-9) == "its process was killed, most likely for lack of memory"
     assert _exit_reason(1) == "its process ended with code 1"
 
@@ -241,7 +241,7 @@ def test_the_published_comparison_from_plan_to_page(tmp_path, monkeypatch):
         (["--methods", "kto,dpo,ipo", "--data.path", "RATED"], "for dpo, ipo: "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_message_and_exit_code_2(world, words, message, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_give_one_message_and_exit_code_2(world, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("", encoding="utf-8")
     (tmp_path / "OTHER").mkdir()

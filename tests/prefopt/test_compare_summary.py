@@ -1,4 +1,4 @@
-"""The arithmetic of a comparison: equal sequences, medians, efficiency, what is refused below 50 steps."""
+"""The arithmetic of a comparison: equal sequences, medians, efficiency, no figures of time below 50 steps."""
 
 import copy
 import csv
@@ -157,18 +157,18 @@ def test_fewer_than_50_timed_steps_have_no_figure_of_time():
         assert line.cell(next(one for one in MEASURES if one.key == "margin")) != TOO_FEW
     rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
     assert {row[one.key] for row in rows[1:] for one in timed} == {TOO_FEW}
-    told = terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
-    assert "59 steps, less 10 of warm-up" in told and "steps after 10 of warm-up" not in told
+    written = terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
+    assert "59 steps, less 10 of warm-up" in written and "steps after 10 of warm-up" not in written
     for figure in (
         "200",
         "1,667",
         "833",
         "2.00",
     ):  # of 50 steps: time, tokens per second, efficiency
-        assert f"{figure} (" not in told
+        assert f"{figure} (" not in written
 
 
-def test_csv_gives_back_what_went_in(content):
+def test_csv_round_trip(content):
     lines = lines_of(content)
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO(as_csv(lines)))}
     assert list(rows) == ["base", *METHODS_HERE]
@@ -182,7 +182,7 @@ def test_csv_gives_back_what_went_in(content):
     assert rows["sft"]["sequences_per_step"] == "4" and rows["kto"]["learned"] == "3"
 
 
-def test_what_went_wrong_is_said_first(content):
+def test_notes_begin_with_the_problems(content):
     broken = copy.deepcopy(content)
     for run in broken["runs"]:
         if run["method"] == "kto":
@@ -205,7 +205,7 @@ def test_what_went_wrong_is_said_first(content):
     assert "efficiency" not in lines[2].values  # kto has no figure to be relative to
 
 
-def test_the_page_is_one_file_and_a_title_finds_its_direction(content, tmp_path):
+def test_the_page_is_one_file_with_an_arabic_title(content, tmp_path):
     lines = lines_of(content)
     pictures = draw(lines, tmp_path)
     html = page(content, lines, notes_of(content, lines), pictures)
@@ -223,7 +223,7 @@ def test_the_page_is_one_file_and_a_title_finds_its_direction(content, tmp_path)
     assert "| KTO | 8 | 400 | 200 (100 to 400) |" in again
 
 
-# ---- the same sequences for all ----
+# ---- the same sequences for all methods ----
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def recipe_with(**overrides):
     return make_recipe(content, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def test_an_option_goes_only_where_it_means_the_same():
+def test_options_go_to_methods_with_the_same_default():
     recipe = recipe_with(
         loss__method="enhanced_kto",
         loss__beta=0.3,
@@ -323,7 +323,7 @@ def test_an_option_goes_only_where_it_means_the_same():
     assert (own.alpha, own.shift_decay, own.gamma, left) == (0.5, 0.7, None, ["loss.gamma 0.4"])
 
 
-def test_what_equals_its_default_is_not_listed():
+def test_options_at_their_default_are_not_listed():
     recipe = recipe_with(loss__method="dpo", loss__label_smoothing=0.0, loss__robust=False)
     assert loss_of(recipe, "kto")[1] == []
 

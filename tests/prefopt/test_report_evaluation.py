@@ -1,4 +1,4 @@
-"""Evaluations on page and card: base and run are told apart, chance in words, and metadata loads again."""
+"""Evaluations on page and card: base, run and chance, and metadata that loads again."""
 
 import json
 import math
@@ -157,7 +157,7 @@ def test_the_hub_library_reads_the_runs_scores_alone(reported):
     assert local.dataset_name == "rows.jsonl, the first 4 of each task"
 
 
-def test_no_path_of_this_machine_in_the_card(reported):
+def test_no_local_path_in_the_card(reported):
     card = (reported / "README.md").read_text(encoding="utf-8")
     assert "/home/someone" not in card and str(reported) not in card
     assert commands(read_run(reported)) == [
@@ -184,7 +184,7 @@ def test_a_card_that_was_changed_by_hand_is_kept(run_without_plots, caplog):
     assert card.read_bytes() == ours and (run_without_plots / "README.edited-2.md").read_bytes() == changed
 
 
-def test_the_empty_form_that_comes_with_an_adapter_is_not_kept(run_without_plots):
+def test_the_unfilled_card_of_peft_is_not_kept(run_without_plots):
     model = get_peft_model(build_model(build_tokenizer(), seed=0), LoraConfig(target_modules=["q_proj"]))
     model.create_or_update_model_card(str(run_without_plots))
     assert "[More Information Needed]" in (run_without_plots / "README.md").read_text(encoding="utf-8")
@@ -194,7 +194,7 @@ def test_the_empty_form_that_comes_with_an_adapter_is_not_kept(run_without_plots
     assert "[More Information Needed]" not in form
 
 
-def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):
+def test_arabic_is_right_to_left_with_joined_letters(run_dir):
     task, question, answer = "إجابات مولّدة", "كيف أسلق البيض؟", "ضع البيض في ماء بارد."
     suite = {
         "scores": [score("run", 0.9, 0.5, task=task, metric="نجاح", n_shot=None)],
@@ -230,7 +230,7 @@ def test_a_broken_suite_is_named_and_left_out(run_dir):
     assert [suite.name for suite in read_run(run_dir).suites] == ["classify"]
 
 
-def test_the_ends_that_json_has_no_number_for_are_unknown():
+def test_null_interval_ends_are_infinite():
     entry = {"scores": [score("run", 1.0, 0.5) | {"stderr": None, "low": None, "high": None}]}
     (one,) = suite_of("x", entry).scores
     assert (one.low, one.high, one.at_chance) == (-math.inf, math.inf, True)

@@ -122,5 +122,5 @@ def test_what_built_data_came_from(tmp_path):
     ("value", "text"),
     [(1e-06, "1e-06"), (float("nan"), "not a finite number"), ([0.5, 2.0], "0.5, 2"), ({}, "{}")],
 )
-def test_settings_as_a_reader_expects_them(value, text):
+def test_format_of_settings(value, text):
     assert format_value(value) == text

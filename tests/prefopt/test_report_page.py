@@ -118,7 +118,7 @@ def test_no_text_becomes_markup(text):
     assert sum(ARABIC in text for text in shown) == 12
 
 
-def test_every_text_from_data_finds_its_direction(text):
+def test_every_text_from_data_has_automatic_direction(text):
     for one, around in Page(text).texts:
         if "الطماطم" in one or "بالطبع" in one or one == ATTACK:
             inside_mark = any("mark" in (at.get("class") or "") for _, at in around)
@@ -137,7 +137,7 @@ def test_nothing_is_fetched(text):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_ids_are_unique_and_every_reference_is_met(text):
+def test_ids_are_unique_and_every_reference_resolves(text):
     ids = [attributes["id"] for _, attributes in Page(text).tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
@@ -199,7 +199,7 @@ def test_a_failure_leaves_the_old_report_and_nothing_else(run_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.json", "summary.json", "run.json"])
-def test_a_missing_file_costs_only_its_section(run_dir, name):
+def test_a_missing_file_affects_only_its_section(run_dir, name):
     (run_dir / name).unlink()
     run = read_run(run_dir)
     shown = " ".join(text for text, _ in Page(page(run, summarize(run))).texts)

@@ -1,11 +1,11 @@
 """The arguments of `prefopt compare`, checked before anything heavy is imported."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 from prefopt.errors import UserError
+from prefopt.option_values import nearest
 from prefopt.options import Loss
 
 KNOWN = get_args(get_type_hints(Loss)["method"])
@@ -36,9 +36,8 @@ class CompareRequest:
     def __post_init__(self) -> None:
         for method in self.methods:
             if method not in KNOWN:
-                near = difflib.get_close_matches(method, KNOWN, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}")
+                known = ", ".join(KNOWN)
+                raise UserError(f"--methods has {method!r}; expected some of {known}{nearest(method, KNOWN)}")
             if self.methods.count(method) > 1:
                 raise UserError(f"--methods has {method} twice; --runs repeats every method")
         if len(self.methods) < 2:

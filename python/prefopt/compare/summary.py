@@ -107,16 +107,6 @@ class Line:
         return f"{self.learned} of {self.runs} runs" if self.runs else NO_RUN
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median, lowest and highest.
-
-    Example:
-        >>> spread([3.0, 1.0, 10.0])
-        Spread(median=3.0, low=1.0, high=10.0)
-    """
-    return Spread(statistics.median(values), min(values), max(values))
-
-
 def efficiencies(runs: Sequence[dict[str, Any]], yardstick: str) -> dict[tuple[str, int], float]:
     r"""Each run's tokens per second divided by those of the yardstick's run in the same round.
 
@@ -183,7 +173,7 @@ def lines_of(content: dict[str, Any]) -> list[Line]:
                 method,
                 METHODS[method].title,
                 len(ended),
-                {key: spread(values) for key, values in found.items()},
+                {key: Spread(statistics.median(some), min(some), max(some)) for key, some in found.items()},
                 absent,
                 sum(_learned(run) for run in ended),
                 content["methods"][method]["sequences_per_step"],
