@@ -223,6 +223,18 @@ def test_the_page_is_one_file_with_an_arabic_title(content, tmp_path):
     assert "| KTO | 8 | 400 | 200 (100 to 400) |" in again
 
 
+def test_texts_on_the_page_are_escaped(content):
+    attack = '"><script>alert(1)</script>'
+    content |= {
+        "recipe": f"{attack.replace('/', '')}.yaml",
+        "model": attack,
+        "settings": content["settings"] | {"x": attack},
+    }
+    content["runs"][0] |= {"device": attack, "versions": {attack: attack}}
+    html = page(content, lines_of(content), [attack], [])
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 7
+
+
 # ---- the same sequences for all methods ----
 
 
