@@ -22,7 +22,7 @@ VERSION = re.search(
 NEEDED = ["torch>=2.10", "ninja>=1.11", "setuptools>=77"]  # the last two build the kernels
 TRAIN = [
     *("transformers>=5,<6", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "safetensors>=0.6"),
-    *("filelock>=3.20", "huggingface_hub>=1", "matplotlib>=3.11", "psutil>=7", "pyyaml>=6"),
+    *("filelock>=3.20", "huggingface_hub>=1", "jinja2>=3.1", "matplotlib>=3.11", "psutil>=7", "pyyaml>=6"),
 ]
 EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
 # Pinned, because its task definitions determine the scores. Not in constraints.txt: its dependency typepy needs an

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import median
 
 from prefopt.report.markdown import csv_text
-from prefopt.report.statistics import mean_interval, wilson
+from prefopt.report.statistics import wilson
 from studies.bco_stability.grid import Config
+from studies.bco_stability.intervals import mean_interval
 
 UNSTABLE = ("not finite", "spike", "collapse")
 Rows = list[dict]

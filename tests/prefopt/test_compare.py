@@ -1,4 +1,4 @@
-"""`prefopt compare` as a user meets it: real runs in processes of their own, going on, and what is refused."""
+"""`prefopt compare` end to end: real runs, continuing, and refusals."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from prefopt.cli import main
-from prefopt.compare.apart import FAILED, LOG, REFUSED, _end, run_apart
 from prefopt.compare.measure import Job, measure
 from prefopt.compare.plan import Plan
+from prefopt.compare.subprocess_run import FAILED, LOG, REFUSED, _exit_reason, run_in_subprocess
 from prefopt.compare.summary import TOO_FEW
 from prefopt.errors import RunError, UserError
 from prefopt.recipe import load_recipe
@@ -28,7 +28,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny model, pairs, rated rows and a recipe of DPO."""
+    """A folder with a tiny model, pairs, unpaired rows and a recipe of DPO."""
     folder = tmp_path_factory.mktemp("world")
     tokenizer = make_tokenizer(folder / "base")
     make_model("qwen3", len(tokenizer), folder / "base")
@@ -64,9 +64,12 @@ def start(world: Path, out: Path, *words: str, methods: str = "kto,dpo") -> int:
 
 @pytest.fixture(scope="module")
 def compared(world, tmp_path_factory):
-    """Two methods, a run each, for real."""
+    """Two methods, a run each: the first in a subprocess, the second in this process, which is faster."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    assert start(world, out, "--runs", "1") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        runners = {"kto": run_in_subprocess, "dpo": measure}
+        patch.setattr("prefopt.compare.run.run_in_subprocess", lambda job, on_step: runners[job.method](job, on_step))
+        assert start(world, out, "--runs", "1") == 0
     return out
 
 
@@ -92,7 +95,7 @@ def test_two_methods_see_the_same_tokens_from_the_same_start(compared):
 
 
 @pytest.mark.slow
-def test_everything_is_written_and_no_time_is_told(compared):
+def test_all_files_are_written_without_figures_of_time(compared):
     rows = list(csv.DictReader((compared / "compare.csv").open(encoding="utf-8", newline="")))
     assert [row["method"] for row in rows] == ["base", "kto", "dpo"]
     assert {row["step_ms"] for row in rows[1:]} == {TOO_FEW} == {row["efficiency"] for row in rows[1:]}
@@ -121,7 +124,7 @@ def test_a_second_start_runs_only_what_is_missing(world, compared, monkeypatch, 
             raise KeyboardInterrupt
         return next(run for run in real if run["method"] == job.method) | {"seed": job.seed}
 
-    monkeypatch.setattr("prefopt.compare.run.run_apart", instead)
+    monkeypatch.setattr("prefopt.compare.run.run_in_subprocess", instead)
     assert start(world, compared, "--runs", "2") == 130
     assert [(run["method"], run["seed"]) for run in content_of(compared)["runs"]] == [
         ("kto", 42), ("dpo", 42), ("kto", 43),
@@ -144,7 +147,7 @@ def score_of(run: dict, metric: str, model: str) -> float:
     return next(score["value"] for score in run["scores"] if (score["metric"], score["model"]) == (metric, model))
 
 
-def test_a_model_that_did_not_move_is_judged_as_its_base(world, tmp_path):
+def test_an_unchanged_model_scores_as_its_base(world, tmp_path):
     # All weights are trained, so the base is loaded again; bf16 wraps what is trained, and not the base.
     overrides = {"lora": None, "training.learning_rate": 1e-12, "training.bf16": True}
     recipe = load_recipe(world / "recipe.yaml", overrides)
@@ -170,12 +173,12 @@ def test_a_run_that_fails_names_its_log(world, tmp_path):
     recipe = load_recipe(world / "recipe.yaml", {"model.path": str(tmp_path / "gone")})
     job = Job(Plan(recipe, ("kto", "dpo"), 4, STEPS), "kto", 42, tmp_path / "kto-42")
     with pytest.raises(UserError, match="kto, seed 42: .*gone, which is not a folder.*; see .*log"):
-        run_apart(job, lambda: None)
+        run_in_subprocess(job, lambda: None)
     assert "Traceback" in (tmp_path / "kto-42" / LOG).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("kind", "error"), [(REFUSED, UserError), (FAILED, RunError)])
-def test_a_run_that_fails_on_its_input_is_told_from_any_other(kind, error, tmp_path, monkeypatch):
+def test_bad_input_and_other_failures_raise_different_errors(kind, error, tmp_path, monkeypatch):
     class Child:
         """A process that sends one message."""
 
@@ -195,24 +198,24 @@ def test_a_run_that_fails_on_its_input_is_told_from_any_other(kind, error, tmp_p
     plan = Plan(load_recipe("kto-lora"), ("kto", "dpo"), 4, STEPS)
     job = Job(plan, "kto", 42, tmp_path)
     with pytest.raises(error, match=f"^kto, seed 42: a reason; see {tmp_path / LOG}$"):
-        run_apart(job, lambda: None)
+        run_in_subprocess(job, lambda: None)
 
 
-def test_how_a_process_ended():
-    assert _end(-9) == "its process was killed, most likely for lack of memory"
-    assert _end(1) == "its process ended with code 1"
+def test_exit_reasons():
+    assert _exit_reason(-9) == "its process was killed, most likely for lack of memory"
+    assert _exit_reason(1) == "its process ended with code 1"
 
 
 @pytest.mark.slow
 def test_the_published_comparison_from_plan_to_page(tmp_path, monkeypatch):
-    """S2 with --tiny: Arabic rows are built, paired by prompt, and seen by all its methods."""
-    monkeypatch.setattr("prefopt.compare.run.run_apart", measure)  # here, to save five processes
+    """S2 with --tiny: Arabic rows are built, paired by prompt, and used by rated, paired and SFT methods."""
+    monkeypatch.setattr("prefopt.compare.run.run_in_subprocess", measure)  # in this process, which is faster
     out = tmp_path / "s2"
     words = ["compare", "s2-arabic-qwen-kto", "--tiny", "--runs", "1", "--out", str(out)]
-    assert main([*words, "--methods", "kto,dpo,cpo,ipo,sft", "--training.max_steps", "3"]) == 0
+    assert main([*words, "--methods", "kto,dpo,sft", "--training.max_steps", "2"]) == 0
     content = content_of(out)
     tokens = {run["method"]: run["tokens_in_all"] for run in content["runs"]}
-    assert tokens["kto"] == tokens["dpo"] == tokens["cpo"] == tokens["ipo"] > tokens["sft"] > 0
+    assert tokens["kto"] == tokens["dpo"] > tokens["sft"] > 0
     assert content["rows"]["paired_by_prompt"] == content["rows"]["train"] > 50
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "s2-arabic-qwen-kto --tiny: a trial of the whole way" in page
@@ -238,7 +241,7 @@ def test_the_published_comparison_from_plan_to_page(tmp_path, monkeypatch):
         (["--methods", "kto,dpo,ipo", "--data.path", "RATED"], "for dpo, ipo: "),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_one_message_and_exit_code_2(world, words, message, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_give_one_message_and_exit_code_2(world, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("", encoding="utf-8")
     (tmp_path / "OTHER").mkdir()

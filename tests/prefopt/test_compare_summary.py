@@ -1,4 +1,4 @@
-"""The arithmetic of a comparison: equal sequences, medians, efficiency, what is refused below 50 steps."""
+"""The arithmetic of a comparison: equal sequences, medians, efficiency, no figures of time below 50 steps."""
 
 import copy
 import csv
@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from prefopt.compare.notes import notes_of
-from prefopt.compare.page import page
 from prefopt.compare.plan import (
     FEWEST_TIMED,
     WARMUP,
@@ -20,8 +19,8 @@ from prefopt.compare.plan import (
     steps_of,
 )
 from prefopt.compare.plots import draw
-from prefopt.compare.report import as_csv, markdown, terminal
-from prefopt.compare.rows import as_rated, judged_on, rows_of, sequences_of_steps
+from prefopt.compare.report import as_csv, markdown, page, terminal
+from prefopt.compare.rows import as_unpaired, held_out_of, rows_of, sequences_of_steps
 from prefopt.compare.summary import (
     MEASURES,
     TOO_FEW,
@@ -158,18 +157,18 @@ def test_fewer_than_50_timed_steps_have_no_figure_of_time():
         assert line.cell(next(one for one in MEASURES if one.key == "margin")) != TOO_FEW
     rows = list(csv.DictReader(io.StringIO(as_csv(lines))))
     assert {row[one.key] for row in rows[1:] for one in timed} == {TOO_FEW}
-    told = terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
-    assert "59 steps, less 10 of warm-up" in told and "steps after 10 of warm-up" not in told
+    written = terminal(lines, notes) + markdown(content, lines, notes) + page(content, lines, notes, [])
+    assert "59 steps, less 10 of warm-up" in written and "steps after 10 of warm-up" not in written
     for figure in (
         "200",
         "1,667",
         "833",
         "2.00",
     ):  # of 50 steps: time, tokens per second, efficiency
-        assert f"{figure} (" not in told
+        assert f"{figure} (" not in written
 
 
-def test_csv_gives_back_what_went_in(content):
+def test_csv_round_trip(content):
     lines = lines_of(content)
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO(as_csv(lines)))}
     assert list(rows) == ["base", *METHODS_HERE]
@@ -183,7 +182,7 @@ def test_csv_gives_back_what_went_in(content):
     assert rows["sft"]["sequences_per_step"] == "4" and rows["kto"]["learned"] == "3"
 
 
-def test_what_went_wrong_is_said_first(content):
+def test_notes_begin_with_the_problems(content):
     broken = copy.deepcopy(content)
     for run in broken["runs"]:
         if run["method"] == "kto":
@@ -202,10 +201,11 @@ def test_what_went_wrong_is_said_first(content):
     assert any(note.startswith("2 prompts of the held-out rows were trained on") for note in notes)
     assert not any("SFT learned next to nothing" in note for note in notes)
     assert "no run ended" in terminal(lines, notes)
+    assert "loss is nan at step 3" in page(broken, lines, notes, [])  # a run without losses
     assert "efficiency" not in lines[2].values  # kto has no figure to be relative to
 
 
-def test_the_page_is_one_file_and_a_title_finds_its_direction(content, tmp_path):
+def test_the_page_is_one_file_with_an_arabic_title(content, tmp_path):
     lines = lines_of(content)
     pictures = draw(lines, tmp_path)
     html = page(content, lines, notes_of(content, lines), pictures)
@@ -223,7 +223,19 @@ def test_the_page_is_one_file_and_a_title_finds_its_direction(content, tmp_path)
     assert "| KTO | 8 | 400 | 200 (100 to 400) |" in again
 
 
-# ---- the same sequences for all ----
+def test_texts_on_the_page_are_escaped(content):
+    attack = '"><script>alert(1)</script>'
+    content |= {
+        "recipe": f"{attack.replace('/', '')}.yaml",
+        "model": attack,
+        "settings": content["settings"] | {"x": attack},
+    }
+    content["runs"][0] |= {"device": attack, "versions": {attack: attack}}
+    html = page(content, lines_of(content), [attack], [])
+    assert "<script" not in html and html.count("&lt;script&gt;") >= 7
+
+
+# ---- the same sequences for all methods ----
 
 
 @pytest.fixture(scope="module")
@@ -275,11 +287,11 @@ def sequences_in(row: dict) -> list[tuple]:
 
 def test_held_out_pairs_stay_pairs_for_the_evaluation(tokenizer):
     pairs = tokenize_pairs(load_rows(make_pairs(4)), tokenizer, max_length=96)
-    held_out = judged_on(pairs)
+    held_out = held_out_of(pairs)
     assert held_out.loaded.rows["line"][:] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert held_out.rows["label"][:] == [True, False] * 4
     assert held_out.rows["completion_ids"][3] == pairs.dataset["rejected_completion_ids"][1]
-    assert as_rated(pairs).counts["rows"] == 8
+    assert as_unpaired(pairs).counts["rows"] == 8
 
 
 # ---- one recipe for every method ----
@@ -294,7 +306,7 @@ def recipe_with(**overrides):
     return make_recipe(content, {key.replace("__", "."): value for key, value in overrides.items()})
 
 
-def test_an_option_goes_only_where_it_means_the_same():
+def test_options_go_to_methods_with_the_same_default():
     recipe = recipe_with(
         loss__method="enhanced_kto",
         loss__beta=0.3,
@@ -323,7 +335,7 @@ def test_an_option_goes_only_where_it_means_the_same():
     assert (own.alpha, own.shift_decay, own.gamma, left) == (0.5, 0.7, None, ["loss.gamma 0.4"])
 
 
-def test_what_equals_its_default_is_not_listed():
+def test_options_at_their_default_are_not_listed():
     recipe = recipe_with(loss__method="dpo", loss__label_smoothing=0.0, loss__robust=False)
     assert loss_of(recipe, "kto")[1] == []
 

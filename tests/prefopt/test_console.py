@@ -10,7 +10,7 @@ import yaml
 
 from prefopt.cli import main
 from prefopt.report.read import Run, read_run
-from prefopt.report.words import closing, tell
+from prefopt.report.summary import closing_lines, summarize
 from prefopt.train import PreferenceConfig, console
 from support.tiny_models import make_model, make_rows, make_tokenizer
 
@@ -117,12 +117,12 @@ def test_closing_has_numbers_verdict_and_warnings():
     logs = [{"step": 4, "eval_loss": 0.5, "eval_rewards/margins": 0.25, "eval_kl": 0.0}]
     finding = {"name": "x", "step": 3, "reason": "Rewards are large", "remedy": "Train slower"}
     record = {"data": {"eval": {"rows": 1180}}, "diagnostics": [finding]}
-    assert closing(Run(Path("run"), record=record, logs=logs)) == [
+    assert closing_lines(Run(Path("run"), record=record, logs=logs)) == [
         "held-out rows: loss 0.5000, margin 0.2500, kl 0, n = 1,180",
         "verdict: Too little was logged to say whether the model learned.",
         "warning: Step 3: Rewards are large. Train slower.",
     ]
-    assert len(closing(Run(Path("run")))) == 1
+    assert len(closing_lines(Run(Path("run")))) == 1
 
 
 def test_a_run_prints_lines_and_ends_with_the_verdict(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_a_run_prints_lines_and_ends_with_the_verdict(tmp_path, capsys):
     assert all(line.isascii() and len(line) <= 100 for line in lines) and len(lines) == 5
     assert not any(line.startswith("{") for line in printed)
     run = read_run(tmp_path / "run")
-    closed = closing(run)
+    closed = closing_lines(run)
     assert closed[0].endswith("n = 5") and printed[-1 - len(closed) : -1] == closed
-    assert f"verdict: {tell(run).verdict}" in closed
+    assert f"verdict: {summarize(run).verdict}" in closed
     assert printed[-1] == str(tmp_path / "run" / "report.html")

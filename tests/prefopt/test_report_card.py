@@ -6,11 +6,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from prefopt.report.card import card
 from prefopt.report.facts import hub_id
 from prefopt.report.metadata import metadata
+from prefopt.report.page import card
 from prefopt.report.read import Run, sections
-from prefopt.report.words import tell
+from prefopt.report.summary import summarize
 
 RECIPE = "model:\n  path: Qwen/Qwen3-0.6B\ndata:\n  path: trl-lib/kto-mix-14k\n"
 LORA = {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 16}
@@ -42,7 +42,7 @@ def test_full_fine_tune_of_a_hub_model():
 def test_a_local_model_is_not_named(recipe):
     run = a_run(recipe, adapter={"base_model_name_or_path": "/models/mine"})
     assert not {"base_model", "license"} & metadata(run).to_dict().keys()
-    assert "/models/mine" not in card(run, tell(run), [])
+    assert "/models/mine" not in card(run, summarize(run))
 
 
 def test_local_files_are_no_datasets():
@@ -64,7 +64,7 @@ def test_the_hub_library_reads_the_block_back():
         summary={"title": "عنوان: *star* <b>"},
         samples=[{"prompt": "كيف؟", "before": "<script>", "after": "بكل سرور!\n\n# no heading"}],
     )
-    text = card(run, tell(run), [])
+    text = card(run, summarize(run))
     read = ModelCard(text)
     assert read.data.base_model == "Qwen/Qwen3-0.6B" and read.data.library_name == "peft"
     assert yaml.safe_load(text.split("---")[1]) == metadata(run).to_dict()

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 
 from prefopt.options import in_force
-from prefopt.report.components import MEASURED, components, notes, table
+from prefopt.report.components import components, notes, table
 from prefopt.report.read import Run
-from prefopt.train.methods import COMPONENTS
 
 
 def a_run(logs=(), **options):
@@ -23,10 +22,6 @@ def active(run):
 def lines(run):
     head, body = table(run)
     return {line[0]: dict(zip(head, line, strict=True)) for line in body}
-
-
-def test_the_parts_are_those_that_the_trainer_logs():
-    assert MEASURED == COMPONENTS
 
 
 def test_the_defaults_of_enhanced_kto():
@@ -84,7 +79,7 @@ def test_bco_has_its_shift_alone():
     ]
 
 
-def test_shares_are_means_of_the_logs_and_told_for_what_is_active():
+def test_shares_are_means_of_the_logs_for_active_components():
     logs = [
         {"step": 1, "grad/base": 0.8, "grad/shift": 0.0, "grad/value": 0.1}
         | {"grad/weighting": 0.06, "grad/odds": 0.04},
@@ -107,10 +102,10 @@ def test_shares_are_means_of_the_logs_and_told_for_what_is_active():
     assert alone["value function"]["share of the gradient"] == "20.0 %"
 
 
-def test_the_weights_are_called_a_knob_of_loss_aversion():
+def test_the_weights_are_a_form_of_loss_aversion():
     run = a_run(method="enhanced_kto", undesirable_weight=1.5)
     (weights,) = [sentence for sentence in notes(run) if "desirable_weight" in sentence]
-    assert "(here 1 and 1.5) already are a knob of loss aversion" in weights
+    assert "(here 1 and 1.5) already are a form of loss aversion" in weights
     assert any("docs/bco-stability.md" in sentence for sentence in notes(run))
 
 

@@ -1,4 +1,4 @@
-"""Evaluations on page and card: base and run are told apart, chance in words, and metadata loads again."""
+"""Evaluations on page and card: base, run and chance, and metadata that loads again."""
 
 import json
 import math
@@ -63,18 +63,37 @@ CLASSIFY = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def run_dir(tmp_path):
+def make_run(folder):
     files = {
         "run.json": {"status": "finished", "method": "kto", "config": {"beta": 0.1}},
         "eval.json": {"format": 1, "suites": {"thesis": THESIS, "classify": CLASSIFY}},
         "adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 16},
     }
     for name, content in files.items():
-        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")
-    (tmp_path / "recipe.yaml").write_text("data: {path: /home/someone/x.jsonl}\n", encoding="utf-8")
-    return tmp_path
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")
+    (folder / "recipe.yaml").write_text("data: {path: /home/someone/x.jsonl}\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def run_without_plots(run_dir):
+    (run_dir / "eval.json").unlink()
+    (run_dir / "metrics.jsonl").write_text("", encoding="utf-8")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A run with its report, for tests that only read."""
+    folder = make_run(tmp_path_factory.mktemp("run"))
+    write_report(folder)
+    return folder
 
 
 def rows_of(page: str) -> list[list[str]]:
@@ -83,8 +102,8 @@ def rows_of(page: str) -> list[list[str]]:
     return [[re.sub("<[^>]*>", "", one) for one in re.findall(r"<t[hd].*?</t[hd]>", line)] for line in lines]
 
 
-def test_base_and_run_stand_in_their_columns_with_error_chance_and_words(run_dir):
-    page = write_report(run_dir).read_text(encoding="utf-8")
+def test_tables_have_base_run_errors_chance_and_verdict(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
     rows = rows_of(page)
     head = ["", "before training", "trained", "change", "chance", "n", "in words"]
     expected = [
@@ -100,29 +119,28 @@ def test_base_and_run_stand_in_their_columns_with_error_chance_and_words(run_dir
     assert ["law", "2", "0.500", "1.000"] in rows
     assert "0.264 is indistinguishable from chance (0.250)" in page
     assert "Through &lt;lm-evaluation-harness&gt;." in page and "&lt;math&gt;" in page
-    card = (run_dir / "README.md").read_text(encoding="utf-8")
+    card = (reported / "README.md").read_text(encoding="utf-8")
     for line in expected:
         plain = [cell.replace("_", "\\_") for cell in line]
         assert f"| {' | '.join(plain)} |" in card
 
 
-def test_pictures_of_every_suite_as_files_and_in_the_page(run_dir):
-    page = write_report(run_dir).read_text(encoding="utf-8")
+def test_pictures_of_every_suite_as_files_and_in_the_page(reported):
+    page = (reported / "report.html").read_text(encoding="utf-8")
     names = ["eval_thesis", "eval_classify", "eval_confusion_likelihood"]
-    card = (run_dir / "README.md").read_text(encoding="utf-8")
+    card = (reported / "README.md").read_text(encoding="utf-8")
     for name in names:
-        assert (run_dir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (reported / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](plots/{name}.png)" in card
     assert page.count("<svg") == 1 + len(names)  # and the loss
-    svg = (run_dir / "plots" / "eval_thesis.svg").read_text(encoding="utf-8")
+    svg = (reported / "plots" / "eval_thesis.svg").read_text(encoding="utf-8")
     assert all(f">{word}<" in svg for word in ("before training", "trained", "chance"))
-    matrix = (run_dir / "plots" / "eval_confusion_likelihood.svg").read_text(encoding="utf-8")
+    matrix = (reported / "plots" / "eval_confusion_likelihood.svg").read_text(encoding="utf-8")
     assert "75.0 % right" in matrix and ">no name<" in matrix
 
 
-def test_the_hub_library_reads_the_runs_scores_alone(run_dir):
-    write_report(run_dir)
-    found = ModelCard.load(run_dir / "README.md").data.eval_results
+def test_the_hub_library_reads_the_runs_scores_alone(reported):
+    found = ModelCard.load(reported / "README.md").data.eval_results
     by_dataset = {one.dataset_type: one for one in found}
     assert {name: one.metric_value for name, one in by_dataset.items()} == {
         "Rowan/hellaswag": 0.264,
@@ -139,45 +157,44 @@ def test_the_hub_library_reads_the_runs_scores_alone(run_dir):
     assert local.dataset_name == "rows.jsonl, the first 4 of each task"
 
 
-def test_no_path_of_this_machine_in_the_card(run_dir):
-    write_report(run_dir)
-    card = (run_dir / "README.md").read_text(encoding="utf-8")
-    assert "/home/someone" not in card and str(run_dir) not in card
-    assert commands(read_run(run_dir)) == [
+def test_no_local_path_in_the_card(reported):
+    card = (reported / "README.md").read_text(encoding="utf-8")
+    assert "/home/someone" not in card and str(reported) not in card
+    assert commands(read_run(reported)) == [
         "prefopt train RUN/recipe.yaml --training.output_dir NEW_RUN",
         "prefopt eval NEW_RUN --suite thesis",
         "prefopt eval NEW_RUN --suite classify --data rows.jsonl --limit 4",
     ]
 
 
-def test_a_card_that_was_changed_by_hand_is_kept(run_dir, caplog):
-    card = run_dir / "README.md"
+def test_a_card_that_was_changed_by_hand_is_kept(run_without_plots, caplog):
+    card = run_without_plots / "README.md"
     card.write_text("my own words\n", encoding="utf-8")
-    write_report(run_dir)
+    write_report(run_without_plots)
     ours = card.read_bytes()
-    assert (run_dir / "README.edited.md").read_text(encoding="utf-8") == "my own words\n"
+    assert (run_without_plots / "README.edited.md").read_text(encoding="utf-8") == "my own words\n"
     assert "README.md was changed by hand; it is kept as README.edited.md" in caplog.text
-    write_report(run_dir)  # nobody touched it
-    card.write_bytes(ours.replace(b"\n", b"\r\n"))  # nor here, for a reader
-    write_report(run_dir)
-    assert card.read_bytes() == ours and not (run_dir / "README.edited-2.md").exists()
+    write_report(run_without_plots)  # unchanged
+    card.write_bytes(ours.replace(b"\n", b"\r\n"))  # other line ends only
+    write_report(run_without_plots)
+    assert card.read_bytes() == ours and not (run_without_plots / "README.edited-2.md").exists()
     changed = ours.replace(b"## ", b"## My ", 1)
     card.write_bytes(changed)
-    write_report(run_dir)
-    assert card.read_bytes() == ours and (run_dir / "README.edited-2.md").read_bytes() == changed
+    write_report(run_without_plots)
+    assert card.read_bytes() == ours and (run_without_plots / "README.edited-2.md").read_bytes() == changed
 
 
-def test_the_empty_form_that_comes_with_an_adapter_is_not_kept(run_dir):
+def test_the_unfilled_card_of_peft_is_not_kept(run_without_plots):
     model = get_peft_model(build_model(build_tokenizer(), seed=0), LoraConfig(target_modules=["q_proj"]))
-    model.create_or_update_model_card(str(run_dir))
-    assert "[More Information Needed]" in (run_dir / "README.md").read_text(encoding="utf-8")
-    write_report(run_dir)
-    assert not list(run_dir.glob("README.edited*"))
-    form = (run_dir / "README.md").read_text(encoding="utf-8")
+    model.create_or_update_model_card(str(run_without_plots))
+    assert "[More Information Needed]" in (run_without_plots / "README.md").read_text(encoding="utf-8")
+    write_report(run_without_plots)
+    assert not list(run_without_plots.glob("README.edited*"))
+    form = (run_without_plots / "README.md").read_text(encoding="utf-8")
     assert "[More Information Needed]" not in form
 
 
-def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):
+def test_arabic_is_right_to_left_with_joined_letters(run_dir):
     task, question, answer = "إجابات مولّدة", "كيف أسلق البيض؟", "ضع البيض في ماء بارد."
     suite = {
         "scores": [score("run", 0.9, 0.5, task=task, metric="نجاح", n_shot=None)],
@@ -201,7 +218,7 @@ def test_an_arabic_run_is_set_right_to_left_and_its_letters_joined(run_dir):
     assert joined < 0.9 * apart  # letters that are not joined are drawn in their wide forms
 
 
-def test_a_suite_that_is_broken_is_said_and_left_out(run_dir):
+def test_a_broken_suite_is_named_and_left_out(run_dir):
     details = CLASSIFY["details"] | {"confusion": {"run": {"likelihood": [[1]]}}, "samples": [7]}
     classify = CLASSIFY | {"details": details}
     broken = {"thesis": {"scores": [{"task": "x"}]}, "classify": classify, "preference": 3}
@@ -213,7 +230,7 @@ def test_a_suite_that_is_broken_is_said_and_left_out(run_dir):
     assert [suite.name for suite in read_run(run_dir).suites] == ["classify"]
 
 
-def test_the_ends_that_json_has_no_number_for_are_unknown():
+def test_null_interval_ends_are_infinite():
     entry = {"scores": [score("run", 1.0, 0.5) | {"stderr": None, "low": None, "high": None}]}
     (one,) = suite_of("x", entry).scores
     assert (one.low, one.high, one.at_chance) == (-math.inf, math.inf, True)

@@ -12,13 +12,13 @@ from prefopt.options import OPTIONS, in_force, options_of
 from prefopt.report import write_report
 from prefopt.report.facts import (
     TRAINING,
-    built_from,
+    format_value,
     main_settings,
     memory,
     model_settings,
     other_settings,
     resumes,
-    shown,
+    source_table,
 )
 from prefopt.report.read import Run, read_run
 from prefopt.train import PreferenceConfig
@@ -110,9 +110,7 @@ def test_what_built_data_came_from(tmp_path):
     (run_dir / "run.json").write_text("{}", encoding="utf-8")
     (run_dir / "recipe.yaml").write_text(f"data: {{path: {built.folder}}}\n", encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
-    assert built_from(read_run(run_dir)) == [
-        {"source": "mmlu-pro", "schema": "mmlu-pro", "from": "a local file"} | {"revision": None, "rows": 28}
-    ]
+    assert source_table(read_run(run_dir))[1] == [["mmlu-pro", "mmlu-pro", "a local file", None, 28]]
     assert "answers made of them        28   28" in page
     card = (run_dir / "README.md").read_text(encoding="utf-8")
     assert "| mmlu-pro | mmlu-pro | a local file |  | 28 |" in card and str(tmp_path) not in card
@@ -124,5 +122,5 @@ def test_what_built_data_came_from(tmp_path):
     ("value", "text"),
     [(1e-06, "1e-06"), (float("nan"), "not a finite number"), ([0.5, 2.0], "0.5, 2"), ({}, "{}")],
 )
-def test_settings_as_a_reader_expects_them(value, text):
-    assert shown(value) == text
+def test_format_of_settings(value, text):
+    assert format_value(value) == text

@@ -15,7 +15,7 @@ EVIL = "a|b [x](javascript:y) <img src=x> *b* `c` ~~d~~ $e$ #\n# f"
 PLAIN = r"a\|b \[x\](javascript:y) &lt;img src=x&gt; \*b\* \`c\` \~\~d\~\~ \$e\$ \# \# f"
 
 
-def test_a_text_stays_a_text():
+def test_text_is_escaped():
     assert plain(EVIL) == PLAIN
     assert table(["h", EVIL], [[1, "x|y"]]) == f"| h | {PLAIN} |\n| --- | --- |\n| 1 | x\\|y |"
 

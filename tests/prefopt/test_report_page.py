@@ -8,6 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from prefopt.report import write_report
+from prefopt.report.page import page
+from prefopt.report.read import read_run
+from prefopt.report.summary import summarize
 
 ARABIC = "كيف أزرع <b>الطماطم</b>؟"
 ATTACK = '"><script>alert(1)</script>'
@@ -107,21 +110,20 @@ def text(reported):
 
 
 def test_no_text_becomes_markup(text):
-    page = Page(text)
-    tags = {tag for tag, _ in page.tags}
+    parsed = Page(text)
+    tags = {tag for tag, _ in parsed.tags}
     assert not tags & {"script", "iframe", "link", "object"}
-    shown = [text for text, _ in page.texts]
+    shown = [text for text, _ in parsed.texts]
     assert sum(ATTACK in text for text in shown) >= 12 + 6
     assert sum(ARABIC in text for text in shown) == 12
 
 
-def test_every_text_from_data_finds_its_direction(text):
-    page = Page(text)
-    for text, around in page.texts:
-        if "الطماطم" in text or "بالطبع" in text or text == ATTACK:
+def test_every_text_from_data_has_automatic_direction(text):
+    for one, around in Page(text).texts:
+        if "الطماطم" in one or "بالطبع" in one or one == ATTACK:
             inside_mark = any("mark" in (at.get("class") or "") for _, at in around)
             titled = any(tag == "title" for tag, _ in around)
-            assert inside_mark or titled or any(at.get("dir") == "auto" for _, at in around), text
+            assert inside_mark or titled or any(at.get("dir") == "auto" for _, at in around), one
 
 
 def test_nothing_is_fetched(text):
@@ -135,7 +137,7 @@ def test_nothing_is_fetched(text):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_ids_are_unique_and_every_reference_is_met(text):
+def test_ids_are_unique_and_every_reference_resolves(text):
     ids = [attributes["id"] for _, attributes in Page(text).tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = re.findall(r'(?:url\(|href=")#([^)"]+)', text)
@@ -166,13 +168,13 @@ def test_all_plots_as_png_and_svg_without_nan(reported):
     assert "not finite" in (reported / "report.html").read_text(encoding="utf-8")
 
 
-def test_written_twice_the_same_bytes(run_dir):
-    def contents():
-        write_report(run_dir)
-        written = [run_dir / "report.html", run_dir / "README.md", run_dir / "eval_summary.csv"]
-        return [file.read_bytes() for file in [*written, *sorted((run_dir / "plots").iterdir())]]
+def test_written_twice_the_same_bytes(run_dir, reported):
+    def contents(folder):
+        written = [folder / "report.html", folder / "README.md", folder / "eval_summary.csv"]
+        return [file.read_bytes() for file in [*written, *sorted((folder / "plots").iterdir())]]
 
-    assert contents() == contents()
+    write_report(run_dir)
+    assert contents(run_dir) == contents(reported)
 
 
 def test_evaluations_as_a_table(reported):
@@ -182,6 +184,7 @@ def test_evaluations_as_a_table(reported):
 
 
 def test_a_failure_leaves_the_old_report_and_nothing_else(run_dir, monkeypatch):
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n', encoding="utf-8")  # a single plot
     report = write_report(run_dir)
     before, names = report.read_bytes(), sorted(file.name for file in run_dir.iterdir())
 
@@ -196,15 +199,16 @@ def test_a_failure_leaves_the_old_report_and_nothing_else(run_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.json", "summary.json", "run.json"])
-def test_a_missing_file_costs_only_its_section(run_dir, name):
+def test_a_missing_file_affects_only_its_section(run_dir, name):
     (run_dir / name).unlink()
-    page = Page(write_report(run_dir).read_text(encoding="utf-8"))
-    told = " ".join(text for text, _ in page.texts)
-    assert "What happened" in told
-    assert ("There is no " + name in told) == (name in ("metrics.jsonl", "run.json"))
+    run = read_run(run_dir)
+    shown = " ".join(text for text, _ in Page(page(run, summarize(run))).texts)
+    assert "What happened" in shown
+    assert ("There is no " + name in shown) == (name in ("metrics.jsonl", "run.json"))
 
 
 def test_a_lone_surrogate_does_not_stop_the_report(run_dir):
     samples = '[{"prompt": "half an emoji \\ud83d", "before": "", "after": "b"}]'
     (run_dir / "samples.json").write_text(samples, encoding="utf-8")
+    (run_dir / "metrics.jsonl").write_text("", encoding="utf-8")
     assert "half an emoji ?" in write_report(run_dir).read_text(encoding="utf-8")

@@ -33,10 +33,10 @@ def add_compare_command(commands: Any) -> None:
         usage="prefopt compare RECIPE --methods METHOD,METHOD[,...] [--runs K] [--out DIR] [--tiny] "
         "[--SECTION.OPTION VALUE ...]",
         epilog="Writes compare.json, compare.csv, compare.md, plots and report.html. A second start with the same "
-        "--out runs only what is missing. Any option of the recipe can be set here, over what the file says; its "
+        "--out carries out only the missing runs. Options of the recipe given here override the file; its "
         "loss.method and training.output_dir are not used.",
     )
-    parser.set_defaults(resume_hint="the same command goes on with what is missing")
+    parser.set_defaults(resume_hint="the same command continues with the missing runs")
     parser.add_argument(
         "recipe",
         type=text_argument,
@@ -54,12 +54,14 @@ def add_compare_command(commands: Any) -> None:
         type=int,
         default=3,
         metavar="K",
-        help="of each method, with a seed each (default: 3)",
+        help="number of runs of each method, each with its own seed (default: 3)",
     )
-    parser.add_argument("--out", type=path_argument, default=Path("comparison"), help="folder (default: comparison)")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("comparison"), help="folder of the results (default: comparison)"
+    )
     parser.add_argument(
         "--tiny",
         action="store_true",
-        help="try it on a tiny model and embedded rows, without network",
+        help="use a tiny model and embedded rows, without network",
     )
     add_options(parser)

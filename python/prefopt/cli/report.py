@@ -18,5 +18,5 @@ def add_report_command(commands: Any) -> None:
         print(write_report(given.run))
         return 0
 
-    report = new_command(commands, "report", run, "write report.html, plots and model card of a run again")
+    report = new_command(commands, "report", run, "rewrite report.html, plots and model card of a run")
     report.add_argument("run", type=path_argument, metavar="RUN", help="run folder")

@@ -1,4 +1,4 @@
-"""One run of one method: trained, timed, judged."""
+"""One run of one method: trained, timed and evaluated."""
 
 import json
 import statistics
@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback, TrainingArguments
 
 from prefopt.compare.plan import WARMUP, Plan, recipe_of
-from prefopt.compare.rows import judged_on, load, rows_of, sequences_of_steps
+from prefopt.compare.rows import held_out_of, load, rows_of, sequences_of_steps
 from prefopt.evaluate.preference import evaluate
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import plain
@@ -28,7 +29,7 @@ from prefopt.use.load import device_name
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what it has in common with all, its method and seed, and the folder of its metrics."""
+    """One run: the common plan, its method and seed, and the folder of its metrics."""
 
     plan: Plan
     method: str
@@ -36,16 +37,15 @@ class Job:
     folder: Path
 
 
-def measure(job: Job, on_step: Callable[[], None]) -> dict:
-    """Train and judge.
+def measure(job: Job, on_step: Callable[[], object]) -> dict[str, Any]:
+    """Train and evaluate.
 
     Returns:
-        What compare.json has of a run: settings, ``step_ms`` of the timed steps, ``tokens`` and ``sequences`` in them,
-        ``peak_bytes``, ``losses`` (first, last) and ``scores``; or instead ``stopped``, the reason why training could
-        not be finished.
+        The run as in compare.json: settings, ``step_ms`` of the timed steps, ``tokens`` and ``sequences`` in them,
+        ``peak_bytes``, ``losses`` (first, last) and ``scores``; or ``stopped``, the reason why training did not finish.
     """
     plan, method = job.plan, job.method
-    about = {"method": method, "seed": job.seed, "steps": plan.steps, "versions": versions()}
+    about: dict[str, Any] = {"method": method, "seed": job.seed, "steps": plan.steps, "versions": versions()}
     recipe = recipe_of(plan, method, job.seed, job.folder)
     config = preference_config(recipe)
     tokenizer = load_tokenizer(recipe)
@@ -86,31 +86,27 @@ def measure(job: Job, on_step: Callable[[], None]) -> dict:
         batch_size=recipe.training.per_device_eval_batch_size,
         seed=plan.recipe.training.seed,
     )
-    results = evaluate(subject, judged_on(rows.held_out), request)
+    results = evaluate(subject, held_out_of(rows.held_out), request)
     return trained | {"scores": [plain(score.as_dict()) for score in results.scores]}
 
 
 class _Clock(TrainerCallback):
-    """Times each step from the end of the last one: making the batches included, logging excluded."""
+    """Times each step from the end of the last one, with making its batches and without logging."""
 
-    def __init__(self, on_step: Callable[[], None]):
+    def __init__(self, on_step: Callable[[], object]) -> None:
         self.on_step = on_step
         self.seconds: list[float] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._start()
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    on_log = on_train_begin
+
+    def on_step_end(self, args: TrainingArguments, *others: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         self.on_step()
-        self._start()
-
-    def on_log(self, args, state, control, **kwargs):
-        self._start()
-
-    def _start(self) -> None:
         self.began = time.perf_counter()
 
 
@@ -120,17 +116,21 @@ def _ends(losses: list[float]) -> list[float]:
     return [statistics.fmean(losses[:tenth]), statistics.fmean(losses[-tenth:])]
 
 
-def _subject(job: Job, trainer: PreferenceTrainer, tokenizer) -> Subject:
-    """The trained model beside the model it started from, judged at the recipe's own beta whatever the method."""
+def _subject(job: Job, trainer: PreferenceTrainer, tokenizer: PreTrainedTokenizerBase) -> Subject:
+    """The trained model and its base, evaluated with the recipe's own beta for every method."""
     recipe = job.plan.recipe
-    # without the wrapper that casts in training, which the base has not
+    # without the wrapper of mixed precision, which the base model does not have either
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     base, options = None, recipe.model
     if recipe.lora is None:
-        key = f"{recipe.name}: model.path"
-        trust = {"trust_remote_code": options.trust_remote_code}
-        base = load_model(options.path, options.revision, options.dtype, key, **trust)
-        base.to(trainer.args.device)
+        base = load_model(
+            options.path,
+            options.revision,
+            options.dtype,
+            f"{recipe.name}: model.path",
+            trust_remote_code=options.trust_remote_code,
+        )
+        torch.nn.Module.to(base, trainer.args.device)
     return Subject(
         folder=job.folder,
         kind="weights" if base is not None else "adapter",

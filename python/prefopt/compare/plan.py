@@ -1,8 +1,9 @@
-"""One recipe for every method: what of it is the same for all, and what a method has no use for."""
+"""The recipe of each run: what all methods share, and which options a method does not take."""
 
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from prefopt.errors import UserError
 from prefopt.options import OPTIONS, SECTIONS, Loss, in_force
@@ -16,11 +17,7 @@ FEWEST_TIMED = 50  # steps; with fewer there is no figure of time
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share.
-
-    ``sequences`` is how many a micro-batch has for the methods that see both labels, ``steps`` the optimizer steps of
-    every method.
-    """
+    """What all runs share: ``sequences`` per micro-batch of methods that see both labels, and optimizer ``steps``."""
 
     recipe: Recipe
     methods: tuple[str, ...]
@@ -40,11 +37,6 @@ class Plan:
         """Sequences that a method trains on in an optimizer step."""
         batch = self.batch(method) * self.recipe.training.gradient_accumulation_steps
         return 2 * batch if METHODS[method].data == PAIRS else batch
-
-
-def paired(methods: tuple[str, ...]) -> list[str]:
-    """Those of the methods that learn from pairs."""
-    return [method for method in methods if METHODS[method].data == PAIRS]
 
 
 def sequences_of(recipe: Recipe, methods: tuple[str, ...]) -> int:
@@ -87,11 +79,11 @@ def steps_of(recipe: Recipe, count: int, batch: int) -> int:
 
 
 def loss_of(recipe: Recipe, method: str) -> tuple[Loss, list[str]]:
-    """The recipe's loss with another method, and the options that were left out on the way.
+    """The recipe's loss with another method, and the options that do not apply to it.
 
-    An option goes to another method only where both have the same default: where they differ (simpo's beta is per
-    token, cpo's alpha weighs a likelihood), the same name means something else. What the recipe's own method has no use
-    for goes to every method that has.
+    Another method gets an option only if its default is the same: with another default (simpo's beta is per token,
+    cpo's alpha weighs a likelihood) the name has another meaning. Options that the recipe's own method does not take go
+    to every method that takes them.
 
     Example:
         >>> from prefopt.recipe import make_recipe
@@ -102,29 +94,29 @@ def loss_of(recipe: Recipe, method: str) -> tuple[Loss, list[str]]:
         (0.3, None, ['loss.alpha 0.5'])
     """
     home, needs_reference = recipe.loss.method, METHODS[method].needs_reference
-    kept: dict = {"method": method}
-    said: dict = {"method": home}
+    kept: dict[str, Any] = {"method": method}
+    given: dict[str, Any] = {"method": home}
     left_out = []
-    for name in OPTIONS:  # a switch stands before what it switches on
+    for name in OPTIONS:  # a switch comes before the options it enables
         value = getattr(recipe.loss, name)
         if value is None:
             continue
-        here, there = in_force(said), in_force(kept)
-        said[name] = value
+        here, there = in_force(given), in_force(kept)
+        given[name] = value
         if name in there and (method == home or name not in here or here[name] == there[name]):
             kept[name] = value
         elif name not in here or value != here[name]:
             left_out.append(f"loss.{name} {value}")
-    if recipe.loss.precompute_ref_logps and not needs_reference:
+    precompute = recipe.loss.precompute_ref_logps
+    if precompute and not needs_reference:
         left_out.append("loss.precompute_ref_logps true")
     if recipe.model.ref_path is not None and not needs_reference:
         left_out.append(f"model.ref_path {recipe.model.ref_path}")
-    precompute = recipe.loss.precompute_ref_logps and needs_reference
-    return Loss(**kept, precompute_ref_logps=precompute), left_out
+    return Loss(**kept, precompute_ref_logps=precompute and needs_reference), left_out
 
 
 def recipe_of(plan: Plan, method: str, seed: int, folder: Path) -> Recipe:
-    """The recipe of one run: its method, its seed, its share of the same sequences, and no files but metrics."""
+    """The recipe of one run: its method, seed and batch size, and no files but metrics."""
     recipe = plan.recipe
     loss, _ = loss_of(recipe, method)
     training = replace(
@@ -133,7 +125,7 @@ def recipe_of(plan: Plan, method: str, seed: int, folder: Path) -> Recipe:
         seed=seed,
         max_steps=plan.steps,
         per_device_train_batch_size=plan.batch(method),
-        sampler="sequential",  # the rows come in the order that all methods share
+        sampler="sequential",  # the rows are already in the order that all methods share
         logging_steps=1,
         save_strategy="no",
         eval_strategy="no",
@@ -141,17 +133,12 @@ def recipe_of(plan: Plan, method: str, seed: int, folder: Path) -> Recipe:
         extra=recipe.training.extra | {"disable_tqdm": True},
     )
     reference = recipe.model.ref_path if METHODS[method].needs_reference else None
-    return replace(
-        recipe,
-        model=replace(recipe.model, ref_path=reference),
-        loss=loss,
-        training=training,
-        name=f"{recipe.name}, {method}",
-    )
+    model = replace(recipe.model, ref_path=reference)
+    return replace(recipe, model=model, loss=loss, training=training, name=f"{recipe.name}, {method}")
 
 
-def settings_of(plan: Plan, fingerprints: dict[str, str]) -> dict:
-    """What a second start must have in common with the first, as JSON can hold it."""
+def settings_of(plan: Plan, fingerprints: dict[str, str]) -> dict[str, Any]:
+    """The settings that must be equal to continue a comparison, for JSON."""
     options = {
         f"{name}.{key}": value
         for name in SECTIONS
@@ -160,13 +147,3 @@ def settings_of(plan: Plan, fingerprints: dict[str, str]) -> dict:
     }
     options.pop("training.output_dir")
     return {"methods": list(plan.methods), "steps": plan.steps, "rows": fingerprints, **options}
-
-
-def titles(methods: tuple[str, ...], kind: str) -> str:
-    """The titles of those methods that learn from this kind of data, in a row.
-
-    Example:
-        >>> titles(("kto", "dpo", "ipo", "sft"), PAIRS)
-        'DPO, IPO'
-    """
-    return ", ".join(METHODS[method].title for method in methods if METHODS[method].data == kind)

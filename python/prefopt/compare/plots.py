@@ -1,4 +1,4 @@
-"""The charts of a comparison: a bar for each method with the range of its runs, beside the base model."""
+"""Charts of a comparison: a bar for each method with the range of its runs, and a line for the base model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,12 @@ from prefopt.compare.summary import MEASURES, Line, Measure
 from prefopt.report.figures import BASE_COLOUR, INK, OWN, Picture, figure, save
 from prefopt.report.score import BASE
 
-# For a README, several measures side by side; the page has them one by one, to be read on a phone.
+# Several measures side by side, for a README; the page has one chart for each, for narrow screens.
 WIDE = {
     "compare_cost": ("Cost of a step", ("step_ms", "tokens_per_second", "efficiency", "peak_mib")),
     "compare_learning": ("What was learned", ("margin", "accuracy", "likelihood")),
 }
-EXPLANATIONS = {
-    "more": "More is better. ",
-    "less": "Less is better. ",
-    "": "",
-}
+BETTER = {"more": "More is better. ", "less": "Less is better. ", "": ""}
 
 
 def draw(lines: Sequence[Line], folder: Path) -> list[Picture]:
@@ -45,19 +41,19 @@ def _draw(lines: Sequence[Line], measures: Sequence[Measure], folder: Path, name
             _panel(panel, lines, measure, named=place == 0)
         one = measures[0]
         explanation = (
-            EXPLANATIONS[one.better]
+            BETTER[one.better]
             + ("Bars are" if one.from_zero else "Points are")
             + " medians of the runs, lines go from the lowest to the highest."
         )
         if any(one.key in line.values for line in lines if line.method == BASE):
-            explanation += " Broken line: the base model."
+            explanation += " Dashed line: the base model."
         return Picture(name, title, explanation, save(made, folder, name, title))
 
 
 def _panel(panel: Axes, lines: Sequence[Line], measure: Measure, *, named: bool) -> None:
     methods = [line for line in lines if line.method != BASE]
     for row, line in enumerate(methods):
-        if measure.key not in line.values:  # said in words, in the middle of the panel
+        if measure.key not in line.values:  # its reason, in the middle of the panel
             why = line.absent.get(measure.key, "")
             panel.annotate(why, (0.5, row), xycoords=("axes fraction", "data"), ha="center", va="center")
             continue

@@ -1,11 +1,11 @@
-"""What `prefopt compare` is asked for, checked before anything heavy is imported."""
+"""The arguments of `prefopt compare`, checked before anything heavy is imported."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 from prefopt.errors import UserError
+from prefopt.option_values import nearest
 from prefopt.options import Loss
 
 KNOWN = get_args(get_type_hints(Loss)["method"])
@@ -17,8 +17,8 @@ class CompareRequest:
 
     Args:
         methods: two or more of the recipe's ``loss.method``, in the order of the table.
-        runs: of each method, from 1; run k has the recipe's seed plus k.
-        out: folder, new or of the same comparison's earlier start.
+        runs: number of runs of each method; run k has the recipe's seed plus k.
+        out: folder, new or of an earlier start of the same comparison.
 
     Raises:
         UserError: an unknown or repeated method, one method alone, ``runs`` below 1, ``out`` is a file.
@@ -33,12 +33,11 @@ class CompareRequest:
     runs: int
     out: Path
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for method in self.methods:
             if method not in KNOWN:
-                near = difflib.get_close_matches(method, KNOWN, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"--methods has {method!r}; expected some of {', '.join(KNOWN)}{hint}")
+                known = ", ".join(KNOWN)
+                raise UserError(f"--methods has {method!r}; expected some of {known}{nearest(method, KNOWN)}")
             if self.methods.count(method) > 1:
                 raise UserError(f"--methods has {method} twice; --runs repeats every method")
         if len(self.methods) < 2:

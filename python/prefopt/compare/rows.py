@@ -1,13 +1,13 @@
-"""The same sequences for every method: as pairs, as two rated rows each, or their desirable halves alone."""
+"""The same sequences for every method: as pairs, as unpaired rows, or the desirable answers alone."""
 
 import hashlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from prefopt.compare.plan import paired
 from prefopt.data import LabelBalancedSampler, LoadedRows, Tokenized
 from prefopt.data.collate import SIDES
 from prefopt.data.pairs import are_pairs, desirable_only
@@ -21,7 +21,7 @@ from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
 
 @dataclass(frozen=True)
 class Rows:
-    """What all methods train on and are judged on: pairs if one of the methods needs them, rated rows otherwise."""
+    """Training and held-out rows of all methods: pairs if one of the methods needs them, unpaired rows otherwise."""
 
     train: Tokenized
     held_out: Tokenized
@@ -31,23 +31,20 @@ class Rows:
         """Whether they are pairs."""
         return are_pairs(self.train)
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of both."""
-        return {"train": self.train.fingerprint, "held_out": self.held_out.fingerprint}
-
     def shared_prompts(self) -> int:
-        """How many prompts of the held-out rows are trained on."""
+        """Number of prompts of the held-out rows that are trained on."""
         return len(set(self.held_out.dataset["group"][:]) & set(self.train.dataset["group"][:]))
 
 
 def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """The recipe's rows in the form that serves all the methods.
+    """The recipe's rows in a form that suits all methods.
 
     Raises:
-        DataError: bad rows, or none that serve a method.
-        UserError: the recipe sets no rows aside.
+        DataError: bad rows, or none that suit a method.
+        UserError: the recipe has no held-out rows.
     """
-    wanted = paired(methods) or [method for method in methods if METHODS[method].data == RATED]
+    by_data = {kind: [method for method in methods if METHODS[method].data == kind] for kind in (PAIRS, RATED)}
+    wanted: list[Any] = by_data[PAIRS] or by_data[RATED]
     try:
         built = with_plan(replace(recipe, loss=Loss(method=wanted[0])))
         train, held_out = load_data(built, tokenizer)
@@ -55,20 +52,20 @@ def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenize
         raise DataError(f"for {', '.join(wanted)}: {error}", error.bad) from None
     if held_out is None:
         raise UserError(
-            f"{recipe.name} sets no rows aside that the methods could be compared on; add --data.eval_fraction 0.1, or "
+            f"{recipe.name} has no held-out rows to compare the methods on; add --data.eval_fraction 0.1, or "
             "data.eval_path"
         )
     return Rows(train, held_out)
 
 
 def rows_of(method: str, train: Tokenized, seed: int, window: int) -> Tokenized:
-    """The rows of a method in the order of a seed, to be read one after the other.
+    """The rows of a method in the order of a seed.
 
     Args:
         method: from METHODS.
-        train: pairs or, where no method needs them, rated rows.
-        seed: of the order, the same for all methods.
-        window: rated rows of an optimizer step, over which the labels are spread evenly where the rows are no pairs.
+        train: pairs or, if no method needs them, unpaired rows.
+        seed: of the order, which all methods share.
+        window: unpaired rows of an optimizer step, over which the labels are balanced.
     """
     kind = METHODS[method].data
     if are_pairs(train):
@@ -76,42 +73,41 @@ def rows_of(method: str, train: Tokenized, seed: int, window: int) -> Tokenized:
         pairs = _ordered(train, order, seed)
         if kind == PAIRS:
             return pairs
-        rated = as_rated(pairs)
+        unpaired = as_unpaired(pairs)
     else:
         labels = train.dataset["label"][:]
-        rated = _ordered(train, list(LabelBalancedSampler(labels, window, seed)), seed)
-    return desirable_only(rated, "train") if kind == ANSWERS else rated
+        unpaired = _ordered(train, list(LabelBalancedSampler(labels, window, seed)), seed)
+    return desirable_only(unpaired, "train") if kind == ANSWERS else unpaired
 
 
-def as_rated(pairs: Tokenized) -> Tokenized:
-    """Two rated rows of each pair, one after the other, the chosen one first; ``row`` counts them."""
+def as_unpaired(pairs: Tokenized) -> Tokenized:
+    """Two unpaired rows of each pair, the chosen answer first; ``row`` counts them."""
     n = len(pairs.dataset)
     sides = []
     for side in SIDES:
         names = {f"{side}_{part}": part for part in ("prompt_ids", "completion_ids", "line")}
         half = pairs.dataset.select_columns([*names, "group"]).rename_columns(names)
         sides.append(half.add_column("label", [side == "chosen"] * n))
-    order = np.arange(2 * n).reshape(2, n).T.ravel()  # a half of each in turn
+    order = np.arange(2 * n).reshape(2, n).T.ravel()  # alternating
     dataset = concatenate_datasets(sides).select(order).add_column("row", list(range(2 * n)))
     key = hashlib.sha256(f"rated|{pairs.fingerprint}".encode()).hexdigest()
     counts = pairs.counts | {"rows": 2 * n, "desirable": n, "undesirable": n}
     return replace(pairs, dataset=dataset, counts=counts, fingerprint=key)
 
 
-def judged_on(held_out: Tokenized) -> HeldOut:
-    """Held-out rows as the preference evaluation takes them; the number of a pair stands for its line."""
+def held_out_of(held_out: Tokenized) -> HeldOut:
+    """Held-out rows for the preference evaluation; the line of a row is the number of its pair."""
     if are_pairs(held_out):
-        rated = as_rated(held_out)
-        lines = [row // 2 for row in range(len(rated.dataset))]
+        rows = as_unpaired(held_out)
+        lines = [row // 2 for row in range(len(rows.dataset))]
     else:
-        rated = held_out
-        lines = list(range(1 + max(rated.dataset["row"][:])))
-    loaded = LoadedRows(Dataset.from_dict({"line": lines}), name="held-out rows")
-    return HeldOut(loaded, rated)
+        rows = held_out
+        lines = list(range(1 + max(rows.dataset["row"][:])))
+    return HeldOut(LoadedRows(Dataset.from_dict({"line": lines}), name="held-out rows"), rows)
 
 
 def sequences_of_steps(count: int, batch: int, accumulation: int, steps: int) -> list[int]:
-    """How many rows (or pairs) each optimizer step has; the last one of an epoch may have fewer.
+    """Rows (or pairs) in each optimizer step; the last one of an epoch may have fewer.
 
     Example:
         >>> sequences_of_steps(7, batch=2, accumulation=2, steps=4)

@@ -1,11 +1,11 @@
-"""From runs to the lines of the tables: medians, with the lowest and the highest of the runs."""
+"""The lines of the tables: medians, lowest and highest values of the runs."""
 
 import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefopt.compare.plan import FEWEST_TIMED
 from prefopt.report.score import BASE, CHANGE, RUN
@@ -27,10 +27,9 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A column: its key in compare.csv, its head in a table, how a value is written, and whether it is a figure of
-    time.
+    """A column: its key in compare.csv, its head in a table, the format of a value, and whether it is a figure of time.
 
-    ``better`` says whether more or less is better, where that can be said; ``from_zero`` whether a bar may begin at 0.
+    ``better`` is "more", "less" or empty; ``from_zero`` is whether a bar may begin at 0.
     """
 
     key: str
@@ -72,14 +71,15 @@ TABLES = {  # compare.csv has all of them
     "Cost": [one for one in COST if one.key != "sequences_per_second"],
     "Learning": list(LEARNING),
 }
+SECOND = {"Cost": "sequences in a step", "Learning": "learned"}  # the column after the method
 
 
 @dataclass(frozen=True)
 class Line:
     """A method, or the base model, in the tables.
 
-    ``values`` has a ``Spread`` for each measure that there is; ``absent`` says instead, in words, why there is none.
-    ``learned`` counts the runs whose held-out margin (for sft: the change of the likelihood) has an interval above 0.
+    ``values`` has a ``Spread`` for each measure, or ``absent`` the reason why there is none. ``learned``
+    counts the runs whose held-out margin (for sft: the change of the likelihood) has an interval above 0.
     """
 
     method: str
@@ -92,30 +92,28 @@ class Line:
     stopped: tuple[str, ...] = ()
 
     def cell(self, measure: Measure) -> str:
-        """The value in words: the median and, of several runs, the lowest and the highest in brackets."""
+        """The median and, if runs differ, the lowest and the highest in brackets."""
         if measure.key not in self.values:
             return self.absent.get(measure.key, "")
         median, low, high = map(measure.write, self.values[measure.key])
         return median if low == high else f"{median} ({low} to {high})"
 
-
-def spread(values: Sequence[float]) -> Spread:
-    """Median, lowest and highest.
-
-    Example:
-        >>> spread([3.0, 1.0, 10.0])
-        Spread(median=3.0, low=1.0, high=10.0)
-    """
-    return Spread(statistics.median(values), min(values), max(values))
+    def second(self, table: str) -> str:
+        """The cell under ``SECOND[table]``."""
+        if table == "Cost":
+            return str(self.sequences_per_step)
+        if self.method == BASE:
+            return ""
+        return f"{self.learned} of {self.runs} runs" if self.runs else NO_RUN
 
 
-def efficiencies(runs: Sequence[dict], yardstick: str) -> dict[tuple[str, int], float]:
+def efficiencies(runs: Sequence[dict[str, Any]], yardstick: str) -> dict[tuple[str, int], float]:
     r"""Each run's tokens per second divided by those of the yardstick's run in the same round.
 
     .. math:: e_{m,s} = \frac{n_{m,s} / t_{m,s}}{n_{y,s} / t_{y,s}}
 
-    with n the tokens trained on in the timed steps, t their seconds, s the seed of the round and y the yardstick: what
-    slows the machine for a while slows both. Rounds in which the yardstick has no figure are left out.
+    with n the tokens trained on in the timed steps, t their seconds, s the seed of the round and y the yardstick: a
+    busy phase of the machine affects both. Rounds without a figure of the yardstick are left out.
 
     Returns:
         {(method, seed): efficiency}, without unit.
@@ -135,12 +133,12 @@ def efficiencies(runs: Sequence[dict], yardstick: str) -> dict[tuple[str, int], 
 
 
 def yardstick_of(methods: Sequence[str]) -> str:
-    """Whose speed is 1: kto's, or else the first method's."""
+    """The method whose efficiency is 1: kto, or else the first."""
     return "kto" if "kto" in methods else methods[0]
 
 
-def whole_rounds(content: dict) -> list[dict]:
-    """The runs of those seeds that every method has one of; a round that was broken off would not be even.
+def whole_rounds(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of the seeds with a run of every method; an interrupted round is left out.
 
     Example:
         >>> runs = [{"method": m, "seed": s} for m, s in (("kto", 1), ("dpo", 1), ("kto", 2))]
@@ -151,8 +149,8 @@ def whole_rounds(content: dict) -> list[dict]:
     return [run for run in content["runs"] if have[run["seed"]] == len(content["methods"])]
 
 
-def lines_of(content: dict) -> list[Line]:
-    """The base model's line, where there is a run that judged it, then one for each method.
+def lines_of(content: dict[str, Any]) -> list[Line]:
+    """The base model's line, if a run evaluated it, then one for each method.
 
     Args:
         content: of compare.json.
@@ -175,7 +173,7 @@ def lines_of(content: dict) -> list[Line]:
                 method,
                 METHODS[method].title,
                 len(ended),
-                {key: spread(values) for key, values in found.items()},
+                {key: Spread(statistics.median(some), min(some), max(some)) for key, some in found.items()},
                 absent,
                 sum(_learned(run) for run in ended),
                 content["methods"][method]["sequences_per_step"],
@@ -185,15 +183,8 @@ def lines_of(content: dict) -> list[Line]:
     return _base(content) + lines
 
 
-def learned_cell(line: Line) -> str:
-    """How many of the runs learned what their method is for."""
-    if line.method == BASE:
-        return ""
-    return f"{line.learned} of {line.runs} runs" if line.runs else NO_RUN
-
-
-def _values(run: dict, relative: dict[tuple[str, int], float], timed: int) -> dict[str, float]:
-    """A run's value of each measure that it has."""
+def _values(run: dict[str, Any], relative: dict[tuple[str, int], float], timed: int) -> dict[str, float]:
+    """The measures of a run."""
     found = {
         "tokens_per_step": run["tokens_in_all"] / run["steps"],
         "peak_mib": run["peak_bytes"] / 2**20,
@@ -210,39 +201,35 @@ def _values(run: dict, relative: dict[tuple[str, int], float], timed: int) -> di
         key = run["method"], run["seed"]
         if key in relative:
             found["efficiency"] = relative[key]
-    scores = {
-        "margin": _score(run, *MARGIN, RUN),
-        "accuracy": accuracy_of(run),
-        "likelihood": _score(run, *LIKELIHOOD, RUN),
-    }
+    scores = {"margin": _score(run, *MARGIN, RUN), "accuracy": accuracy_of(run)}
+    scores["likelihood"] = _score(run, *LIKELIHOOD, RUN)
     return found | {key: score["value"] for key, score in scores.items() if score is not None}
 
 
-def accuracy_of(run: dict) -> dict | None:
-    """The score of pairs or, where the held-out rows are none, of all answers."""
+def accuracy_of(run: dict[str, Any]) -> dict[str, Any] | None:
+    """The score of pairs or, if the held-out rows are unpaired, of all answers."""
     found = (_score(run, *one, RUN) for one in ACCURACIES)
     return next((score for score in found if score is not None), None)
 
 
-def _rate(run: dict, what: str) -> float:
-    """A second's share of tokens or sequences, over all timed steps."""
+def _rate(run: dict[str, Any], what: str) -> float:
+    """Tokens or sequences per second, over all timed steps."""
     return run[what] / (sum(run["step_ms"]) / 1000)
 
 
-def _score(run: dict, task: str, metric: str, model: str) -> dict | None:
-    wanted = (task, metric, model)
-    found = (score for score in run["scores"] if (score["task"], score["metric"], score["model"]) == wanted)
-    return next(found, None)
+def _score(run: dict[str, Any], task: str, metric: str, model: str) -> dict[str, Any] | None:
+    scores = run["scores"]
+    return next((one for one in scores if (one["task"], one["metric"], one["model"]) == (task, metric, model)), None)
 
 
-def _learned(run: dict) -> bool:
+def _learned(run: dict[str, Any]) -> bool:
     answers = METHODS[run["method"]].data == ANSWERS
     score = _score(run, *LIKELIHOOD, CHANGE) if answers else _score(run, *MARGIN, RUN)
     return score is not None and score["low"] is not None and score["low"] > 0
 
 
-def _base(content: dict) -> list[Line]:
-    """Rewards are relative to the base, so its own margin is 0 and its accuracy a toss, by definition."""
+def _base(content: dict[str, Any]) -> list[Line]:
+    """Rewards are relative to the base model, so its own margin is 0 and its accuracy 0.5, by definition."""
     run = next((one for one in content["runs"] if "scores" in one), None)
     if run is None:
         return []

@@ -35,7 +35,7 @@ from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
 from prefopt.report import write_report
 from prefopt.report.read import read_run
-from prefopt.report.words import closing
+from prefopt.report.summary import closing_lines
 from prefopt.train import PreferenceConfig, PreferenceTrainer
 from prefopt.train.methods import METHODS
 
@@ -102,7 +102,7 @@ def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -
                 _write_summary(folder, metrics, held_out)
         if trainer.is_world_process_zero():
             write_report(folder)
-            print("\n".join(closing(read_run(folder))), flush=True)
+            print("\n".join(closing_lines(read_run(folder))), flush=True)
     trainer.run_folder.update(complete=True)
     return folder
 

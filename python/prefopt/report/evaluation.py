@@ -1,4 +1,4 @@
-"""The evaluations of a run in the words and tables of page and card."""
+"""The evaluations of a run as tables of page and card."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ TITLES = {
     "preference": "Held-out preferences",
     "classify": "Classification",
 }
+VALUES = "Values with their standard errors, or in brackets the 95 % interval if all outcomes are equal"
 HEAD = ["", *NAMES.values(), "chance", "n", "in words"]
 
 
@@ -27,7 +28,7 @@ def table(suite: Suite) -> list[list[str]]:
             with_error(line.change, sign=True),
             "" if line.chance is None else number(line.chance),
             f"{line.any.n:,}",
-            line.words,
+            line.verdict,
         ]
         for line in suite.lines()
     ]
@@ -43,7 +44,7 @@ def by_category(suite: Suite) -> tuple[list[str], list[list[Any]]]:
     return head, [[number(value) if isinstance(value, float) else value for value in row.values()] for row in rows]
 
 
-def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
+def samples(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
     """Samples of generated answers: what was asked or is right, and (who, answer) of each model."""
     rows = suite.details.get("samples")
     found = []
@@ -58,6 +59,13 @@ def said(suite: Suite) -> list[tuple[str, list[tuple[str, str]]]]:
             question = str(row.get("prompt", ""))
         found.append((question, [(who, text) for who, text in answers if isinstance(text, str)]))
     return found
+
+
+def origin(suite: Suite) -> str:
+    """The data of the evaluation and its date, as far as they are known."""
+    names = ", ".join(dict.fromkeys(str(one.get("name")) for one in suite.data.values()))
+    sentences = [f"On {names}."] if names else []
+    return " ".join([*sentences, f"Measured on {suite.made[:10]}."] if suite.made else sentences)
 
 
 def _label(line: Line) -> str:

@@ -1,4 +1,4 @@
-"""What a reader needs to repeat a run: its settings, its data, its memory and its commands, for page and card alike."""
+"""Settings, data, memory and commands of a run, for page and card."""
 
 import json
 import math
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.options import options_of
-from prefopt.report.read import Run, is_number
+from prefopt.report.read import Run
+from prefopt.report.score import is_number
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 FILES = (".jsonl", ".parquet", ".json", ".yaml")
-# Beside the options of the method; each is shown where it is set.
+# Shown with the options of the method, if set.
 TRAINING = (
     "sampler max_length learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps num_train_epochs max_steps "
     "per_device_train_batch_size gradient_accumulation_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
@@ -50,7 +51,7 @@ def hub_id(name: object) -> str | None:
 
 
 def main_settings(run: Run) -> dict[str, Any]:
-    """The method with every option it has, and what decides the optimisation; what is None or unused is left out."""
+    """The method with all its options, and the options of the optimisation; without those that are None or unused."""
     config = _dict(run.record.get("config"))
     names = [*options_of("loss"), *TRAINING]
     found = {name: config[name] for name in names if _is_set(name, config.get(name))}
@@ -71,11 +72,8 @@ def other_settings(run: Run) -> dict[str, Any]:
 
 def model_settings(run: Run) -> dict[str, Any]:
     """The model and its adapter; no local path."""
-    found = {
-        f"model: {key.replace('_', ' ')}": value
-        for key, value in _dict(run.record.get("model")).items()
-        if value is not None
-    }
+    model = _dict(run.record.get("model"))
+    found = {f"model: {key.replace('_', ' ')}": value for key, value in model.items() if value is not None}
     for key in ("revision", "dtype", "quantization"):
         if run.option("model", key) is not None:
             found[f"model: {key}"] = run.option("model", key)
@@ -83,47 +81,56 @@ def model_settings(run: Run) -> dict[str, Any]:
     if kind is not None:
         found["reference model"] = kind
     lora = {label: run.adapter.get(key) for label, key in LORA.items()}
-    used = {label: value for label, value in lora.items() if value is not None}
-    return found | {label: value for label, value in used.items() if value is not False}
+    return found | {label: value for label, value in lora.items() if value is not None and value is not False}
 
 
-def data_sets(run: Run) -> dict[str, dict]:
-    """{train or evaluation set: {count: value}} of the rows as they were trained on."""
-    data = _dict(run.record.get("data"))
-    return {key: value for key, value in data.items() if isinstance(value, dict)}
-
-
-def built_from(run: Run) -> list[dict[str, Any]]:
-    """The sources of the built folder that the data came from; a file is told from what the hub has under that name."""
-    sources = run.manifest.get("sources")
-    return [
-        {
-            "source": source.get("name"),
-            "schema": source.get("kind"),
-            "from": hub_id(source.get("path")) or "a local file",
-            "revision": source.get("revision"),
-            "rows": source.get("rows"),
-        }
-        for source in (sources if isinstance(sources, list) else [])
-        if isinstance(source, dict)
+def data_table(run: Run) -> tuple[list[str], list[list[Any]]]:
+    """Head and body of the counts of each set of rows that training used; a fingerprint by its first 12 characters."""
+    sets = {name: counts for name, counts in _dict(run.record.get("data")).items() if isinstance(counts, dict)}
+    names = dict.fromkeys(name for counts in sets.values() for name in counts)
+    body = [
+        [COUNT_NAMES.get(name, name.replace("_", " ")), *(counts.get(name, "") for counts in sets.values())]
+        for name in names
     ]
+    for row in body:
+        if row[0] == "fingerprint":
+            row[1:] = [str(value)[:12] for value in row[1:]]
+    return ["data", *sets], body
+
+
+def bad_rows(run: Run) -> list[list[Any]]:
+    """File, line and reason of the first rows that were skipped."""
+    return [[row.get(key, "") for key in ("file", "line", "reason")] for row in run.bad_rows]
+
+
+def versions(run: Run) -> dict[str, Any]:
+    """Of Python and of the packages that determine the numbers."""
+    return _dict(run.record.get("versions"))
+
+
+def source_table(run: Run) -> tuple[list[str], list[list[Any]]]:
+    """Head and body of the sources of the built folder that the data came from; no path of a local file."""
+    body = [
+        [source.get("name"), source.get("kind"), hub_id(source.get("path")) or "a local file"]
+        + [source.get("revision"), source.get("rows")]
+        for source in _dicts(run.manifest.get("sources"))
+    ]
+    return ["source", "schema", "from", "revision", "rows"], body
 
 
 def resumes(run: Run) -> list[list[str]]:
-    """When a run was resumed, from which step, and which options changed; one line for each time."""
-    rows = run.record.get("resumes")
+    """When a run was resumed, from which step, and which options changed; one row for each time."""
     return [
         [
             str(row.get("at", "")),
-            shown(row.get("from_step", "")),
+            format_value(row.get("from_step", "")),
             ", ".join(
                 f"{key}: {json.dumps(before)} to {json.dumps(now)}"
                 for key, (before, now) in _dict(row.get("changed")).items()
             )
             or "nothing",
         ]
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
+        for row in _dicts(run.record.get("resumes"))
     ]
 
 
@@ -135,9 +142,9 @@ def memory(run: Run) -> dict[str, str]:
         if used:
             found[label] = f"{used} ({reserved} reserved)" if reserved else used
     if found:
-        said = {"of": run.memory.get("what"), "peak since": run.memory.get("peak_since")}
-        said["device"] = run.memory.get("device")
-        found |= {label: text for label, text in said.items() if isinstance(text, str)}
+        about = {"of": "what", "peak since": "peak_since", "device": "device"}
+        texts = {label: run.memory.get(key) for label, key in about.items()}
+        found |= {label: text for label, text in texts.items() if isinstance(text, str)}
         total = _mebibytes(run, "total_bytes")
         found |= {"device's memory": total} if total else {}
     return found
@@ -152,18 +159,20 @@ def commands(run: Run) -> list[str]:
         words = ["prefopt", "eval", "NEW_RUN", "--suite", suite.name]
         for name, value in suite.settings.items():
             if (name, value) not in (("batch_size", 8), ("seed", 0)):  # the defaults
-                words += [f"--{name.replace('_', '-')}", _here(name, value)]
+                words += [f"--{name.replace('_', '-')}", _without_folder(name, value)]
         found.append(shlex.join(words))
     return found
 
 
-def shown(value: Any) -> str:
-    """A setting as a reader expects it: large numbers with commas, lists in one line, yes and no.
+def format_value(value: Any) -> str:
+    """A setting as text: large numbers with commas, lists in one line, yes and no, nothing for None.
 
     Example:
-        >>> shown(968768), shown(0.5), shown(True), shown(["v_proj", "q_proj"])
+        >>> format_value(968768), format_value(0.5), format_value(True), format_value(["v_proj", "q_proj"])
         ('968,768', '0.5', 'yes', 'q_proj, v_proj')
     """
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -172,12 +181,12 @@ def shown(value: Any) -> str:
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, list):
         numbers = all(is_number(one) for one in value)  # in their order: low and high
-        return ", ".join(shown(one) for one in (value if numbers else sorted(value, key=str)))
+        return ", ".join(format_value(one) for one in (value if numbers else sorted(value, key=str)))
     return str(value)
 
 
 def _mebibytes(run: Run, key: str) -> str:
-    value = run.memory.get(key)
+    value: Any = run.memory.get(key)
     return f"{value / 2**20:,.0f} MiB" if is_number(value) else ""
 
 
@@ -185,11 +194,15 @@ def _is_set(name: str, value: Any) -> bool:
     return value is not None and value != {} and not (name == "max_steps" and value == -1)
 
 
-def _here(name: str, value: Any) -> str:
-    """A path by its last part, which is all that means something elsewhere."""
+def _without_folder(name: str, value: Any) -> str:
+    """A local path without its folder, which does not exist elsewhere."""
     local = name in ("data", "base", "tasks_dir") and hub_id(value) is None
     return Path(str(value)).name if local else str(value)
 
 
-def _dict(value: Any) -> dict:
+def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []

@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from prefopt.files import temporary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK = "#1b1f24"  # text and axes; in a page it gives way to the page's own colour
 GOOD, BAD, OWN = "#2f8f5b", "#d0653a", "#3f7fd0"  # to be told apart on white and on near-black
 BASE_COLOUR = "#8a949f"  # of the model before training, beside OWN
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -40,7 +44,7 @@ class Picture:
 
 
 @contextmanager
-def figure(width: float, height: float, columns: int = 1) -> Iterator[tuple]:
+def figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, Any]]:
     """(figure, axes) of the given inches in the house style; an array of axes where there are several columns."""
     import matplotlib
 
@@ -52,7 +56,7 @@ def figure(width: float, height: float, columns: int = 1) -> Iterator[tuple]:
         yield made, made.subplots(1, columns)
 
 
-def save(made, folder: Path, name: str, title: str) -> str:
+def save(made: "Figure", folder: Path, name: str, title: str) -> str:
     """Write ``<name>.png`` and ``<name>.svg`` into ``folder``; the SVG without background, for a page, is returned.
 
     Args:
@@ -78,13 +82,10 @@ def for_page(svg: str, title: str) -> str:
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
     # matplotlib also names every group, the same names in each figure; in one page an id must be unique
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    head = re.match(r"<svg[^>]*>", svg).group()
-    box = re.search(r'viewBox="[^"]*"', head).group()
-    start = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'{box} role="img" aria-label="{escape(title)}">'
-    )
-    return start + svg[len(head) :]
+    head, rest = svg.split(">", 1)
+    box = re.findall(r'viewBox="[^"]*"', head)[0]
+    start = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'{start} {box} role="img" aria-label="{escape(title)}">{rest}'
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """The card's metadata, made and written by huggingface_hub: only what is known, and never a local path."""
 
-from collections.abc import Iterator
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
 from prefopt.report.facts import hub_id
 from prefopt.report.read import Run
-from prefopt.report.score import Score, Suite
+from prefopt.report.score import RUN, Score, Suite
 
 TASK_TYPES = {"classify": "text-classification"}  # of the other suites "text-generation"
 
@@ -14,8 +14,8 @@ TASK_TYPES = {"classify": "text-classification"}  # of the other suites "text-ge
 def metadata(run: Run) -> ModelCardData:
     """Base model, data, library, tags and, as model-index, the trained model's own scores. No license is guessed.
 
-    The scores of the model before training, and changes, stand in the card's tables alone: a reader of model-index
-    takes every number in it for one of this model.
+    Scores of the base model, and changes, are in the card's tables only: readers of model-index attribute every number
+    in it to this model.
     """
     base = base_model(run)
     dataset = hub_id(run.option("data", "path"))
@@ -25,8 +25,8 @@ def metadata(run: Run) -> ModelCardData:
         tags.insert(0, method.replace("_", "-"))
     if run.adapter:
         tags.append("lora")
-    results = [result for suite in run.suites for result in _results(suite)]
-    relation = {"base_model_relation": "adapter" if run.adapter else "finetune"} if base else {}
+    results = [_result(suite, score) for suite in run.suites for score in suite.scores if score.model == RUN]
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if run.adapter else "finetune"} if base else {}
     return ModelCardData(
         model_name=title(run) if results else None,
         base_model=base,
@@ -49,12 +49,6 @@ def title(run: Run) -> str:
     """What the run calls itself, or else its folder."""
     named = run.summary.get("title")
     return named if isinstance(named, str) else run.path.resolve().name
-
-
-def _results(suite: Suite) -> Iterator[EvalResult]:
-    for score in suite.scores:
-        if score.model == "run":
-            yield _result(suite, score)
 
 
 def _result(suite: Suite, score: Score) -> EvalResult:

@@ -26,7 +26,7 @@ PLOTS = (
         "loss",
         (("loss", "training", OWN), ("eval_loss", "evaluation", BAD)),
         "The method's loss, as its formula defines it; KTO's is 0.5 where the model still equals its reference, and "
-        "lower as it agrees with the thumbs.",
+        "lower as it agrees with the labels.",
     ),
     Plot(
         "rewards",
@@ -41,7 +41,7 @@ PLOTS = (
         "Reward margin",
         "reward",
         (("rewards/margins", "training", OWN), ("eval_rewards/margins", "evaluation", BAD)),
-        "The distance between the two lines of the rewards: 0 means that nothing was learned.",
+        "Reward of desirable answers minus that of undesirable ones: 0 means that nothing was learned.",
     ),
     Plot(
         "kl",
@@ -69,8 +69,8 @@ PLOTS = (
             ("grad/weighting", "weighting", "#b08a1e"),
             ("grad/odds", "odds ratio", BAD),
         ),
-        "Which part of the loss pulls how hard on the log-probabilities: the mean sizes of the parts, in shares of "
-        "their sum.",
+        "The components of the gradient with respect to the log-probabilities: their mean absolute values, in "
+        "shares of their sum.",
     ),
     Plot(
         "learning_rate",
@@ -84,7 +84,7 @@ PLOTS = (
         "Gradient norm",
         "norm",
         (("grad_norm", "before clipping", OWN),),
-        "The length of the gradient before clipping: spikes tell of unstable steps, 0 of a model that cannot learn.",
+        "The length of the gradient before clipping: spikes are unstable steps; at 0 the model does not learn.",
     ),
 )
 
@@ -100,8 +100,8 @@ def draw(run: Run, plot: Plot, folder: Path) -> Picture:
         for key, legend, colour in plot.lines:
             points = run.series(key)
             if points:
-                steps, values = zip(*points, strict=True)
-                values = [value if math.isfinite(value) else math.nan for value in values]
+                steps = [step for step, _ in points]
+                values = [value if math.isfinite(value) else math.nan for _, value in points]
                 marker = "o" if len(points) < 12 else ""
                 axes.plot(steps, values, color=colour, label=legend, marker=marker, ms=4, lw=1.6)
         axes.set_title(plot.title)

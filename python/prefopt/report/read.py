@@ -1,4 +1,4 @@
-"""Read a run folder, whatever state it is in: what is missing or broken becomes a note, not an exception."""
+"""Read a run folder in any state: a missing or broken file becomes a note, not an exception."""
 
 import json
 import math
@@ -12,32 +12,32 @@ from prefopt.errors import UserError
 from prefopt.paths import paths_from
 from prefopt.read_yaml import parse_yaml
 from prefopt.redact import redacted
-from prefopt.report.score import Suite, suite_of
+from prefopt.report.score import Suite, is_number, suite_of
 
 MOST_BAD_ROWS = 20
 
 
 @dataclass
 class Run:
-    """What a run folder holds; empty where there is nothing to read."""
+    """The files of a run folder; empty for what is missing."""
 
     path: Path
-    record: dict = field(default_factory=dict)  # run.json
-    logs: list[dict] = field(default_factory=list)  # metrics.jsonl
-    samples: list[dict] = field(default_factory=list)  # samples.json
-    summary: dict = field(default_factory=dict)  # summary.json
-    adapter: dict = field(default_factory=dict)  # adapter_config.json
-    bad_rows: list[dict] = field(default_factory=list)  # the first of bad_rows.jsonl
+    record: dict[str, Any] = field(default_factory=dict)  # run.json
+    logs: list[dict[str, Any]] = field(default_factory=list)  # metrics.jsonl
+    samples: list[dict[str, Any]] = field(default_factory=list)  # samples.json
+    summary: dict[str, Any] = field(default_factory=dict)  # summary.json
+    adapter: dict[str, Any] = field(default_factory=dict)  # adapter_config.json
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)  # the first of bad_rows.jsonl
     recipe: str = ""  # recipe.yaml, as text
-    options: dict = field(default_factory=dict)  # recipe.yaml, as sections, with paths of today
+    options: dict[str, Any] = field(default_factory=dict)  # recipe.yaml, as sections, with paths of today
     suites: list[Suite] = field(default_factory=list)  # eval.json
-    memory: dict = field(default_factory=dict)  # memory.json
-    manifest: dict = field(default_factory=dict)  # of the built folder that the data came from
+    memory: dict[str, Any] = field(default_factory=dict)  # memory.json
+    manifest: dict[str, Any] = field(default_factory=dict)  # of the built folder that the data came from
     counts: str = ""  # counts.txt of that folder
     notes: list[str] = field(default_factory=list)
 
     def option(self, section: str, name: str) -> Any:
-        """An option of the recipe; None where it is not there."""
+        """An option of the recipe, or None."""
         options = self.options.get(section)
         return options.get(name) if isinstance(options, dict) else None
 
@@ -59,13 +59,8 @@ class Run:
         return values[-1] if values else None
 
 
-def is_number(value: Any) -> bool:
-    """Whether JSON gave a number; true and false are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def read_run(run_dir: str | Path) -> Run:
-    """Read what there is.
+    """Read all files of a run folder.
 
     Raises:
         FileNotFoundError: the folder does not exist, or has neither run.json nor metrics.jsonl.
@@ -85,7 +80,7 @@ def read_run(run_dir: str | Path) -> Run:
     run.recipe = _text(run, "recipe.yaml") or ""
     options = sections(run.recipe)
     run.options = redacted(options)
-    if run.options != options:  # written by hand, or by a version that kept secrets
+    if run.options != options:  # it contains secrets
         run.recipe = yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True)
     run.options = paths_from(run.options, path)
     run.suites = _suites(run)
@@ -105,37 +100,36 @@ def _text(run: Run, name: str, expected: bool = False) -> str | None:
         return (run.path / name).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         if expected:
-            run.notes.append(f"There is no {name} in the run folder, so what it would show is missing.")
+            run.notes.append(f"There is no {name} in the run folder, so its part of the report is missing.")
     except OSError as error:
         run.notes.append(f"{name} cannot be read ({error.strerror}).")
     return None
 
 
-def _json(run: Run, name: str, expected: bool) -> Any:
+def _json(run: Run, name: str, kind: type, described: str, expected: bool = False) -> Any:
+    """The content of a JSON file of the given type; empty, with a note, if it is another or broken."""
     text = _text(run, name, expected)
     if text is None:
-        return None
+        return kind()
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError):
         run.notes.append(f"{name} is not valid JSON and was left out.")
-        return None
+        return kind()
+    if not isinstance(content, kind):
+        run.notes.append(f"{name} is not {described} and was left out.")
+        return kind()
+    return content
 
 
-def _object(run: Run, name: str, expected: bool = False) -> dict:
-    content = _json(run, name, expected)
-    if content is not None and not isinstance(content, dict):
-        run.notes.append(f"{name} is not a JSON object and was left out.")
-    return content if isinstance(content, dict) else {}
+def _object(run: Run, name: str, expected: bool = False) -> dict[str, Any]:
+    return _json(run, name, dict, "a JSON object", expected)
 
 
-def _lines(run: Run, name: str, expected: bool = False) -> list[dict]:
+def _lines(run: Run, name: str, expected: bool = False) -> list[dict[str, Any]]:
     """The JSON objects of a file, one a line; a run that was killed may have left half a line at the end."""
-    text = _text(run, name, expected)
-    if text is None:
-        return []
     objects, broken = [], []
-    lines = text.split("\n")  # not splitlines: a text in JSON may hold U+2028
+    lines = (_text(run, name, expected) or "").split("\n")  # not splitlines: a text in JSON may contain U+2028
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -150,15 +144,16 @@ def _lines(run: Run, name: str, expected: bool = False) -> list[dict]:
     if broken == [len(lines)]:
         run.notes.append(f"The last line of {name} was only half written and was left out.")
     elif broken:
+        plural = len(broken) > 1
         run.notes.append(
-            f"{len(broken)} line{'s' if len(broken) > 1 else ''} of {name} "
-            f"(first: {broken[0]}) cannot be read and {'were' if len(broken) > 1 else 'was'} left out."
+            f"{len(broken)} line{'s' if plural else ''} of {name} (first: {broken[0]}) cannot be read and "
+            f"{'were' if plural else 'was'} left out."
         )
     return objects
 
 
-def sections(recipe: str) -> dict:
-    """The sections of a recipe; empty where it cannot be read."""
+def sections(recipe: str) -> dict[str, Any]:
+    """The sections of a recipe; empty if it cannot be read."""
     try:
         content = parse_yaml(recipe)
     except UserError:
@@ -179,7 +174,7 @@ def _suites(run: Run) -> list[Suite]:
 
 
 def _read_built(run: Run) -> None:
-    """What `prefopt data build` says of its folder, if the data came from one that is still there."""
+    """Manifest and counts of `prefopt data build`, if the data came from its folder and that still exists."""
     path = run.option("data", "path")
     folder = Path(path).expanduser() if isinstance(path, str) else None
     if folder is None or not (folder / "manifest.json").is_file():
@@ -192,18 +187,10 @@ def _read_built(run: Run) -> None:
         run.notes.append("The manifest or the counts of the built data cannot be read.")
 
 
-def _samples(run: Run) -> list[dict]:
-    content = _json(run, "samples.json", expected=False)
-    if content is None:
-        return []
-    if not isinstance(content, list):
-        run.notes.append("samples.json is not a list of samples and was left out.")
-        return []
-    good = [
-        sample
-        for sample in content
-        if isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in ("prompt", "before", "after"))
-    ]
+def _samples(run: Run) -> list[dict[str, Any]]:
+    content = _json(run, "samples.json", list, "a list of samples")
+    texts = ("prompt", "before", "after")
+    good = [one for one in content if isinstance(one, dict) and all(isinstance(one.get(key), str) for key in texts)]
     if len(good) < len(content):
         run.notes.append(
             f"{len(content) - len(good)} of {len(content)} samples in samples.json lack a text and were left out."

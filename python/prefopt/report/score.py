@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 BASE, RUN, CHANGE = "base", "run", "change"  # who a score is of; CHANGE is run - base, paired
 NAMES = {BASE: "before training", RUN: "trained", CHANGE: "change"}  # for a reader
@@ -13,8 +13,8 @@ NAMES = {BASE: "before training", RUN: "trained", CHANGE: "change"}  # for a rea
 class Score:
     """One number of one model.
 
-    ``low`` and ``high`` end its 95 % interval. ``chance`` is what knowing nothing scores: a guess, the base model's own
-    value where that is known beforehand (a margin of 0), or no change; None where there is no such line. ``n`` counts
+    ``low`` and ``high`` end its 95 % interval. ``chance`` is the score without any knowledge: a guess, the base
+    model's value if it is known beforehand (a margin of 0), or no change; None if there is no such line. ``n`` counts
     questions, rows, pairs or answers. ``n_shot`` and ``temperature``, that of sampled answers, say how it was measured.
     """
 
@@ -33,14 +33,14 @@ class Score:
 
     @property
     def asked(self) -> str:
-        """The task with its settings: "HellaSwag, 10-shot", "sampled answers, temperature 1"."""
+        """The task and its settings: "HellaSwag, 10-shot", "sampled answers, temperature 1"."""
         shots = "" if self.n_shot is None else f", {self.n_shot}-shot"
         heat = "" if self.temperature is None else f", temperature {self.temperature:g}"
         return f"{self.task}{shots}{heat}"
 
     @property
     def at_chance(self) -> bool:
-        """Whether the interval holds the chance line, so that the score tells nothing from it."""
+        """Whether the interval holds the chance line, so that the score does not differ from it."""
         return self.chance is not None and self.low <= self.chance <= self.high
 
     def as_dict(self) -> dict:
@@ -69,19 +69,19 @@ class Line:
         return next((one.chance for one in (self.run, self.base) if one is not None), None)
 
     @property
-    def words(self) -> str:
-        """What base, run and change are beside their chance lines."""
-        said = [] if self.run is None else [beside_chance(self.run)]
+    def verdict(self) -> str:
+        """The run relative to chance, and whether there is a clear change."""
+        found = [] if self.run is None else [relative_to_chance(self.run)]
         if self.change is not None and self.change.chance is not None:
-            said.append("no clear change" if self.change.at_chance else "a clear change")
-        return "; ".join(one for one in said if one)
+            found.append("no clear change" if self.change.at_chance else "a clear change")
+        return "; ".join(one for one in found if one)
 
 
 @dataclass(frozen=True)
 class Suite:
     """The results of one suite of `prefopt eval`, as eval.json has them.
 
-    ``data`` says, for each task of the scores, what it was asked on: ``name``, and ``hub`` and ``split`` where known.
+    ``data`` has, for each task, the data of its questions: ``name``, and ``hub`` and ``split`` if known.
     """
 
     name: str
@@ -101,11 +101,16 @@ class Suite:
         return [Line(*key, *map(of.get, (BASE, RUN, CHANGE))) for key, of in found.items()]
 
 
-def beside_chance(score: Score) -> str:
-    """What a score of the run is beside its chance line: nothing to say where there is none.
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value from JSON is a number; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def relative_to_chance(score: Score) -> str:
+    """A score in relation to its chance line; empty if it has none.
 
     Example:
-        >>> beside_chance(Score("t", "acc", RUN, 0.26, 0.02, 0.22, 0.3, 500, chance=0.25))
+        >>> relative_to_chance(Score("t", "acc", RUN, 0.26, 0.02, 0.22, 0.3, 500, chance=0.25))
         'indistinguishable from chance'
     """
     if score.chance is None:
@@ -154,8 +159,8 @@ def suite_of(name: str, entry: Any) -> Suite | None:
     listed = entry.get("scores") if isinstance(entry, dict) else None
     if not isinstance(listed, list):
         return None
-    scores = [_score(one) for one in listed]
-    if None in scores:
+    scores = [score for one in listed if (score := _score(one)) is not None]
+    if len(scores) < len(listed):
         return None
     kinds = {"how": list, "warnings": list, "data": dict, "details": dict}
     kinds |= {"settings": dict, "made": str}
@@ -166,12 +171,12 @@ def suite_of(name: str, entry: Any) -> Suite | None:
 def _score(entry: Any) -> Score | None:
     if not isinstance(entry, Mapping):
         return None
-    given = {one.name: entry.get(one.name) for one in fields(Score)}
+    given: dict[str, Any] = {one.name: entry.get(one.name) for one in fields(Score)}
     for name, end in (("low", -math.inf), ("high", math.inf)):
         given[name] = end if given[name] is None else given[name]
     numbers = [given[name] for name in ("value", "low", "high", "n")]
     optional = ("stderr", "chance", "n_shot", "temperature")
     numbers += [given[name] for name in optional if given[name] is not None]
     texts = [given[name] for name in ("task", "metric", "model", "unit")]
-    good = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in numbers)
-    return Score(**given) if good and all(isinstance(one, str) for one in texts) else None
+    good = all(map(is_number, numbers)) and all(isinstance(one, str) for one in texts)
+    return Score(**given) if good else None

@@ -1,19 +1,18 @@
-"""Everything a report consists of, written so that no reader ever meets half a file."""
+"""Write all files of a report, each atomically."""
 
 from pathlib import Path
 
 from prefopt.files import write_whole
-from prefopt.report.card import card
+from prefopt.report.card_backup import back_up_if_edited, with_digest
 from prefopt.report.charts import draw_suite
-from prefopt.report.edited import keep_if_edited, marked
 from prefopt.report.figures import placed
 from prefopt.report.markdown import csv_text
-from prefopt.report.page import page
+from prefopt.report.page import card, page
 from prefopt.report.plots import draw, drawable
 from prefopt.report.read import Run, read_run
-from prefopt.report.words import tell
+from prefopt.report.summary import summarize
 
-# a lone surrogate, which JSON allows and UTF-8 does not, must not cost the whole report
+# JSON allows lone surrogates, UTF-8 does not
 ERRORS = "replace"
 
 
@@ -21,9 +20,8 @@ def write_report(run_dir: str | Path) -> Path:
     """Write plots, eval_summary.csv, README.md and, last, report.html into a run folder.
 
     Reads run.json and metrics.jsonl and, if there, eval.json, samples.json, summary.json, memory.json,
-    adapter_config.json, bad_rows.jsonl and recipe.yaml. What is missing or broken is said in the report. Each file is
-    written beside its place and renamed; a README.md that was changed by hand is kept as README.edited.md, with a
-    warning.
+    adapter_config.json, bad_rows.jsonl and recipe.yaml. The report names missing or broken files. Each file is written
+    under a temporary name and renamed; an edited README.md is kept as README.edited.md, with a warning.
 
     Returns:
         Path of report.html.
@@ -33,29 +31,28 @@ def write_report(run_dir: str | Path) -> Path:
         OSError: the folder cannot be written to.
     """
     run = read_run(run_dir)
-    story = tell(run)
+    summary = summarize(run)
     plots, evaluated = [], {}
     chosen = drawable(run)
     if chosen or run.suites:
         with placed(run.path / "plots") as folder:
             plots = [draw(run, plot, folder) for plot in chosen]
             evaluated = {suite.name: draw_suite(suite, folder) for suite in run.suites}
-    summary = _evaluations(run)
+    table = _evaluations(run)
     # `prefopt eval` writes a richer file of that name, and eval.json beside it.
-    if summary and not (run.path / "eval.json").is_file():
-        write_whole(run.path / "eval_summary.csv", summary, ERRORS)
-    pictures = [one for some in evaluated.values() for one in some]
+    if table and not (run.path / "eval.json").is_file():
+        write_whole(run.path / "eval_summary.csv", table, ERRORS)
     readme = run.path / "README.md"
-    text = marked(card(run, story, plots, pictures), ERRORS)
-    keep_if_edited(readme)
+    text = with_digest(card(run, summary, plots, evaluated), ERRORS)
+    back_up_if_edited(readme)
     write_whole(readme, text, ERRORS)
     report = run.path / "report.html"
-    write_whole(report, page(run, story, plots, evaluated), ERRORS)
+    write_whole(report, page(run, summary, plots, evaluated), ERRORS)
     return report
 
 
 def _evaluations(run: Run) -> str:
-    """A row for each evaluation: its step, then every eval_ metric that was ever logged; empty without evaluations."""
+    """CSV with a row for each evaluation: step, epoch and all eval_ metrics; empty without evaluations."""
     logs = [log for log in run.logs if any(key.startswith("eval_") for key in log)]
     keys = sorted({key for log in logs for key in log if key.startswith("eval_")})
     return csv_text(["step", "epoch", *keys], logs) if logs else ""

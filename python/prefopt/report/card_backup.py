@@ -1,7 +1,7 @@
-"""A model card that somebody wrote or changed by hand is kept beside the new one.
+"""Keep a model card that was edited by hand when a new one is written.
 
-The card ends in a comment, which no reader of Markdown is shown, with a digest of what stands above it: it tells the
-card that was written from one that was changed since. The empty form that PEFT leaves with an adapter is nobody's work.
+A generated card ends in an HTML comment with the SHA-256 of the text above it. A card without a valid digest was
+edited, unless it is PEFT's unfilled template, which comes with each adapter.
 """
 
 import hashlib
@@ -18,14 +18,14 @@ MARK = re.compile(rb"\n<!-- written by prefopt, sha256 ([0-9a-f]{64}) -->\n?\Z")
 logger = logging.getLogger(__name__)
 
 
-def marked(card: str, errors: str) -> str:
-    """The card with its mark; ``errors`` as ``str.encode``, and as the card is written with."""
+def with_digest(card: str, errors: str) -> str:
+    """The card with its digest; ``errors`` as for ``str.encode``, and as the card is written with."""
     return f"{card}\n<!-- written by prefopt, sha256 {_digest(card.encode('utf-8', errors))} -->\n"
 
 
-def keep_if_edited(path: Path) -> Path | None:
-    """Move a card that is not as it was written to README.edited.md (-2, -3, ...), and say so; where it is now."""
-    if not path.is_file() or _untouched(path.read_bytes()):
+def back_up_if_edited(path: Path) -> Path | None:
+    """Move an edited card to README.edited.md (-2, -3, ...) and log a warning; return its new path."""
+    if not path.is_file() or _is_generated(path.read_bytes()):
         return None
     names = (f"{path.stem}.edited{f'-{n}' if n > 1 else ''}{path.suffix}" for n in count(1))
     kept = next(place for name in names if not (place := path.with_name(name)).exists())
@@ -34,8 +34,8 @@ def keep_if_edited(path: Path) -> Path | None:
     return kept
 
 
-def _untouched(card: bytes) -> bool:
-    card = card.replace(b"\r\n", b"\n")  # which some editors change, and nothing else
+def _is_generated(card: bytes) -> bool:
+    card = card.replace(b"\r\n", b"\n")  # some editors change line ends
     mark = MARK.search(card)
     if mark:
         return mark[1].decode() == _digest(card[: mark.start()])
