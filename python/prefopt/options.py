@@ -339,6 +339,8 @@ class Training:
     use_cpu: bool = option("train on the CPU even where there is a GPU", False)
     report_to: str | list[str] = option("trackers besides the run folder, e.g. tensorboard", "none")
     backend: Backend = _same("backend")
+    packing: Literal["auto", "padded", "packed"] = _same("packing")
+    share_prompts: Literal["auto", "off"] = _same("share_prompts")
     extra: dict = option("further options of transformers.TrainingArguments", {})
 
 
