@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from prefopt_kernels.ops.linear_kl import op as linear_kl_op
 from prefopt_kernels.ops.linear_logprob import cpu as backend_cpu
 from support.linear_logprob import backends
 from support.triton_backend import ON_GPU
 
 # Test files that also run the Triton kernels in the interpreter, which is too slow for all of them. A test marked
 # `compiled_only` is too slow for it, or is not about Triton; its reason says what covers the kernels instead.
-INTERPRETED = ("special", "layouts", "values", "autograd")
+INTERPRETED = tuple(f"linear_logprob_{name}" for name in ("special", "layouts", "values", "autograd"))
 
 
 def pytest_generate_tests(metafunc):
@@ -22,8 +21,6 @@ def pytest_generate_tests(metafunc):
         interpreted = module.__name__.endswith(INTERPRETED) and not ON_GPU
         interpreted &= metafunc.definition.get_closest_marker("compiled_only") is None
         names = [*backends(), "triton"] if interpreted else backends()
-        if "linear_kl" in module.__name__:  # the Triton kernels have a file of their own
-            names = [name for name in names if name.split("/")[0] in linear_kl_op.BACKENDS and name != "triton"]
         metafunc.parametrize("backend", names, indirect=True)
 
 

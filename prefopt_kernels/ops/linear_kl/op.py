@@ -15,6 +15,7 @@ from prefopt_kernels._backends import select_backend
 from prefopt_kernels.ops.linear_kl import cpu, reference
 from prefopt_kernels.ops.linear_kl.checks import check_ref, check_transforms, pair
 from prefopt_kernels.ops.linear_kl.operands import Saved, Transforms, Upstream
+from prefopt_kernels.ops.linear_kl.triton_kernels import backend as triton_backend
 from prefopt_kernels.ops.linear_logprob import op as linear_logprob
 from prefopt_kernels.ops.linear_logprob.checks import (
     OUTPUTS,
@@ -29,7 +30,11 @@ from prefopt_kernels.ops.linear_logprob.operands import Saved as LogprobSaved
 from prefopt_kernels.ops.linear_logprob.operands import Upstream as LogprobUpstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in the order in which "auto" tries them
+BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "triton": triton_backend,
+    "reference": reference,
+}  # in the order in which "auto" tries them
 
 Lora = tuple[Tensor, Tensor, float]
 
