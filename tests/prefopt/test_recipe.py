@@ -340,7 +340,7 @@ def test_what_cannot_run_is_one_message_before_training(content, overrides, mess
 
 
 def test_pairs_are_wanted_where_the_method_learns_from_pairs(content):
-    with pytest.raises(DataError, match=r"rows.jsonl has no pairs to train on; expected .*15 rated"):
+    with pytest.raises(DataError, match=r"rows.jsonl has no pairs to train on; expected .*15 unpaired"):
         run_recipe(make_recipe(content, {"loss.method": "dpo"}))
 
 
