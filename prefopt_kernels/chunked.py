@@ -1,13 +1,13 @@
 """Gradients of a trainable head in three products with it instead of four.
 
-The op computes the logits twice, because d loss / d logp comes only after every log-probability is known. Where
-the loss of a sequence depends on that sequence alone, it is known as soon as the sequence's logits are: a chunk
-of whole sequences goes from logits to loss and, in the same memory, to the gradients of hidden states and head
-before the next chunk begins. The gradients wait in the graph for the one number that is still missing, the
-gradient that reaches the reduced loss. Plain torch on any device; modules.py decides who takes this path.
+The op computes the logits twice, because it needs d loss / d logp, which is known only after the forward. If the loss
+of a sequence depends on that sequence alone, it is known once the sequence's logits are: each chunk of whole sequences
+is processed from logits to loss to the gradients of hidden states and head, in the same memory. The backward only
+scales these gradients by the gradient of the reduced loss. Plain torch on any device; modules.py selects this scheme.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from torch import Tensor
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 
-# of a chunk's fp32 logits
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 256 * 2**20  # of a chunk's fp32 logits
 
 RowLoss = Callable[[Tensor, Tensor, slice], Tensor]
 
@@ -34,22 +33,22 @@ def chunked_head(
 ) -> tuple[TokenLogprobs, tuple[Tensor | None, ...]]:
     """Log-probabilities, and the gradients of the sum of all losses, without a graph.
 
-    Memory beside the results: twice the fp32 logits of a chunk (three times with a softcap); the head's gradient
-    in fp32, in which it is summed; outside CUDA also the head in fp32. A sequence that is longer than a chunk is
-    taken in parts whose logits are computed twice. Waits for the device once, to read where the sequences end.
+    Extra memory: twice the fp32 logits of a chunk (three times with a softcap); the head's gradient in fp32, the dtype
+    of its sum; outside CUDA also the head in fp32. A sequence longer than a chunk is split into parts whose logits are
+    computed twice. Synchronises with the device once, to read the lengths of the sequences.
 
     Args:
         hidden, weight, bias, targets: as :func:`prefopt_kernels.linear_logprob`.
-        cu_seqlens: (B + 1,) row at which each sequence begins, and T last.
-        loss_of: from logp (n,) of the tokens that count, their ``cu_seqlens`` and the slice of sequences, to
-            the losses of these; differentiable in logp, each loss a function of its own tokens.
-        transform: of the logits.
+        cu_seqlens: (B + 1,) first row of each sequence, and T last.
+        loss_of: maps logp (n,) of the scored tokens, their ``cu_seqlens`` and the slice of sequences to the losses of
+            these sequences; differentiable in logp, each loss a function of its own tokens.
+        transform: transform of the logits.
         outputs: as :func:`prefopt_kernels.linear_logprob`.
-        chunk_bytes: of the fp32 logits of a chunk.
+        chunk_bytes: size of a chunk's fp32 logits.
 
     Returns:
-        What ``linear_logprob`` returns, and the gradients of ``hidden``, ``weight`` and ``bias`` in their dtypes,
-        None for what asks for none.
+        The result of ``linear_logprob``, and the gradients of ``hidden``, ``weight`` and ``bias`` in their dtypes, None
+        where no gradient is required.
     """
     counts = targets >= 0
     bounds = torch.nn.functional.pad(counts.cumsum(0), (1, 0))[cu_seqlens.long()]  # (B + 1,)
@@ -62,7 +61,10 @@ def chunked_head(
             parts = rows[ends[first] : ends[last]].split(limit)
             logp = [head.softmax(part) for part in parts]
             inside = bounds[first : last + 1] - ends[first]
-            upstream = _gradient(loss_of, torch.cat(logp), inside, slice(first, last))
+            with torch.enable_grad():
+                chunk = torch.cat(logp).requires_grad_()
+                losses = loss_of(chunk, inside, slice(first, last))
+                (upstream,) = torch.autograd.grad(losses.sum(), chunk)  # (n,) d loss / d logp
             for part, by in zip(parts, upstream.split(limit), strict=True):
                 if len(parts) > 1:
                     head.softmax(part)
@@ -71,22 +73,22 @@ def chunked_head(
 
 
 class PrecomputedGradients(torch.autograd.Function):
-    """``value``, whose gradients are known: the backward multiplies them by what reaches it."""
+    """``value`` with precomputed gradients; the backward scales them by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, grads: tuple[Tensor | None, ...], *operands):
+    def forward(ctx: Any, value: Tensor, grads: tuple[Tensor | None, ...], *operands: Tensor | None) -> Tensor:
         ctx.save_for_backward(*grads)
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dvalue):
+    def backward(ctx: Any, dvalue: Tensor) -> tuple[Tensor | None, ...]:
         scaled = (None if grad is None else grad * dvalue for grad in ctx.saved_tensors)
         return (None, None, *scaled)
 
 
-def _chunks(ends: list[int], limit: int):
-    """Ranges (first, last) of sequences with at most ``limit`` tokens that count; a longer sequence comes alone."""
+def _chunks(ends: list[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Ranges (first, last) of sequences with at most ``limit`` scored tokens; a longer one is a range by itself."""
     first, B = 0, len(ends) - 1
     while first < B:
         last = first + 1
@@ -97,16 +99,13 @@ def _chunks(ends: list[int], limit: int):
         first = last
 
 
-def _gradient(loss_of: RowLoss, logp: Tensor, bounds: Tensor, sequences: slice) -> Tensor:
-    """(n,) d loss / d logp."""
-    with torch.enable_grad():
-        logp = logp.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_of(logp, bounds, sequences).sum(), logp)
-    return grad
+def _has_mixed_products(hidden: Tensor) -> bool:
+    """Whether products of half-precision operands have fp32 results, which torch supports on CUDA only."""
+    return hidden.is_cuda and hidden.dtype != torch.float32
 
 
 class _Head:
-    """One call's products with the head, and what they are added to."""
+    """Products with the head in one call, and their accumulators."""
 
     def __init__(
         self,
@@ -118,11 +117,9 @@ class _Head:
         outputs: Sequence[str],
     ):
         operands = {"hidden": hidden, "weight": weight, "bias": bias}
-        self.dtypes = {
-            name: operand.dtype for name, operand in operands.items() if operand is not None and operand.requires_grad
-        }
-        # CUDA multiplies bf16 with sums and results in fp32; elsewhere torch has no such product
-        self.mixed = hidden.is_cuda and hidden.dtype != torch.float32
+        trained = {name: each for name, each in operands.items() if each is not None and each.requires_grad}
+        self.dtypes = {name: each.dtype for name, each in trained.items()}
+        self.mixed = _has_mixed_products(hidden)
         self.dtype = hidden.dtype if self.mixed else torch.float32  # of the products' operands
         self.hidden, self.weight = hidden, weight.to(self.dtype)
         self.bias = None if bias is None else bias.float()
@@ -131,17 +128,14 @@ class _Head:
             name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for name in ("logp", "lse", *outputs)
         }
         self.grads = {
-            name: torch.zeros(
-                operands[name].shape,
-                dtype=dtype if name == "hidden" else torch.float32,
-                device=hidden.device,
-            )
-            for name, dtype in self.dtypes.items()
+            name: torch.zeros(each.shape, dtype=each.dtype if name == "hidden" else torch.float32, device=each.device)
+            for name, each in trained.items()
         }
+        self.p: Tensor | None = None  # softmax of the last rows
 
     def softmax(self, rows: Tensor) -> Tensor:
-        """(n,) logp; keeps for the gradients what :meth:`add_gradients` takes of these rows."""
-        self.p = None  # the last part's memory, before the next one's logits are made
+        """(n,) logp; stores what :meth:`add_gradients` needs for these rows."""
+        self.p = None  # free the memory before the next logits are allocated
         z = self._product(self._rows(rows), self.weight.T)  # (n, V)
         if self.bias is not None:
             z += self.bias
@@ -162,17 +156,18 @@ class _Head:
         if "mean_logit" in self.values:
             values["mean_logit"] = z.mean(1)
         if "entropy" in self.values:
-            # p is 0 long before: the bound keeps 0 * -inf out
+            # p underflows to 0 long before the bound, which avoids 0 * -inf
             values["entropy"] = -z.sub_(lse[:, None]).clamp_(min=-1000).mul_(self.p).sum(1)
         for name, out in self.values.items():
             out[rows] = values[name]
         return self.logp
 
     def add_gradients(self, rows: Tensor, upstream: Tensor) -> None:
-        """Adds the products of the raw logits' gradient; ``rows`` are those of the last softmax."""
+        """Add the products with the raw logits' gradient; ``rows`` are those of the last softmax."""
         p, self.p = self.p, None
+        assert p is not None
         target = self.targets[rows, None].long()
-        # The target's own term in fp32, apart: where p is near 1, onehot - p rounded later would be rounding
+        # The target's term separately in fp32: 1 - p by expm1 is exact where p is near 1
         own = (-upstream * torch.expm1(self.logp))[:, None]
         if isinstance(self.slope, Tensor):
             own *= self.slope.gather(1, target)
@@ -183,7 +178,7 @@ class _Head:
         p.scatter_(1, target, 0.0)
         if "bias" in self.grads:
             self.grads["bias"].addmv_(p.T, -upstream).index_add_(0, target.squeeze(1), own.squeeze(1))
-        # one pass over p, rounded as it is written
+        # one pass over p, rounded on the write
         dz = torch.empty_like(p, dtype=self.dtype) if self.mixed else p
         torch.mul(p, -upstream[:, None], out=dz)
         dz.scatter_(1, target, own.to(dz.dtype))
@@ -198,7 +193,7 @@ class _Head:
         return TokenLogprobs(**self.values)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Rounded once, to the operands' dtypes."""
+        """The sums, rounded once to the operands' dtypes."""
         return tuple(
             self.grads.pop(name).to(self.dtypes[name]) if name in self.grads else None
             for name in ("hidden", "weight", "bias")

@@ -7,7 +7,7 @@ import torch
 from torch import tensor
 
 from prefopt_kernels import linear_logprob
-from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
+from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics
 from prefopt_kernels.parallel import dtensor as sharded_head
 from prefopt_kernels.reference_point import MicrobatchKL
 from support.numerics import assert_as_good_as_torch
@@ -64,7 +64,7 @@ def plain(inputs, dtype, z0, *, beta=0.3, desirable=1.25, undesirable=0.5, **hea
 
 
 def leaves(inputs, names):
-    """A copy of ``inputs`` in which ``names`` ask for gradients."""
+    """A copy of ``inputs`` in which ``names`` require gradients."""
     return {k: v.clone().requires_grad_() if k in names else v for k, v in inputs.items()}
 
 
@@ -137,7 +137,7 @@ def test_metrics():
     assert metrics.is_top1_sum.tolist() == top1.tolist()
 
 
-def test_outputs_that_nobody_asked_for_are_none():
+def test_outputs_not_requested_are_none():
     _, metrics = FusedLinearKTOLoss(beta=0.3)(**batch(), reference_point=tensor(0.0))
     assert metrics.entropy_sum is None
     assert metrics.mean_logit_sum is None
@@ -290,7 +290,7 @@ def bad(message, error=ValueError, **change):
         bad("kl_log_ratio has shape (); expected (n,)", reference_point=None, kl_log_ratio=tensor(1.0)),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(change, error, message):
+def test_invalid_arguments(change, error, message):
     arguments = batch() | {"reference_point": tensor(0.0)} | change
     with pytest.raises(error) as caught:
         FusedLinearKTOLoss(beta=0.3)(**arguments)
@@ -312,42 +312,6 @@ def test_apo_zero_refuses_a_reference_point(name):
         ({"desirable_weight": -1.0}, "^desirable_weight is -1.0; expected a finite number, 0"),
     ],
 )
-def test_bad_settings_are_named_at_construction(settings, message):
+def test_invalid_settings_raise_at_construction(settings, message):
     with pytest.raises(ValueError, match=message):
         FusedLinearKTOLoss(**({"beta": 0.1} | settings))
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_sequence_logps_sums_each_sequence(dtype):
-    logp = torch.arange(1.0, 12.0).neg().requires_grad_()
-    logps = sequence_logps(logp, tensor(BOUNDS, dtype=dtype))
-    assert logps.dtype == torch.float32
-    assert logps.tolist() == [-10.0, 0.0, -35.0, -21.0]
-    (logps * tensor([1.0, 7.0, 2.0, 3.0])).sum().backward()
-    assert logp.grad.tolist() == [1.0] * 4 + [2.0] * 5 + [3.0] * 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_sequence_logps_rounds_once(dtype):
-    generator = torch.Generator().manual_seed(0)
-    logp = (-20 * torch.rand(10_000, generator=generator)).to(dtype)
-    logps = sequence_logps(logp, tensor([0, 1, 10_000]))
-    assert torch.equal(logps, tensor([logp[0].item(), logp[1:].double().sum().item()]))
-
-
-def test_sequence_logps_of_no_tokens():
-    logps = sequence_logps(torch.zeros(0, requires_grad=True), tensor([0, 0, 0]))
-    assert logps.tolist() == [0.0, 0.0]
-    logps.sum().backward()
-
-
-def test_an_impossible_token_stays_in_its_sequence():
-    logps = sequence_logps(tensor([-1.0, -torch.inf, -3.0, torch.nan, -5.0]), tensor([0, 1, 2, 3, 4, 5]))
-    assert logps[[0, 2, 4]].tolist() == [-1.0, -3.0, -5.0]
-    assert logps[1] == -torch.inf and logps[3].isnan()
-
-
-def test_sequence_logps_reads_no_value_on_a_device():
-    # a meta tensor has no values: reading one, as a host synchronisation would, raises
-    logps = sequence_logps(torch.zeros(5, device="meta"), torch.zeros(3, device="meta").long())
-    assert logps.shape == (2,)

@@ -1,49 +1,27 @@
-"""The scheme "chunked" of FusedLinearKTOLoss: judged like the op's path, against fp64 on all logits, and beside it."""
+"""The scheme "chunked" of FusedLinearKTOLoss against fp64 on all logits and against the scheme "op"."""
 
 import functools
-import warnings
 
 import pytest
 import torch
 from torch import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prefopt_kernels import chunked as _chunked_head
-from prefopt_kernels import modules
+from prefopt_kernels import chunked, modules
 from prefopt_kernels.modules import FusedLinearKTOLoss
-from prefopt_kernels.parallel import dtensor as sharded_head
+from prefopt_kernels.ops.linear_logprob.transform import Transform
 from support.numerics import assert_as_good_as_torch
-from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain, without
+from test_modules import BOUNDS, HEADS, KL, LABELS, H, T, V, batch, leaves, plain
 
 TRAINED = ("hidden", "weight", "bias")
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 
 
 def limit_rows(monkeypatch, rows):
-    """Chunks of at most ``rows`` tokens; None as the module has it: one chunk here."""
+    """Chunks of at most ``rows`` tokens; None for the default, which is one chunk here."""
     if rows is not None:
-        small = functools.partial(_chunked_head.chunked_head, chunk_bytes=4 * V * rows)
+        small = functools.partial(chunked.chunked_head, chunk_bytes=4 * V * rows)
         monkeypatch.setattr(modules, "chunked_head", small)
-
-
-@pytest.fixture
-def chunks(monkeypatch):
-    """Which sequences each chunk held, and how many tokens each of its parts had."""
-    taken = []
-    cut, softmax = _chunked_head._chunks, _chunked_head._Head.softmax
-
-    def spy_cut(ends, limit):
-        for first, last in cut(ends, limit):
-            taken.append(((first, last), []))
-            yield first, last
-
-    def spy_softmax(self, rows):
-        taken[-1][1].append(len(rows))
-        return softmax(self, rows)
-
-    monkeypatch.setattr(_chunked_head, "_chunks", spy_cut)
-    monkeypatch.setattr(_chunked_head._Head, "softmax", spy_softmax)
-    return taken
 
 
 def step(scheme, inputs, *, by=1.0, **options):
@@ -97,12 +75,7 @@ def test_value_and_gradients(dtype, method, reduction, head, rows, monkeypatch):
 
 @pytest.fixture
 def as_on_cuda(monkeypatch):
-    """The path of a GPU on the CPU: bf16 operands, rounded gradients of the logits, products as CUDA's would be."""
-    made = _chunked_head._Head.__init__
-
-    def mixed(self, hidden, weight, *rest):
-        made(self, hidden, weight, *rest)
-        self.mixed, self.dtype, self.weight = True, hidden.dtype, weight
+    """The CUDA path on the CPU: bf16 operands, rounded gradients of the logits, emulated products."""
 
     def product(a, b, *, out_dtype):
         assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
@@ -112,15 +85,15 @@ def as_on_cuda(monkeypatch):
         assert out is to and to.dtype == torch.float32
         return to.add_(product(a, b, out_dtype=out_dtype))
 
-    monkeypatch.setattr(_chunked_head._Head, "__init__", mixed)
+    monkeypatch.setattr(chunked, "_has_mixed_products", lambda hidden: True)
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "addmm", add_product)
 
 
 @pytest.mark.parametrize("rows", [None, 2])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_path_of_a_gpu(head, rows, as_on_cuda, monkeypatch):
-    """Judged as everything else, though the gradient of the logits is rounded to bf16 for its products."""
+def test_the_cuda_path(head, rows, as_on_cuda, monkeypatch):
+    """With the same tolerance, although the gradient of the logits is rounded to bf16 for its products."""
     limit_rows(monkeypatch, rows)
     ours = leaves(batch(torch.bfloat16), TRAINED)
     loss, _ = step("chunked", ours, by=-3.0, **HEADS[head])
@@ -128,8 +101,8 @@ def test_the_path_of_a_gpu(head, rows, as_on_cuda, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "overload"), [("mm", "dtype"), ("addmm", "dtype_out")])
-def test_cuda_has_the_products_that_are_asked_of_it(name, overload):
-    """By their arguments; tensors without data will not do, for torch 2.11 computes their addmm wrongly."""
+def test_torch_has_the_mixed_precision_products(name, overload):
+    """By their schemas; on meta tensors torch 2.11 has a wrong addmm."""
     product = getattr(getattr(torch.ops.aten, name), overload)
     assert "Tensor mat2, ScalarType out_dtype" in str(product._schema)
 
@@ -137,7 +110,7 @@ def test_cuda_has_the_products_that_are_asked_of_it(name, overload):
 @pytest.mark.parametrize("name", TRAINED[1:])
 @pytest.mark.parametrize("also_hidden", [True, False])
 def test_each_gradient_alone(name, also_hidden):
-    """The same bits, whoever else asks."""
+    """Bitwise independent of which other gradients are required."""
     wanted = ("hidden", name) if also_hidden else (name,)
     everything, some = leaves(batch(), TRAINED), leaves(batch(), wanted)
     step("chunked", everything)
@@ -149,24 +122,36 @@ def test_each_gradient_alone(name, also_hidden):
             assert some[leaf].grad is None
 
 
+def chunks_of(inputs, rows: int) -> list[tuple[int, int, int]]:
+    """First and last sequence of each chunk, and its number of tokens."""
+    found = []
+
+    def loss_of(logp, bounds, sequences):
+        found.append((sequences.start, sequences.stop, len(logp)))
+        return modules.sequence_logps(logp, bounds)
+
+    x = leaves(inputs, TRAINED)
+    operands = (x[name] for name in (*TRAINED, "targets", "cu_seqlens"))
+    chunked.chunked_head(*operands, loss_of, Transform(1.0, None, 1.0), chunk_bytes=4 * V * rows)
+    return found
+
+
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        (None, [((0, 4), [9])]),  # nine tokens count, in sequences of 3, 0, 4 and 2
-        (7, [((0, 3), [7]), ((3, 4), [2])]),
-        (4, [((0, 2), [3]), ((2, 3), [4]), ((3, 4), [2])]),
-        (3, [((0, 2), [3]), ((2, 3), [3, 1, 3, 1]), ((3, 4), [2])]),  # four are too many: twice
+        (T, [(0, 4, 9)]),  # nine tokens are scored, in sequences of 3, 0, 4 and 2
+        (7, [(0, 3, 7), (3, 4, 2)]),
+        (4, [(0, 2, 3), (2, 3, 4), (3, 4, 2)]),
+        (3, [(0, 2, 3), (2, 3, 4), (3, 4, 2)]),  # a longer sequence is one chunk, in parts
     ],
 )
-def test_chunks_are_whole_sequences(rows, expected, chunks, monkeypatch):
-    limit_rows(monkeypatch, rows)
-    step("chunked", leaves(batch(), TRAINED))
-    assert chunks == expected
+def test_chunks_are_whole_sequences(rows, expected):
+    assert chunks_of(batch(), rows) == expected
 
 
 @pytest.mark.parametrize("first", [True, False])
 def test_a_sequence_of_ignored_tokens(first):
-    """It has the loss of log-ratio 0, and no gradient; the others are what they were."""
+    """Its loss is that of log-ratio 0, and its gradient 0; other sequences are unchanged."""
     inputs = batch()
     inputs["targets"][: BOUNDS[1]] = -100
     ours, beside = leaves(inputs, TRAINED), leaves(inputs, TRAINED)
@@ -178,17 +163,17 @@ def test_a_sequence_of_ignored_tokens(first):
         torch.testing.assert_close(ours[name].grad, beside[name].grad, rtol=1e-5, atol=1e-6)
 
 
-def test_no_token_counts(chunks):
+def test_no_token_counts():
     inputs = leaves(batch(), TRAINED)
     inputs["targets"] = torch.full((T,), -100)
     _, metrics = step("chunked", inputs)
-    assert metrics.token_count.item() == 0 and chunks == []
+    assert metrics.token_count.item() == 0 and chunks_of(inputs, T) == []
     for name in TRAINED:
         assert torch.equal(inputs[name].grad, torch.zeros_like(inputs[name])), name
 
 
 def test_a_confident_target_keeps_its_gradient():
-    """p above 0.9999: onehot - p is a small difference, taken in fp32 before anything is rounded."""
+    """p above 0.9999: the small difference onehot - p is taken in fp32 before rounding."""
     inputs = batch(torch.bfloat16)
     inputs["targets"] = torch.arange(T)
     inputs["weight"] = torch.eye(V, H).bfloat16()
@@ -219,7 +204,7 @@ def test_a_confident_target_keeps_its_gradient():
 
 
 def test_a_banned_token():
-    """A bias of -inf: its p is 0, and nothing turns into NaN."""
+    """A bias of -inf: p is 0, and there is no NaN."""
     inputs = batch()
     inputs["targets"][inputs["targets"] == 3] = 4
     inputs["bias"][3] = inputs["ref_bias"][3] = -torch.inf
@@ -231,17 +216,19 @@ def test_a_banned_token():
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned."""
+    """Elements of the largest tensor that an operation returned, and tokens of the largest logits (n, 400)."""
 
     def __init__(self):
         super().__init__()
-        self.elements = 0
+        self.elements = self.tokens = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, torch.Tensor):
                 self.elements = max(self.elements, value.numel())
+                if value.shape[1:] == (400,) and value.shape[0] != H:  # (H, 400) is the transposed head
+                    self.tokens = max(self.tokens, value.shape[0])
         return out
 
 
@@ -255,13 +242,14 @@ def test_memory_is_bounded_by_the_chunk_and_the_head(rows, expected):
     x = leaves(inputs, TRAINED)
     size = {} if rows is None else {"chunk_bytes": 4 * 400 * rows}
     with Largest() as largest:
-        _chunked_head.chunked_head(
+        chunked.chunked_head(
             *(x[name] for name in (*TRAINED, "targets", "cu_seqlens")),
             lambda logp, bounds, rows: modules.sequence_logps(logp, bounds),
-            _chunked_head.Transform(1.0, None, 1.0),
+            Transform(1.0, None, 1.0),
             **size,
         )
     assert largest.elements == expected
+    assert largest.tokens == (rows or 9)  # a sequence of four is split into parts
 
 
 def test_the_backward_can_run_twice():
@@ -298,110 +286,3 @@ def test_autocast():
     for name in TRAINED:
         assert ours[name].grad.dtype == torch.float32
         assert torch.equal(ours[name].grad, by_hand[name].grad.float()), name
-
-
-@pytest.fixture
-def schemes(monkeypatch):
-    """The scheme of each step that ran."""
-    ran = []
-
-    def spy(name, function):
-        def call(*args, **kwargs):
-            if torch.is_grad_enabled() or name == "chunked":
-                ran.append(name)
-            return function(*args, **kwargs)
-
-        return call
-
-    monkeypatch.setattr(modules, "chunked_head", spy("chunked", modules.chunked_head))
-    monkeypatch.setattr(sharded_head, "linear_logprob", spy("op", sharded_head.linear_logprob))
-    return ran
-
-
-@pytest.mark.parametrize("scheme", ["auto", "op", "chunked"])
-def test_without_a_gradient_for_the_head_the_op_runs(scheme, schemes):
-    step(scheme, leaves(batch(), ("hidden",)))
-    module = FusedLinearKTOLoss(beta=0.3, scheme=scheme)
-    with torch.no_grad():
-        module(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
-    assert schemes == ["op"]
-
-
-def test_auto_on_the_cpu_is_the_op(schemes):
-    step("auto", leaves(batch(), TRAINED))
-    assert schemes == ["op"]
-
-
-def test_auto_takes_chunks_where_they_pay_and_says_where_it_cannot(schemes, monkeypatch):
-    monkeypatch.setattr(modules, "_chunks_pay", lambda hidden, backend: True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        step("auto", leaves(batch(), TRAINED))
-    assert schemes == ["chunked"]
-    module = FusedLinearKTOLoss(beta=0.3, reduction="none")
-    with pytest.warns(UserWarning, match="four products instead of three: the reduction is 'none'"):
-        module(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
-    half = leaves(batch(torch.float16), TRAINED)
-    with pytest.warns(UserWarning, match="four products instead of three: fp16"):
-        step("auto", half)
-    assert schemes == ["chunked", "op", "op"]
-
-
-@pytest.mark.parametrize(
-    ("place", "H", "backend", "environment", "pays"),
-    [
-        ("cuda", 4096, "auto", None, True),
-        ("cuda", 4095, "auto", None, False),
-        ("cuda", 4096, "triton", None, False),
-        ("cuda", 4096, "auto", "reference", False),
-        ("cuda", 4096, "auto", "auto", True),
-        ("cpu", 4096, "auto", None, False),
-    ],
-)
-def test_where_chunks_pay(place, H, backend, environment, pays, monkeypatch):
-    class Hidden:  # as much of a tensor as the choice reads, on a device this machine may lack
-        is_cuda, shape = place == "cuda", (1, H)
-
-    monkeypatch.delenv("PREFOPT_BACKEND", raising=False)
-    if environment is not None:
-        monkeypatch.setenv("PREFOPT_BACKEND", environment)
-    assert modules._chunks_pay(Hidden(), backend) is pays
-
-
-@pytest.mark.parametrize(
-    ("settings", "dtype", "reason"),
-    [
-        ({"reduction": "none"}, torch.float32, "the reduction is 'none'"),
-        ({}, torch.float16, "fp16 loses gradients"),
-    ],
-)
-def test_chunked_that_cannot_run_is_refused(settings, dtype, reason):
-    module = FusedLinearKTOLoss(beta=0.3, scheme="chunked", **settings)
-    with pytest.raises(ValueError, match=f"^scheme 'chunked' cannot run this call: {reason}"):
-        module(**leaves(batch(dtype), TRAINED), kl_log_ratio=tensor(KL))
-
-
-def test_a_compiler_traces_the_op():
-    """Asked for by name it is refused, for the ends of the sequences cannot be read."""
-    module = FusedLinearKTOLoss(beta=0.3, scheme="chunked")
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="torch.compile traces the call"):
-        compiled(**leaves(batch(), TRAINED), kl_log_ratio=tensor(KL))
-
-
-def test_an_unknown_scheme_is_named():
-    with pytest.raises(ValueError, match=r"^scheme is 'c'; expected one of \('auto', 'op',"):
-        FusedLinearKTOLoss(beta=0.3, scheme="c")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"targets": torch.full((T,), V)}, rf"targets\[0\] is {V} "),
-        ({"weight": torch.zeros(V, H + 1, requires_grad=True)}, r"weight has shape \(13, 8\)"),
-    ],
-)
-def test_bad_operands_are_named(change, message):
-    inputs = without(leaves(batch(), TRAINED), *change) | change
-    with pytest.raises(ValueError, match=message):
-        step("chunked", inputs)

@@ -23,8 +23,8 @@ def mean_of(name: str, steps: dict) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ranks.LAYOUTS)
-def test_loss_and_gradients_are_those_of_one_process(layout, processes):
-    """Of the ranks' own batches each has its own loss; what is trained is the mean over the batches."""
+def test_loss_and_gradients_equal_one_process(layout, processes):
+    """Each rank has the loss of its batch; gradients are averaged over the batches."""
     found = [process["layouts"][layout] for process in processes]
     head = {name: ranks.parameters()[name] for name in ("weight", "bias")}
     steps = {which: ranks.step(ranks.batch(which), **head) for which, _ in found}
@@ -36,8 +36,8 @@ def test_loss_and_gradients_are_those_of_one_process(layout, processes):
             assert error(ours[name], mean_of(name, steps)) < TOLERANCE, name
 
 
-def test_the_default_of_torch_would_not_pass(processes):
-    """Gathered without grad_placements, one rank's gradient of its rows is taken for everybody's."""
+def test_full_tensor_without_grad_placements_is_wrong(processes):
+    """Without grad_placements torch assumes equal gradients on all ranks."""
     head = {name: ranks.parameters()[name] for name in ("weight", "bias")}
     steps = {rank: ranks.step(ranks.batch(rank), **head) for rank in range(ranks.WORLD)}
     for process in processes:
@@ -45,13 +45,13 @@ def test_the_default_of_torch_would_not_pass(processes):
         assert error(ours["weight"], mean_of("weight", steps)) > 0.1
 
 
-def test_a_whole_adapter_beside_shared_rows(processes):
+def test_a_replicated_adapter_with_a_sharded_head(processes):
     for process in processes:
         for name, grad in process["adapter"]["ours"].items():
             assert error(grad, process["adapter"]["expected"][name]) < TOLERANCE, name
 
 
-def test_a_head_in_fp32_under_hidden_states_in_bf16(processes):
+def test_fp32_head_with_bf16_hidden_states(processes):
     from prefopt_kernels import linear_logprob
 
     inputs = ranks.batch(0)
@@ -63,14 +63,14 @@ def test_a_head_in_fp32_under_hidden_states_in_bf16(processes):
         assert torch.equal(process["half"]["grad"], weight.grad.float())
 
 
-def test_what_a_mesh_does_not_say_is_refused(processes):
+def test_unsupported_meshes_are_refused(processes):
     expected = {
-        "no names": "the head is a DTensor on a mesh without names, which does not say whether",
+        "no names": "the head is a DTensor on a mesh without dimension names, so tensor and data",
         "another name": "the head is a DTensor over mesh dimension 'cp'; expected one of ('tp',",
         "two": "the head is sharded over 2 tensor-parallel mesh dimensions; expected one",
-        "chunked": "scheme 'chunked' cannot run this call: the head's rows are spread over",
-        "sequence": "hidden is a DTensor with placements (Shard(dim=0),); expected it whole",
-        "partial": "hidden is a DTensor with placements (Partial(sum),); expected it whole",
+        "chunked": "scheme 'chunked' cannot run this call: the head's rows are sharded over",
+        "sequence": "hidden is a DTensor with placements (Shard(dim=0),); expected Replicate()",
+        "partial": "hidden is a DTensor with placements (Partial(sum),); expected Replicate()",
     }
     for process in processes:
         for name, sentence in expected.items():

@@ -1,4 +1,4 @@
-"""vocab_parallel_linear_logprob on two gloo processes against fp64 on one, and what the processes tell each other."""
+"""vocab_parallel_linear_logprob on two gloo processes against fp64 on one, and its collectives."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from support.linear_logprob import Results, check, problem
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory) -> list[tuple[dict, tuple, dict]]:
-    """Of each rank, what it refused, what a compiler traced, and its results."""
+    """For each rank: error messages, compiled results, results."""
     return run_ranks(ranks.everything, tmp_path_factory.mktemp("ranks"))
 
 
@@ -23,7 +23,7 @@ def both(processes) -> list[dict]:
 
 
 def together(name: str, both: list[dict]) -> Results:
-    """One result of both ranks: what they share is the same on both, bit for bit, and the shards' gradients add up."""
+    """One result of both ranks: replicated values are bitwise equal, and gradients of the shards are joined."""
     (outputs, grads, _), (others, others_grads, _) = (results[name] for results in both)
     for mine, other in zip(outputs, others, strict=True):
         assert mine is other is None or torch.equal(mine, other)
@@ -39,11 +39,11 @@ def together(name: str, both: list[dict]) -> Results:
 
 
 @pytest.mark.parametrize("name", ranks.CASES)
-def test_values_and_gradients_are_those_of_the_whole_head(name, both):
+def test_values_and_gradients_equal_the_whole_head(name, both):
     check(ranks.CASES[name][0], together(name, both))
 
 
-def test_log_probabilities_are_within_the_promise(both):
+def test_log_probabilities_are_within_1e_5(both):
     for name, (made, *_) in ranks.CASES.items():
         if name.startswith(("normal", "peak")):
             whole = linear_logprob(made.hidden, made.weight, made.targets, made.bias)
@@ -70,7 +70,7 @@ def test_two_all_reduces_forward_and_one_backward(both):
 
 
 def test_a_planted_bug_is_found(both):
-    """A rank that takes its own log-sum-exp for the group's; a head that is trained on one rank only."""
+    """A rank that uses its own log-sum-exp for the group; a head trained on one rank only."""
     name = "normal, even, auto"
     made, (_, grads, _) = ranks.CASES[name][0], both[0][name]
     half = linear_logprob(made.hidden, made.weight[:150], made.targets.clamp(max=149))
@@ -81,7 +81,7 @@ def test_a_planted_bug_is_found(both):
         check(made, Results(good.outputs, {"weight": grads["weight"]}))
 
 
-def test_what_is_wrong_is_said_on_every_rank(processes):
+def test_errors_are_raised_on_every_rank(processes):
     expected = {
         "no shard": "ValueError: targets[3] is in the shards of 0 ranks; expected one",
         "two shards": "is in the shards of ",
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said_on_every_rank(processes):
         "weight": "ValueError: weight_shard has shape (65,); expected (V_r, H)",
         "dtype": "TypeError: weight has dtype torch.float64; expected that of hidden",
         "hidden": "TypeError: hidden is a list; expected a plain tensor",
-        "mesh": "ValueError: group is a DeviceMesh of 2 dimensions; expected the one that shares",
+        "mesh": "ValueError: group is a DeviceMesh of 2 dimensions; expected the one that shards",
     }
     made = problem(ignored=0.0)
     whole = linear_logprob(made.hidden, made.weight, made.targets).logp
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_said_on_every_rank(processes):
             torch.testing.assert_close(found[name], whole, rtol=0, atol=1e-5)
 
 
-def test_a_compiler_traces_it_without_a_graph_break(processes):
+def test_compiles_without_a_graph_break(processes):
     for _, ((outputs, grads), (traced, traced_grads)), _ in processes:
         for one, other in zip(outputs, traced, strict=True):
             assert one is other is None or torch.equal(one, other)
@@ -110,7 +110,7 @@ def test_a_compiler_traces_it_without_a_graph_break(processes):
 
 
 def test_a_frozen_head_costs_no_unit_gradient(monkeypatch):
-    """The op would compute d logp / d hidden in the forward, which is of no use to a shard."""
+    """The op's unit gradient d logp / d hidden is useless for a shard and must not be computed."""
     wanted, forward = [], backend_reference.forward
 
     def spy(operands, transform, want, grad_filter):
@@ -130,7 +130,7 @@ def test_a_frozen_head_costs_no_unit_gradient(monkeypatch):
     assert wanted == [{"logp", "lse"}, {"logp", "lse", "unit"}]
 
 
-def test_without_a_process_group():
+def test_missing_process_group():
     assert not dist.is_initialized()
-    with pytest.raises(RuntimeError, match="expected init_process_group before"):
+    with pytest.raises(RuntimeError, match="expected init_process_group before sharded heads"):
         vocab_parallel_linear_logprob(torch.eye(2), torch.eye(2), torch.tensor([0, 1]), vocab_start=0)

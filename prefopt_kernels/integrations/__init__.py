@@ -1,1 +1,1 @@
-"""How other libraries' models and trainers reach the op; nothing inside the package imports these."""
+"""Adapters for the models and trainers of other libraries; no other part of the package imports them."""

@@ -1,10 +1,10 @@
-"""The package as a folder that Hugging Face ``kernels`` loads, from the Hub or from a disk.
+"""Export of the package for Hugging Face ``kernels``, which loads it from the Hub or from disk.
 
     python -m prefopt_kernels.integrations.hub_kernels OUT
 
-writes OUT/build with the variants ``torch-cpu`` and ``torch-cuda``: the definition in torch and the Triton kernels,
-without the C++ kernels. Each is a copy of this package without the integrations, with relative imports and its own
-namespace for torch's custom ops. One process can load several versions beside an installed prefopt_kernels.
+writes OUT/build with the variants ``torch-cpu`` and ``torch-cuda``: the reference in torch and the Triton kernels,
+without the C++ kernels. Each is a copy of this package without the integrations, with relative imports and a namespace
+of its own for torch's custom ops, so that a process can load several versions and an installed prefopt_kernels.
 
 The layout is that of kernels 0.17.2: a metadata.json in each variant, and a build.toml.
 """
@@ -23,10 +23,10 @@ from pathlib import Path
 from prefopt_kernels.ops import _sources
 
 PACKAGE = "prefopt_kernels"
-LEFT_OUT = ("integrations", "info.py")
-LAYERS = "hub_layers.py"  # becomes layers.py in the copy
+EXCLUDED = ("integrations", "info.py")
+LAYERS = "hub_layers.py"  # named layers.py in the copy
 NAMESPACE = f"{PACKAGE}::"  # of the custom ops
-VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda"}  # and the type of their device
+VARIANTS = {"torch-cpu": "cpu", "torch-cuda": "cuda"}  # and their device types
 BUILD = """\
 [general]
 name = "{name}"
@@ -43,15 +43,15 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
     """Write the package in the layout of Hugging Face ``kernels``.
 
     Args:
-        folder: a new or an empty one; written whole or not at all.
-        name: of the kernel: lower-case letters, digits and dashes.
-        version: of the kernel, 1 or above.
+        folder: a new or an empty folder; written atomically.
+        name: name of the kernel: lower-case letters, digits and dashes.
+        version: version of the kernel, 1 or above.
 
     Returns:
         list[str]: the variants that were written.
 
     Raises:
-        ValueError: a name or a version that ``kernels`` does not accept.
+        ValueError: ``kernels`` does not accept the name or the version.
         FileExistsError: the folder is not empty.
 
     Example:
@@ -100,34 +100,30 @@ def export(folder: str | Path, *, name: str = "prefopt-kernels", version: int = 
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Remove the unfinished exports to ``folder`` of processes that were killed."""
+    """Remove unfinished exports to ``folder`` left by killed processes."""
     for left in folder.parent.glob(f".{folder.name}.export-*-*"):
         pid = left.name.split("-")[-2]
         try:
-            os.kill(int(pid), 0)  # sends nothing, on POSIX
+            os.kill(int(pid), 0)  # signal 0 only checks, on POSIX
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
-        except (OSError, ValueError):  # another user's process; a name of another program
+        except (OSError, ValueError):  # another user's process, or an unrelated name
             pass
 
 
 def _python_files() -> list[Path]:
     """The files of the package, with the layers in place of the integrations."""
     root = _sources.PACKAGE
-    files = [path for path in sorted(root.rglob("*.py")) if _inside(path)[0] not in LEFT_OUT]
+    files = [path for path in sorted(root.rglob("*.py")) if path.relative_to(root).parts[0] not in EXCLUDED]
     return [*files, root / "integrations" / LAYERS]
 
 
-def _inside(path: Path) -> tuple[str, ...]:
-    return path.relative_to(_sources.PACKAGE).parts
-
-
 def _target(path: Path) -> Path:
-    return Path("layers.py") if path.name == LAYERS else Path(*_inside(path))
+    return Path("layers.py") if path.name == LAYERS else path.relative_to(_sources.PACKAGE)
 
 
 class _Relocation(ast.NodeTransformer):
-    """Relative imports, and the op namespace ``module``, for a file ``depth`` folders below the package."""
+    """Rewrites a file ``depth`` folders below the package to relative imports and the op namespace ``module``."""
 
     def __init__(self, path: Path, depth: int, module: str):
         self.path, self.depth, self.module = path, depth, module
@@ -140,7 +136,9 @@ class _Relocation(ast.NodeTransformer):
 
     def visit_Import(self, node: ast.Import) -> ast.Import:
         if any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
-            raise RuntimeError(f"{self.path} line {node.lineno} imports the package by its name; use from ... import")
+            raise RuntimeError(
+                f"{self.path} line {node.lineno} imports the package by its name; expected from ... import"
+            )
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.Constant:
@@ -160,27 +158,27 @@ def _relocated(path: Path, tree: ast.Module, module: str) -> str:
     depth = len(_target(path).parts) - 1
     copy = _Relocation(path, depth, module).visit(ast.parse(ast.unparse(tree)))
     if path == _sources.PACKAGE / "__init__.py":
-        copy.body.append(ast.ImportFrom(None, [ast.alias("layers")], level=1))  # which ``kernelize`` looks up
+        copy.body.append(ast.ImportFrom(None, [ast.alias("layers")], level=1))  # ``kernelize`` reads it
     return ast.unparse(ast.fix_missing_locations(copy)) + "\n"
 
 
-def main(words: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {PACKAGE}.integrations.hub_kernels",
         description="Write the package in the layout of Hugging Face kernels.",
     )
-    parser.add_argument("out", metavar="OUT", help="a new or an empty folder")
-    parser.add_argument("--name", default="prefopt-kernels", help="of the kernel")
-    parser.add_argument("--version", type=int, default=1, help="of the kernel")
-    given = parser.parse_args(words)
+    parser.add_argument("out", metavar="OUT", help="a new or empty folder")
+    parser.add_argument("--name", default="prefopt-kernels", help="name of the kernel (default: %(default)s)")
+    parser.add_argument("--version", type=int, default=1, help="version of the kernel (default: %(default)s)")
+    options = parser.parse_args(arguments)
     try:
-        variants = export(given.out, name=given.name, version=given.version)
+        variants = export(options.out, name=options.name, version=options.version)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     for variant in variants:
-        print(f"{given.out}/build/{variant}")
+        print(f"{options.out}/build/{variant}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The layers that an exported kernel offers to ``kernelize`` of Hugging Face ``kernels``.
+"""Layers of an exported kernel for ``kernelize`` of Hugging Face ``kernels``.
 
 Each replaces a layer of the same name and signature in a model. ``kernels`` requires layers without state and without a
 constructor; see :mod:`prefopt_kernels.integrations.hub_kernels`.

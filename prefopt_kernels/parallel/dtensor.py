@@ -1,11 +1,10 @@
-"""A head that is kept in DTensors: which of its mesh dimensions share the vocabulary, and which only store it in
-pieces.
+"""Heads stored as DTensors: which mesh dimensions shard the vocabulary, and which only store the parameters in shards.
 
-Tensor parallel: its ranks work on the same tokens, and each scores them with its own rows of the head. Data parallel
-(FSDP2): its ranks work on tokens of their own, so that the rows are brought together, and the gradient is the mean.
+Tensor parallel: all ranks have the same tokens, and each scores them with its own rows of the head. Data parallel
+(FSDP2): each rank has its own tokens, so the rows are all-gathered and the gradient is averaged.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +12,11 @@ from torch import Tensor
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
 from prefopt_kernels.parallel.vocab import Lora, SumGradients, vocab_parallel_linear_logprob
 
-# Names of mesh dimensions: torch's examples, torchtitan, accelerate and transformers.
+if TYPE_CHECKING:  # importing it takes half a second
+    from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
+
+# names of mesh dimensions in torch's examples, torchtitan, accelerate and transformers
 VOCABULARY_DIMS = ("tp", "tensor", "tensor_parallel", "model")
 DATA_DIMS = (
     "dp",
@@ -24,35 +27,27 @@ DATA_DIMS = (
     "hsdp",
     "dp_replicate",
     "dp_shard",
-    "dp_shard_cp",  # accelerate's name for dp_shard, without context parallelism too
+    "dp_shard_cp",  # accelerate's name of dp_shard, even without context parallelism
     "replicate",
     "shard",
 )
 
 
 class ResolvedHead(NamedTuple):
-    """A head as plain tensors of this rank: all of its rows, or those that it has in a group."""
+    """A head as plain tensors of this rank: all rows, or this rank's shard of them."""
 
     weight: Tensor  # (V, H), or (V_r, H)
     bias: Tensor | None = None  # (V,), or (V_r,)
-    lora: Lora | None = None  # A (R, H) and B of as many rows as weight
-    group: object | None = None  # the ranks that share the vocabulary; None: the weight is whole
+    lora: Lora | None = None  # A (R, H) and B with as many rows as weight
+    group: "ProcessGroup | None" = None  # the ranks that shard the vocabulary; None: weight is the whole head
     vocab_start: int = 0  # id of the first row
 
-    def logprob(self, hidden: Tensor, targets: Tensor, **settings) -> TokenLogprobs:
-        """``linear_logprob`` of the whole head, wherever its rows are; ``settings`` as there."""
+    def logprob(self, hidden: Tensor, targets: Tensor, **settings: Any) -> TokenLogprobs:
+        """``linear_logprob`` under the whole head; ``settings`` are its keyword arguments."""
         if self.group is None:
             return linear_logprob(hidden, self.weight, targets, self.bias, lora=self.lora, **settings)
-        return vocab_parallel_linear_logprob(
-            hidden,
-            self.weight,
-            targets,
-            self.bias,
-            vocab_start=self.vocab_start,
-            group=self.group,
-            lora=self.lora,
-            **settings,
-        )
+        settings |= {"lora": self.lora, "vocab_start": self.vocab_start, "group": self.group}
+        return vocab_parallel_linear_logprob(hidden, self.weight, targets, self.bias, **settings)
 
 
 def resolve_head(
@@ -62,15 +57,14 @@ def resolve_head(
     *,
     dtype: torch.dtype | None = None,
 ) -> ResolvedHead:
-    """The plain tensors behind a head's DTensors, with gradients that arrive where and as the parameters expect them.
+    """The plain tensors behind a head's DTensors; gradients return to the parameters in their placements and dtypes.
 
     Args:
         weight, bias, lora: as for ``linear_logprob``; DTensors or plain tensors.
-        dtype: in which the pieces of weight and bias are brought together; left out, their own. Gradients travel back
-            in the parameters' own.
+        dtype: dtype in which weight and bias are all-gathered; by default their own.
 
     Raises:
-        ValueError: a mesh does not say what its dimensions are for.
+        ValueError: the names of a mesh's dimensions do not show what they are for.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -84,99 +78,108 @@ def resolve_head(
         tensor([0.2500, 1.0000])
         >>> dist.destroy_process_group()
     """
-    shared = _vocabulary_dim(weight)
-    A, B, scale = (None, None, 1.0) if lora is None else lora
-    weight, bias = (_plain(each, dtype) for each in (weight, bias))
-    A, B = (_plain(each, None) for each in (A, B))
-    if shared is None:
-        return ResolvedHead(weight, bias, None if lora is None else (A, B, scale))
-    group, start, V = shared
-    bias, B = (_own_rows(each, weight.shape[0], start, V, group) for each in (bias, B))
-    return ResolvedHead(weight, bias, None if lora is None else (A, B, scale), group, start)
+    shard = _vocabulary_shard(weight)
+    weight = _to_plain(weight, dtype)
+    bias = None if bias is None else _to_plain(bias, dtype)
+    if lora is not None:
+        lora = (_to_plain(lora[0], None), _to_plain(lora[1], None), lora[2])
+    if shard is None:
+        return ResolvedHead(weight, bias, lora)
+    group, start, V = shard
+    rows = weight.shape[0]
+    bias = None if bias is None else _own_rows(bias, rows, start, V, group)
+    if lora is not None:
+        lora = (lora[0], _own_rows(lora[1], rows, start, V, group), lora[2])
+    return ResolvedHead(weight, bias, lora, group, start)
 
 
-def is_dtensor(tensor) -> bool:
-    """Told by an attribute: importing DTensor takes half a second, and few have one."""
+def is_dtensor(tensor: object) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor, without importing the class."""
     return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
 
 
 def plain_hidden(hidden: Tensor) -> Tensor:
-    """Hidden states as this rank's tensor: the same on every rank that shares the vocabulary.
+    """Hidden states as a plain tensor.
 
     Raises:
-        ValueError: they are a DTensor of which each rank has a part.
+        ValueError: they are a DTensor that is not replicated.
     """
     if not is_dtensor(hidden):
         return hidden
     if not all(placement.is_replicate() for placement in hidden.placements):
         raise ValueError(
-            f"hidden is a DTensor with placements {hidden.placements}; expected it whole on every rank: sequences that "
-            "are spread over processes (context or sequence parallel) are not supported"
+            f"hidden is a DTensor with placements {hidden.placements}; expected Replicate() on every mesh dimension: "
+            "context and sequence parallel, which shard the sequence, are not supported"
         )
     return hidden.to_local()
 
 
-def _vocabulary_dim(weight: Tensor):
-    """The group that shares the rows of ``weight``, this rank's first row, and V; None where nobody does."""
+def _vocabulary_shard(weight: Tensor) -> "tuple[ProcessGroup, int, int] | None":
+    """The group that shards the rows of ``weight``, this rank's first row, and V; None if the rows are not sharded."""
     if not is_dtensor(weight):
         return None
-    found = [
+    dims = [
         i
-        for i, (placement, shares) in enumerate(zip(weight.placements, _shares(weight), strict=True))
-        if shares and placement.is_shard(0)
+        for i, (placement, tensor_parallel) in enumerate(
+            zip(weight.placements, _tensor_parallel_dims(weight), strict=True)
+        )
+        if tensor_parallel and placement.is_shard(0)
     ]
-    if not found:
+    if not dims:
         return None
-    if len(found) > 1:
-        raise ValueError(f"the head is sharded over {len(found)} tensor-parallel mesh dimensions; expected one")
-    (dim,) = found
+    if len(dims) > 1:
+        raise ValueError(f"the head is sharded over {len(dims)} tensor-parallel mesh dimensions; expected one")
+    (dim,) = dims
     mesh, V = weight.device_mesh, weight.shape[0]
-    chunk = -(-V // mesh.size(dim))  # as torch.chunk: the last ones may be shorter, or empty
-    return mesh.get_group(dim), min(V, chunk * mesh.get_local_rank(dim)), V
+    rows = -(-V // mesh.size(dim))  # as torch.chunk: the last shards may be shorter or empty
+    return mesh.get_group(dim), min(V, rows * mesh.get_local_rank(dim)), V
 
 
-def _shares(tensor: Tensor) -> list[bool]:
-    """For each mesh dimension, whether its ranks work on the same tokens (tensor parallel) or on their own (data)."""
+def _tensor_parallel_dims(tensor: "DTensor") -> list[bool]:
+    """For each mesh dimension, whether it is tensor parallel (same tokens on its ranks) or data parallel."""
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names
     if names is None:
         raise ValueError(
-            "the head is a DTensor on a mesh without names, which does not say whether its ranks share the vocabulary "
-            "or the data; expected init_device_mesh(..., mesh_dim_names=('tp',)), or ('dp',)"
+            "the head is a DTensor on a mesh without dimension names, so tensor and data parallel cannot be told "
+            "apart; expected init_device_mesh(..., mesh_dim_names=('tp',)), or ('dp',)"
         )
     for i, name in enumerate(names):
         if mesh.size(i) > 1 and name not in (*VOCABULARY_DIMS, *DATA_DIMS):
             raise ValueError(
-                f"the head is a DTensor over mesh dimension {name!r}; expected one of {VOCABULARY_DIMS} (the "
-                f"vocabulary is shared) or of {DATA_DIMS} (gradients are averaged)"
+                f"the head is a DTensor over mesh dimension {name!r}; expected one of {VOCABULARY_DIMS} (tensor "
+                f"parallel, shards the vocabulary) or of {DATA_DIMS} (data parallel, averages gradients)"
             )
     return [name in VOCABULARY_DIMS for name in names]
 
 
-def _plain(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    """This rank's tensor: whole over data dimensions and, over tensor-parallel ones, its rows.
+def _to_plain(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """This rank's plain tensor: all-gathered over data dimensions, its own rows over tensor-parallel ones.
 
-    Ranks with data of their own each have a gradient of their own, and what is trained is the mean: without
-    ``grad_placements``, torch would take one rank's for everybody's.
+    Data-parallel ranks have different gradients, which are averaged. Without ``grad_placements``, torch would take the
+    gradients of all ranks to be equal.
     """
     if not is_dtensor(tensor):
         return tensor
-    from torch.distributed.tensor import Partial, Replicate
+    from torch.distributed.tensor import Partial, Placement, Replicate
 
-    shares = _shares(tensor)
-    keeps = [
-        placement if shared and placement.is_shard(0) else Replicate()
-        for placement, shared in zip(tensor.placements, shares, strict=True)
+    tensor_parallel = _tensor_parallel_dims(tensor)
+    kept: list[Placement] = [
+        placement if same_tokens and placement.is_shard(0) else Replicate()
+        for placement, same_tokens in zip(tensor.placements, tensor_parallel, strict=True)
     ]
-    gathered = tensor.redistribute(placements=keeps, forward_dtype=dtype or tensor.dtype, backward_dtype=tensor.dtype)
+    gathered = tensor.redistribute(placements=kept, forward_dtype=dtype or tensor.dtype, backward_dtype=tensor.dtype)
     return gathered.to_local(
-        grad_placements=[keep if shared else Partial("avg") for keep, shared in zip(keeps, shares, strict=True)]
+        grad_placements=[
+            placement if same_tokens else Partial("avg")
+            for placement, same_tokens in zip(kept, tensor_parallel, strict=True)
+        ]
     )
 
 
-def _own_rows(operand: Tensor | None, rows: int, start: int, V: int, group) -> Tensor | None:
-    """This rank's rows of a bias or an adapter's B that each rank has whole; its gradient is everybody's."""
-    if operand is None or operand.shape[0] == rows:
+def _own_rows(operand: Tensor, rows: int, start: int, V: int, group: "ProcessGroup") -> Tensor:
+    """This rank's rows of a replicated bias or adapter B, whose gradient is all-reduced; a shard is returned as is."""
+    if operand.shape[0] == rows:
         return operand
     if operand.shape[0] != V:
         raise ValueError(

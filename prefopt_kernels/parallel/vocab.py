@@ -1,18 +1,23 @@
-"""A head whose rows are spread over processes: scored where they are, and never gathered.
+"""Scores under a head whose rows are sharded over ranks, without gathering it.
 
-``vocab_parallel_linear_logprob`` is ``linear_logprob`` for a vocabulary that a tensor-parallel group shares. Each rank
-runs the op on its own rows; what the ranks tell each other is a few numbers per token, and in the backward the gradient
-of the hidden states.
+``vocab_parallel_linear_logprob`` is ``linear_logprob`` for a head whose vocabulary is sharded over a tensor-parallel
+group. Each rank runs the op on its own rows; the ranks all-reduce a few numbers per token, and in the backward the
+gradient of the hidden states.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prefopt_kernels.ops._forward_mode import refuse_tangents
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Lora = tuple[Tensor, Tensor, float]
 
@@ -24,7 +29,7 @@ def vocab_parallel_linear_logprob(
     bias_shard: Tensor | None = None,
     *,
     vocab_start: int,
-    group=None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -32,37 +37,35 @@ def vocab_parallel_linear_logprob(
     lora: Lora | None = None,
     backend: str = "auto",
 ) -> TokenLogprobs:
-    r"""``linear_logprob`` under a head of which each rank of ``group`` holds some rows.
+    r"""``linear_logprob`` under a head whose rows are sharded over the ranks of ``group``.
 
     .. math:: \mathrm{lse}_t = m_t + \log \sum_r e^{\mathrm{lse}_{t,r} - m_t}, \qquad m_t = \max_r \mathrm{lse}_{t,r},
               \qquad \log p_t = z_{t,y_t} - \mathrm{lse}_t
 
-    Every rank calls with the same T tokens, or none: there is no check, which would be a collective more. Forward: an
-    all-reduce of 4 T bytes (maximum) and one of 24 T (fp64; 8 T more for "entropy", 16 T for "mean_logit"). Backward:
-    one all-reduce of the gradient of ``hidden``, in its dtype, and one of A's where ``lora`` has a trained one. The
-    results are the same on every rank; gradients of the shards stay where the shards are. Differentiable as
-    ``linear_logprob``.
+    All ranks must call it with the same T tokens; this is not verified, because a check would cost a collective.
+    Forward: an all-reduce of 4 T bytes (maximum) and one of 24 T (fp64; 8 T more for "entropy", 16 T for "mean_logit").
+    Backward: one all-reduce of the gradient of ``hidden``, in its dtype, and one of that of a trained A. Results
+    are the same on every rank; each rank has the gradients of its shards. Differentiable as ``linear_logprob``.
 
     Args:
         hidden: (T, H) fp32 | bf16 | fp16, the same on every rank.
-        weight_shard: (V_r, H), dtype of ``hidden``: this rank's rows of the head. Ranks may hold different numbers of
-            rows, and none.
-        targets: (T,) int64 | int32, the same on every rank, ids of the whole vocabulary; negative where a token does
-            not count.
+        weight_shard: (V_r, H), dtype of ``hidden``: this rank's rows of the head. V_r may differ by rank and be 0.
+        targets: (T,) int64 | int32, the same on every rank, ids of the whole vocabulary; negative for tokens that are
+            not scored.
         bias_shard: (V_r,), dtype of ``hidden``, or None.
         vocab_start: id of this rank's first row. The shards of the group cover the vocabulary without overlap.
-        group: process group or one-dimensional DeviceMesh of the ranks that share the vocabulary; left out, all ranks.
+        group: process group or one-dimensional DeviceMesh that shards the vocabulary; by default all ranks.
         logit_scale, softcap, temperature, backend: as for ``linear_logprob``.
         outputs: names out of "entropy" and "mean_logit".
-        lora: (A, B, r) of an adapter on the head, with A (R, H) the same on every rank and this rank's rows of B.
+        lora: (A, B, r) of an adapter on the head: A (R, H), the same on every rank, and this rank's rows of B.
 
     Returns:
         TokenLogprobs, every tensor (T,) fp32, for the whole vocabulary.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range; a target in no shard or in
-            two (read on the CPU only; elsewhere such a row is NaN).
-        RuntimeError: no process group; or as ``linear_logprob``.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; a target is in no shard or
+            in two (checked on the CPU; elsewhere such a row is NaN).
+        RuntimeError: no process group is initialised; or as ``linear_logprob``.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -78,8 +81,10 @@ def vocab_parallel_linear_logprob(
     group = _process_group(group)
     _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora)
     rows = weight_shard.shape[0]
-    if rows == 0:  # the op wants a row, and every rank must be there for the backward
-        weight_shard, bias_shard, lora = (_with_a_row(each) for each in (weight_shard, bias_shard, lora))
+    if rows == 0:  # the op needs a row, and every rank must take part in the collectives
+        weight_shard = pad(weight_shard, (0, 0, 0, 1))
+        bias_shard = None if bias_shard is None else pad(bias_shard, (0, 1))
+        lora = None if lora is None else (lora[0], pad(lora[1], (0, 0, 0, 1)), lora[2])
     counts = targets >= 0
     local = targets - vocab_start
     inside = counts & (local >= 0) & (local < rows)
@@ -92,7 +97,7 @@ def vocab_parallel_linear_logprob(
     own = linear_logprob(
         hidden,
         weight_shard,
-        torch.where(inside, local, torch.where(counts, 0, -1)),  # elsewhere any row will do
+        torch.where(inside, local, torch.where(counts, 0, -1)),  # any valid row for targets of other ranks
         bias_shard,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -112,16 +117,16 @@ def vocab_parallel_linear_logprob(
 
 
 class SumGradients(torch.autograd.Function):
-    """The tensors as they are; their gradients are summed over the group, in their dtypes."""
+    """The identity; gradients are all-reduced over the group, in their dtypes."""
 
     @staticmethod
-    def forward(ctx, group, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: "dist.ProcessGroup", *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.group = group
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         sums = [
             grad.clone(memory_format=torch.contiguous_format) if needed else None
             for grad, needed in zip(grads, ctx.needs_input_grad[1:], strict=True)
@@ -133,10 +138,10 @@ class SumGradients(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """What each rank knows of its rows, brought together: log-probabilities under the whole vocabulary.
+    """Results for the whole vocabulary from those of the shards.
 
-    With w_r = exp(lse_r - lse), the probability of rank r's rows: d lse = sum w_r d lse_r, and the entropy is
-    sum w_r (entropy_r - log w_r). fp64 costs nothing at this size and keeps log(1 + 1e-6) exact.
+    With w_r = exp(lse_r - lse), the probability mass of rank r's rows: d lse = sum w_r d lse_r, and the entropy is
+    sum w_r (entropy_r - log w_r). fp64 is free at this size and keeps log(1 + 1e-6) exact.
     """
 
     @staticmethod
@@ -144,23 +149,23 @@ class _Combine(torch.autograd.Function):
         top = lse.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
         shift = lse.double() - top  # (T,), at most 0
-        share = shift.exp()
-        parts = [share, torch.where(inside, logp + shift, 0.0), inside.double()]
+        mass = shift.exp()
+        sums = [mass, torch.where(inside, logp + shift, 0.0), inside.double()]
         if entropy is not None:
-            parts.append(torch.where(share > 0, share * (entropy - shift), 0.0))
+            sums.append(torch.where(mass > 0, mass * (entropy - shift), 0.0))
         if mean_logit is not None:
-            parts += [rows * mean_logit.double(), torch.full_like(share, rows)]
-        parts = torch.stack(parts)
-        dist.all_reduce(parts, group=group)
-        total, target, owners, *rest = parts
+            sums += [rows * mean_logit.double(), torch.full_like(mass, rows)]
+        reduced = torch.stack(sums)
+        dist.all_reduce(reduced, group=group)
+        total, target, owners, *rest = reduced
         log_total = total.log()
-        target = _checked(target, owners, counts)
-        log_share = shift - log_total  # (T,), log w_r
+        target = _check_owners(target, owners, counts)
+        log_mass = shift - log_total  # (T,), log w_r
         out = [target - log_total, top + log_total]
         out.append(None if entropy is None else rest[0] / total + log_total)
         out.append(None if mean_logit is None else rest[-2] / rest[-1])
         out = [None if each is None else torch.where(counts, each, 0.0).float() for each in out]
-        ctx.save_for_backward(inside, log_share.float(), entropy, out[2])
+        ctx.save_for_backward(inside, log_mass.float(), entropy, out[2])
         ctx.set_materialize_grads(False)
         if mean_logit is not None:
             ctx.mark_non_differentiable(out[3])
@@ -169,70 +174,68 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dlogp, dlse, dentropy, _dmean_logit):
-        inside, log_share, own_entropy, entropy = ctx.saved_tensors
-        share = log_share.exp()
-        down_logp = None if dlogp is None else torch.where(inside, dlogp, 0.0)
-        down_lse = torch.zeros_like(share)
-        if dlogp is not None:  # 1 - w_r by expm1: where p is near 1 it would be rounding
-            down_lse += dlogp * torch.where(inside, -torch.expm1(log_share), -share)
+        inside, log_mass, own_entropy, entropy = ctx.saved_tensors
+        mass = log_mass.exp()
+        own_dlogp = None if dlogp is None else torch.where(inside, dlogp, 0.0)
+        own_dlse = torch.zeros_like(mass)
+        if dlogp is not None:  # 1 - w_r by expm1, exact where w_r is near 1
+            own_dlse += dlogp * torch.where(inside, -torch.expm1(log_mass), -mass)
         if dlse is not None:
-            down_lse += dlse * share
-        down_entropy = None
+            own_dlse += dlse * mass
+        own_dentropy = None
         if dentropy is not None:
-            down_entropy = dentropy * share
-            surprise = own_entropy - log_share.clamp(min=-1000)  # share is 0 long before
-            down_lse += down_entropy * (surprise - entropy)
-        return None, None, None, None, down_logp, down_lse, down_entropy, None
+            own_dentropy = dentropy * mass
+            surprise = own_entropy - log_mass.clamp(min=-1000)  # mass underflows to 0 long before
+            own_dlse += own_dentropy * (surprise - entropy)
+        return None, None, None, None, own_dlogp, own_dlse, own_dentropy, None
 
 
-def _checked(target: Tensor, owners: Tensor, counts: Tensor) -> Tensor:
-    """``target``, NaN where not exactly one rank has it; on the CPU, where looking is free, an error."""
+def _check_owners(target: Tensor, owners: Tensor, counts: Tensor) -> Tensor:
+    """``target``, NaN where not exactly one rank has it; an error on the CPU, where the check needs no sync."""
     wrong = counts & (owners != 1)
     if wrong.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"targets[{row}] is in the shards of {int(owners[row])} ranks; expected one: ids below the size of the "
-            "vocabulary, and shards that cover it without overlap, each with its vocab_start"
+            f"targets[{row}] is in the shards of {int(owners[row])} ranks; expected one: ids below the vocabulary "
+            "size, and shards that cover the vocabulary without overlap, each with its vocab_start"
         )
     return torch.where(wrong, float("nan"), target)
 
 
-def _with_a_row(operand):
-    """An empty shard with one row of zeros, whose part in every result is 0."""
-    if operand is None:
-        return None
-    if isinstance(operand, tuple):
-        A, B, scale = operand
-        return A, _with_a_row(B), scale
-    return torch.cat([operand, operand.new_zeros(1, *operand.shape[1:])])
-
-
-def _process_group(group):
+def _process_group(group: "dist.ProcessGroup | DeviceMesh | None") -> "dist.ProcessGroup":
     if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            "torch.distributed has no process group; expected init_process_group before a head is spread over processes"
-        )
+        raise RuntimeError("torch.distributed has no process group; expected init_process_group before sharded heads")
     if group is None:
-        return dist.group.WORLD
-    if hasattr(group, "get_group"):  # a DeviceMesh
-        if group.ndim != 1:
-            raise ValueError(
-                f"group is a DeviceMesh of {group.ndim} dimensions; expected the one that shares the vocabulary"
-            )
-        return group.get_group()
-    return group
+        group = dist.group.WORLD
+        assert group is not None
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if group.ndim != 1:
+        raise ValueError(
+            f"group is a DeviceMesh of {group.ndim} dimensions; expected the one that shards the vocabulary"
+        )
+    return group.get_group()
 
 
-def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora) -> None:
-    """What the op cannot name as the caller does; the op checks the rest before anything is sent."""
-    named = {"hidden": hidden, "weight_shard": weight_shard, "targets": targets}
-    if bias_shard is not None:
-        named["bias_shard"] = bias_shard
+def _check(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    targets: Tensor,
+    bias_shard: Tensor | None,
+    vocab_start: int,
+    outputs: Sequence[str],
+    lora: Lora | None,
+) -> None:
+    """Checks that need this function's argument names; the op checks the rest before the first collective."""
+    named = {"hidden": hidden, "weight_shard": weight_shard, "targets": targets, "bias_shard": bias_shard}
     for name, value in named.items():
+        if name == "bias_shard" and value is None:
+            continue
         if not isinstance(value, Tensor) or hasattr(value, "device_mesh"):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a plain tensor")
-    adapter = zip(("lora's A", "lora's B"), lora or (), strict=False)
-    refuse_tangents("vocab_parallel_linear_logprob", named | dict(adapter))
+    if lora is not None:
+        named |= {"lora's A": lora[0], "lora's B": lora[1]}
+    refuse_tangents("vocab_parallel_linear_logprob", named)
     if weight_shard.ndim != 2:
         raise ValueError(f"weight_shard has shape {tuple(weight_shard.shape)}; expected (V_r, H)")
     if bias_shard is not None and bias_shard.shape != weight_shard.shape[:1]:
@@ -244,6 +247,6 @@ def _check(hidden, weight_shard, targets, bias_shard, vocab_start, outputs, lora
         raise ValueError(f"vocab_start is {vocab_start!r}; expected the id of the first row, 0 or above")
     if "is_top1" in outputs:
         raise ValueError(
-            "outputs has 'is_top1', which needs the largest logit of every shard, and the op keeps none; expected "
+            "outputs has 'is_top1', which needs the largest logit of every shard, not returned by the op; expected "
             "names out of ('entropy', 'mean_logit')"
         )

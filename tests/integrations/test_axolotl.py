@@ -1,4 +1,4 @@
-"""The plugin in Axolotl's calling convention, by a stand-in of the few calls that Axolotl makes.
+"""The plugin with a stub of Axolotl that makes the same calls.
 
 Checked by hand on 21 November 2026 against Axolotl 0.19.0 with TRL 1.9.0: ``cli/config.py`` (``prepare_plugins``),
 ``integrations/base.py`` (``BasePlugin``, ``load_plugin``), ``integrations/config.py`` (``merge_input_args``),
@@ -27,6 +27,7 @@ from support.docs_checks import ROOT, code_blocks
 from support.tiny_models import make_dataset
 from support.trainer import COMMON, make_world, train
 
+OPTIONS = COMMON | {"max_steps": 2}
 PLUGIN = "prefopt_kernels.integrations.axolotl.PrefoptPlugin"
 
 
@@ -47,11 +48,11 @@ class BasePlugin:
 
 
 class AxolotlKTOTrainer(trl.KTOTrainer):
-    """Axolotl puts its optimizers and schedulers in between; the rest is TRL's."""
+    """Axolotl's class adds optimizers and schedulers to TRL's."""
 
 
 class AxolotlInput(BaseModel):
-    """Of Axolotl's schema: what it does not know is dropped without a word."""
+    """A part of Axolotl's schema, which silently drops unknown keys."""
 
     rl: str | None = None
     plugins: list[str] | None = None
@@ -96,7 +97,7 @@ def configure(raw: dict) -> tuple[dict, list]:
 
 def build(cfg: dict, plugins: list, world, folder) -> trl.KTOTrainer:
     """Axolotl's builder of preference trainers, for KTO."""
-    arguments = {"beta": cfg["rl_beta"], "per_device_train_batch_size": 4, **COMMON}
+    arguments = {"beta": cfg["rl_beta"], "per_device_train_batch_size": 4, **OPTIONS}
     for plugin in plugins:
         arguments |= plugin.get_training_args(cfg) or {}
     args = trl.KTOConfig(str(folder), bf16=False, gradient_checkpointing=False, **arguments)
@@ -138,7 +139,7 @@ def test_the_documented_configuration_trains_as_axolotl_without_it(loss_type, ax
     assert type(mine).__mro__[2] is AxolotlKTOTrainer
     assert mine.loss_type == (loss_type or "kto") and mine.calculate_KL == (loss_type is None)
     mine, theirs = train(mine), train(theirs)
-    assert len(mine) == COMMON["max_steps"] and len({entry["loss"] for entry in mine}) > 1
+    assert len(mine) == OPTIONS["max_steps"] and len({entry["loss"] for entry in mine}) > 1
     if loss_type is None:
         for found, expected in zip(mine, theirs, strict=True):
             assert found == pytest.approx(expected, abs=1e-4, rel=0)
@@ -150,7 +151,7 @@ def test_a_validated_configuration_may_be_registered_again(axolotl):
     assert again == cfg and cfg["trainer_cls"] == plugin_module.TRAINER
 
 
-def test_a_later_configuration_without_the_plugin_is_left_alone(axolotl):
+def test_a_configuration_without_the_plugin_is_unchanged(axolotl):
     cfg = {"rl": "dpo", "plugins": ["other.Plugin"]}
     load(PLUGIN)().register(cfg)
     load(PLUGIN)().register(later := {"rl": "dpo"})
@@ -174,7 +175,7 @@ def test_refusals(change, message, axolotl):
         check_configuration(snippet() | change)
 
 
-def test_other_names_are_attribute_errors_and_the_classes_need_axolotl():
+def test_unknown_names_and_missing_axolotl():
     with pytest.raises(AttributeError, match=re.escape("has no attribute 'PrefoptPlugins'")):
         _ = plugin_module.PrefoptPlugins
     assert issubclass(plugin_module.PrefoptArgs, BaseModel)

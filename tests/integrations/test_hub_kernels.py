@@ -1,4 +1,4 @@
-"""The exported folder is loaded by Hugging Face ``kernels``, without and beside the package, and gives its numbers."""
+"""Hugging Face ``kernels`` loads the exported folder, with and without the package, with the same results."""
 
 import ast
 import importlib.metadata
@@ -8,11 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernels
 import pytest
 import torch
 from kernels._rust import Build, Metadata
-from torch import nn
 
 import prefopt_kernels
 from prefopt_kernels.integrations import hub_kernels
@@ -38,35 +36,48 @@ def numbers(module, backend):
     return [x.detach().tolist() for x in (out.logp, out.entropy, loss, hidden.grad, weight.grad)]
 """
 
-# The package is out of reach where PACKAGE is "hidden", and loaded after the kernel where it is "beside".
-PROGRAM = (
+# Loads the kernel without the package.
+HIDDEN = (
     NUMBERS
     + """
 import json, sys
 from pathlib import Path
 from kernels import get_local_kernel
 
-folder, package, *backends = sys.argv[1:]
-
 class Hidden:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("prefopt_kernels", "prefopt"):
             raise ImportError(name)
 
-if package == "hidden":
-    sys.meta_path.insert(0, Hidden())
-kernel = get_local_kernel(Path(folder))
+sys.meta_path.insert(0, Hidden())
+kernel = get_local_kernel(Path(sys.argv[1]))
 ones = torch.ones(2, 2)
-answer = {
+print(json.dumps({
     "file": kernel.__file__,
-    "numbers": {backend: numbers(kernel, backend) for backend in backends},
+    "numbers": {backend: numbers(kernel, backend) for backend in ("reference", "triton")},
     "refused": kernel.explain(ones, ones),
-}
-if package == "beside":
-    import prefopt_kernels
-    answer["again"] = {backend: numbers(prefopt_kernels, backend) for backend in backends}
-answer["loaded"] = [name for name in sys.modules if name.split(".")[0] == "prefopt_kernels"]
-print(json.dumps(answer))
+    "loaded": [name for name in sys.modules if name.split(".")[0] == "prefopt_kernels"],
+}))
+"""
+)
+
+# Loads two versions, then the package, then replaces layers of a model.
+BESIDE = (
+    NUMBERS
+    + """
+import json, sys
+from pathlib import Path
+from kernels import get_local_kernel
+
+folders = [Path(folder) for folder in sys.argv[1:]]
+versions = [numbers(get_local_kernel(folder), "reference") for folder in folders]
+import prefopt_kernels
+package = numbers(prefopt_kernels, "reference")
+import warnings
+warnings.simplefilter("default")
+from support import kernelized
+layers = {mode: kernelized.run(mode, folders[0]) for mode in kernelized.MODES}
+print(json.dumps({"versions": versions, "package": package, "layers": layers}))
 """
 )
 
@@ -78,49 +89,34 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-def loaded(folder: Path, package: str, *backends: str, **variables: str) -> dict:
-    words = [sys.executable, "-c", PROGRAM, str(folder), package, *backends]
-    path = str(Path(prefopt_kernels.__file__).parents[1])
+def run(program: str, *folders: Path, **variables: str) -> dict:
+    words = [sys.executable, "-W", "error::UserWarning", "-c", program, *map(str, folders)]
+    path = os.pathsep.join(map(str, (Path(prefopt_kernels.__file__).parents[1], Path(__file__).parents[1])))
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | variables
-    run = {"capture_output": True, "text": True, "timeout": 240, "cwd": folder}
-    done = subprocess.run(words, env=environment, **run)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240, cwd=folders[0])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_written_for_this_version():
+@pytest.fixture(scope="module")
+def beside(folder, tmp_path_factory) -> dict:
+    second = tmp_path_factory.mktemp("second") / "kernel"
+    hub_kernels.export(second, version=4)
+    return run(BESIDE, folder, second, TRITON_INTERPRET="0")
+
+
+def test_kernels_has_the_supported_version():
     assert importlib.metadata.version("kernels") == "0.17.2"
 
 
-def test_beside_the_package_both_have_their_own_ops(folder):
-    beside = loaded(folder, "beside", "reference")  # the kernel first, then the package
-    assert "prefopt_kernels" in beside["loaded"]
-    assert beside["numbers"] == beside["again"]  # bit for bit
-    assert any(map(any, beside["numbers"]["reference"][4]))
+def test_two_versions_and_the_package_have_their_own_ops(beside):
+    first, second = beside["versions"]
+    assert first == second == beside["package"]  # bit for bit
+    assert any(map(any, first[4]))
 
 
-TWO_VERSIONS = """
-import sys
-from pathlib import Path
-import torch
-from kernels import get_local_kernel
-
-ones, targets = torch.ones(2, 3), torch.tensor([0, 1])
-loaded = [get_local_kernel(Path(folder)) for folder in sys.argv[1:]]
-print([kernel.linear_logprob(ones, torch.ones(4, 3), targets).logp.exp().tolist() for kernel in loaded])
-"""
-
-
-def test_two_versions_in_one_process(folder, tmp_path):
-    hub_kernels.export(tmp_path / "second", version=4)
-    words = [sys.executable, "-W", "error::UserWarning", "-c", TWO_VERSIONS, str(folder), str(tmp_path / "second")]
-    done = subprocess.run(words, env=os.environ, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[[0.25, 0.25], [0.25, 0.25]]"
-
-
-def test_without_the_package_it_has_the_definition_and_triton(folder):
-    found = loaded(folder, "hidden", "reference", "triton", TRITON_INTERPRET="1")
+def test_without_the_package_it_has_the_reference_and_triton(folder):
+    found = run(HIDDEN, folder, TRITON_INTERPRET="1")
     assert Path(found["file"]).parent.name == "torch-cpu"
     assert found["loaded"] == []
     assert found["refused"]["cpu"] is not None and found["refused"]["reference"] is None
@@ -133,68 +129,17 @@ def test_without_the_package_it_has_the_definition_and_triton(folder):
         torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-@kernels.use_kernel_forward_from_hub("LinearLogprob")
-class LinearLogprob(nn.Module):
-    """A layer of a model that a kernel of this name can replace."""
-
-    calls = 0
-
-    def forward(self, hidden, weight, targets):
-        LinearLogprob.calls += 1
-        logp = (hidden @ weight.T).log_softmax(-1)
-        return logp.gather(-1, targets[:, None])[:, 0]
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Linear(16, 50, bias=False)
-        self.score = LinearLogprob()
-
-    def forward(self, hidden, targets):
-        return self.score(hidden, self.head.weight, targets)
-
-
 @pytest.mark.parametrize("mode", ["TRAINING", "INFERENCE", "TRAINING | TORCH_COMPILE"])
-def test_a_layer_is_kernelized_for_training_too(mode, folder):
-    # in a process of its own, into which no other test has loaded another version
-    words = [sys.executable, __file__, mode, str(folder)]
-    path = os.pathsep.join(path for path in sys.path if path)
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr
-
-
-def kernelized(mode: str, folder: Path) -> None:
-    """Compare a model whose layer the kernel replaces with the installed package."""
-    mode = {
-        "TRAINING": kernels.Mode.TRAINING,
-        "INFERENCE": kernels.Mode.INFERENCE,
-        "TRAINING | TORCH_COMPILE": kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE,
-    }[mode]
-    hidden, targets = torch.randn(9, 16), torch.arange(9)
-    plain = Model()
-    expected = plain(hidden, targets)
-    expected.sum().backward()
-    model = Model()
-    repository = kernels.LocalLayerRepository(folder, layer_name="LinearLogprob")
-    with kernels.use_kernel_mapping({"LinearLogprob": {"cpu": repository}}):
-        model = kernels.kernelize(model, mode=mode, device="cpu", use_fallback=False)
-    LinearLogprob.calls = 0
-    if kernels.Mode.TORCH_COMPILE in mode:
-        model = torch.compile(model, backend="eager", fullgraph=True)
-    found = model(hidden, targets)
-    found.sum().backward()
-    assert LinearLogprob.calls == 0
+def test_a_layer_is_kernelized(mode, beside):
+    results = beside["layers"][mode]
+    assert results.pop("calls") == 0  # of the layer that is replaced
+    found, expected, installed, gradient, other = map(torch.tensor, results.values())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    ours = prefopt_kernels.linear_logprob(hidden, plain.head.weight, targets, backend="reference").logp
-    assert torch.equal(found, ours)  # of the installed package, in the same process
-    gradient, other = next(model.parameters()).grad, plain.head.weight.grad
+    assert torch.equal(found, installed)
     assert (gradient - other).norm() <= 1e-5 * other.norm()
 
 
-def test_what_is_written_is_what_kernels_reads(folder):
+def test_kernels_reads_the_exported_metadata(folder):
     metadata = [Metadata.read_from_file(folder / "build" / each / "metadata.json") for each in VARIANTS]
     assert {each.name.python_name for each in metadata} == {"prefopt_kernels"}
     assert {each.version for each in metadata} == {3}
@@ -244,7 +189,3 @@ def test_refusals(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         hub_kernels.export(tmp_path / "kernel", **options)
     assert list(tmp_path.iterdir()) == []
-
-
-if __name__ == "__main__":
-    kernelized(sys.argv[1], Path(sys.argv[2]))

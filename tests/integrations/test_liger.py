@@ -1,4 +1,4 @@
-"""The classes with Liger's names against liger-kernel 0.8.5, in fp32 on the CPU: values, what is logged, gradients.
+"""The classes with Liger's names against liger-kernel 0.8.5, in fp32 on the CPU: values, logged values, gradients.
 
 The contract is 1e-5 of the largest entry. Where ours differ on purpose, a test says where and why.
 """
@@ -23,12 +23,12 @@ PAIRED = {
 NAMES = {name: f"LigerFusedLinear{name}Loss" for name in ("KTO", *PAIRED)}
 
 
-def test_written_against_this_version():
+def test_liger_has_the_supported_version():
     assert importlib.metadata.version("liger_kernel") == "0.8.5"
 
 
 @pytest.mark.parametrize("name", NAMES.values())
-def test_arguments_and_defaults_are_ligers(name):
+def test_classes_have_ligers_arguments_and_defaults(name):
     for method in ("__init__", "forward"):
         mine, other = (
             [(p.name, p.default) for p in inspect.signature(getattr(c, method)).parameters.values()]
@@ -112,7 +112,7 @@ def test_dpo(loss_type):
     compare("DPO", options, lambda module, x: paired(module, x, **x.reference()))
 
 
-def test_every_type_of_ligers_dpo_is_tried():
+def test_every_loss_type_of_liger_is_tested():
     assert set(DPO_TYPES) == theirs.LigerFusedLinearDPOLoss._SUPPORTED_LOSS_TYPES
 
 
@@ -147,7 +147,7 @@ def test_losses_without_a_reference(name, options):
     compare(name, options, paired, frozen=True, bias=False)
 
 
-def test_orpo_takes_other_targets_for_the_likelihood():
+def test_orpo_with_nll_target():
     def call(module, x):
         nll_target = x.target.clone()
         nll_target[:, 2:] = torch.arange(L - 2)  # prompt tokens too
@@ -159,7 +159,7 @@ def test_orpo_takes_other_targets_for_the_likelihood():
 # Where ours differ
 
 
-def test_kl_of_shape_b_belongs_to_its_row_which_ligers_default_does_not_do():
+def test_kl_of_shape_b_is_applied_per_row():
     kl = torch.tensor([0.1, 0.9, 0.4, 1.5, 0.0, 3.0])
     x = Batch()
     expected = []
@@ -184,7 +184,7 @@ def test_kl_of_shape_b_belongs_to_its_row_which_ligers_default_does_not_do():
     assert loss(theirs) > 2 * expected
 
 
-def test_flat_rows_are_kto_sequences_too():
+def test_kto_accepts_flattened_sequences():
     x = Batch()
     kto = ours.LigerFusedLinearKTOLoss()
     padded = kto(x.input, x.weight, x.target, preference_labels=x.labels)[0]
@@ -192,7 +192,7 @@ def test_flat_rows_are_kto_sequences_too():
     assert torch.equal(padded, flat)
 
 
-def test_a_completion_without_tokens_has_mean_0_where_ligers_is_nan():
+def test_mean_of_a_completion_without_scored_tokens_is_0():
     found = {}
     for module in (ours, theirs):
         x = Batch()
@@ -205,7 +205,7 @@ def test_a_completion_without_tokens_has_mean_0_where_ligers_is_nan():
     assert all(value.isnan().any() for value in found[theirs])
 
 
-def test_ipo_which_liger_has_not():
+def test_ipo_loss_type():
     with pytest.raises(ValueError, match="Unsupported loss_type"):
         theirs.LigerFusedLinearDPOLoss(loss_type="ipo")
     x = Batch()
@@ -220,7 +220,7 @@ def test_ipo_which_liger_has_not():
 
 
 def test_half_precision_keeps_fp32_logits():
-    """bf16 operands: ours is nearer to fp64 of the same operands than Liger, which rounds its logits."""
+    """With bf16 operands ours is closer to fp64 than Liger, which rounds its logits."""
     x = Batch(bias=False)
     hidden, weight = x.input.detach().bfloat16(), x.weight.detach().bfloat16()
     logp = F.log_softmax(hidden.double() @ weight.double().T, -1)
@@ -234,7 +234,7 @@ def test_half_precision_keeps_fp32_logits():
     assert error[ours] <= CONTRACT * exact.abs() and error[theirs] > 10 * error[ours]
 
 
-def test_another_ignore_index_counts_nothing_of_it():
+def test_custom_ignore_index():
     x, y = Batch(), Batch()
     y.target[y.target == -100] = V + 3
     for name in ("CPO", "SimPO", "ORPO"):

@@ -13,7 +13,7 @@ import prefopt_kernels.integrations.liger as ours
 from support.liger_batch import B, Batch, L, V, assert_agree
 
 
-def test_arguments_and_defaults_of_cross_entropy_are_ligers():
+def test_cross_entropy_has_ligers_arguments_and_defaults():
     for method in ("__init__", "forward"):
         mine, other = (
             [(p.name, p.default) for p in inspect.signature(getattr(c, method)).parameters.values()]
@@ -31,7 +31,7 @@ def cross_entropy(x, ce_weight=None, **options):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [False, True])
-def test_cross_entropy_is_torchs(reduction, weighted, smoothing, bias):
+def test_cross_entropy_equals_torch(reduction, weighted, smoothing, bias):
     ce_weight = torch.linspace(0.2, 2.0, V) if weighted else None
     options = {"label_smoothing": smoothing, "reduction": reduction}
     mine, other = Batch(bias=bias), Batch(bias=bias)
@@ -49,7 +49,7 @@ def test_cross_entropy_is_torchs(reduction, weighted, smoothing, bias):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("scaling", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropys_other_parts(softcap, scaling, weighted):
+def test_z_loss_token_scaling_and_accuracy(softcap, scaling, weighted):
     ce_weight = torch.linspace(0.2, 2.0, V) if weighted else None
     mine, other = Batch(), Batch()
     for x in (mine, other):
@@ -87,7 +87,7 @@ def test_cross_entropys_other_parts(softcap, scaling, weighted):
         assert_agree(gradient, other.gradients()[key], f"gradient of {key}")
 
 
-def test_cross_entropy_without_a_token_is_0():
+def test_cross_entropy_without_scored_tokens_is_0():
     x = Batch()
     x.target[:] = -100
     for reduction in ("mean", "sum"):
@@ -95,7 +95,7 @@ def test_cross_entropy_without_a_token_is_0():
             assert cross_entropy(x, ce_weight, reduction=reduction) == 0
 
 
-def test_another_ignore_index_counts_nothing_of_it():
+def test_custom_ignore_index():
     x, y = Batch(), Batch()
     y.target[y.target == -100] = V + 3
     for ce_weight in (None, torch.linspace(0.2, 2.0, V)):
@@ -143,7 +143,7 @@ torch.save(found, sys.argv[2])
 """
 
 
-def test_cross_entropy_is_ligers(tmp_path):
+def test_cross_entropy_equals_liger(tmp_path):
     everything = {"lse_square_scale": 1e-2, "return_z_loss": True, "return_token_accuracy": True}
     cases = [
         {},

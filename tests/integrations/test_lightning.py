@@ -14,6 +14,8 @@ from prefopt.data import PreferenceCollator
 from prefopt.demo.model import build_model, build_tokenizer
 from prefopt_kernels.integrations import lightning
 from prefopt_kernels.integrations.lightning import PrefoptModule
+from prefopt_kernels.integrations.transformers import completion_logprobs, pack_completions
+from prefopt_kernels.modules import sequence_logps
 from support.docs_checks import ROOT
 from support.trainer import noisy_copy
 
@@ -65,7 +67,7 @@ def fit(module, data, folder, **options) -> list[dict]:
     return losses.logged
 
 
-def test_its_steps_are_those_of_the_plain_loop(tokenizer, tmp_path):
+def test_steps_equal_the_plain_loop(tokenizer, tmp_path):
     model, reference = build_model(tokenizer, 0), build_model(tokenizer, 1)
     other = copy.deepcopy(model)
     data = loader(tokenizer, steps=4)
@@ -90,8 +92,9 @@ def test_an_adapter_is_trained_against_the_policy_without_it(tokenizer, tmp_path
     model = get_peft_model(base, config)
     batch = next(iter(loader(tokenizer, 1)))
     module = PrefoptModule(model, method="apo_zero", learning_rate=RATE)
-    head = lightning.lm_head_of(plain)
-    expected = lightning.batch_logps(plain, head, batch)
+    packing = pack_completions(batch["input_ids"], batch["completion_mask"])
+    tokens = completion_logprobs(plain, batch["input_ids"], batch["attention_mask"], packing)
+    expected = sequence_logps(tokens.logp, packing.cu_seqlens)
     assert torch.allclose(module._reference(batch), expected, atol=1e-4, rtol=0)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     logged = fit(module, loader(tokenizer, 3), tmp_path)
@@ -103,7 +106,7 @@ def test_an_adapter_is_trained_against_the_policy_without_it(tokenizer, tmp_path
     assert len(lora) == 2 and all(p.requires_grad for p in lora)
 
 
-def test_checkpoints_and_modes_leave_the_reference_alone(tokenizer, tmp_path):
+def test_checkpoints_and_modes_do_not_change_the_reference(tokenizer, tmp_path):
     model = build_model(tokenizer, 0)
     reference = noisy_copy(model, 0.01)
     module = PrefoptModule(model, reference, learning_rate=RATE)
@@ -128,7 +131,7 @@ def test_refusals(tokenizer):
     model = build_model(tokenizer, 0)
     with pytest.raises(ValueError, match=r"method is 'dpo'; expected one of \('kto', 'apo_zero'\)"):
         PrefoptModule(model, model, method="dpo")
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no adapter to switch off; expected"):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no adapter to disable; expected"):
         PrefoptModule(model)
     with pytest.raises(ValueError, match="Linear has no output embedding"):
         PrefoptModule(nn.Linear(2, 2), model)

@@ -1,4 +1,4 @@
-"""The external plugin for ms-swift, on a stand-in of ms-swift's KTO trainer that builds logits.
+"""The external plugin for ms-swift, with a stub of ms-swift's KTO trainer that builds logits.
 
 Checked by hand on 21 November 2026 against ms-swift 4.6.0 with TRL 0.29.1: ``rlhf_trainers/kto_trainer.py``
 (``forward``, ``_get_model_kwargs``, ``get_batch_logps``, ``_compute_kl_logps``), ``trainers/mixin.py``
@@ -78,7 +78,7 @@ class KTOTrainer:
 
 @pytest.fixture
 def swift(monkeypatch):
-    """ms-swift 4.6.0, as far as the plugin sees it."""
+    """The parts of ms-swift 4.6.0 that the plugin uses."""
     mapping = {"kto": THEIRS, "dpo": "swift.rlhf_trainers.DPOTrainer"}
     checkpointing = contextlib.nullcontext
     for name, members in {
@@ -132,7 +132,7 @@ def answers(cls, name: str, **options) -> tuple[list, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("name", ["llama", "softcap gemma2", "experts qwen3_moe"])
 @pytest.mark.parametrize("options", [{}, {"keep": True}, {"padding_free": True}])
-def test_a_batch_is_answered_as_ms_swift_answers(name, options, swift):
+def test_a_batch_has_the_results_of_ms_swift(name, options, swift):
     mine, gradients = answers(ms_swift.FusedKTOTrainer, name, **options)
     theirs, expected = answers(KTOTrainer, name, **options)
     assert len(mine) == len(theirs) == (6 if name == "experts qwen3_moe" else 5)
@@ -167,8 +167,8 @@ def test_register_names_a_class_that_imports(swift):
         _ = ms_swift.FusedDPOTrainer
 
 
-def test_the_file_itself_is_a_plugin_and_hides_nobody(swift, monkeypatch):
-    """ms-swift puts the file's folder first on the path; there it would be found in place of trl."""
+def test_the_file_as_a_plugin_does_not_shadow_trl(swift, monkeypatch):
+    """ms-swift prepends the file's folder to the path, where the folder trl would shadow the package."""
     file = Path(ms_swift.__file__).resolve()
     monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
     spec = importlib.util.spec_from_file_location("_swift_external_0", file)
@@ -193,6 +193,6 @@ def test_refusals(swift, monkeypatch):
     assert swift.mapping["kto"] == "somebody.else.Trainer"
 
 
-def test_without_ms_swift_the_reason_is_given():
+def test_missing_ms_swift():
     with pytest.raises(RuntimeError, match="cannot be fused: ms-swift is not installed"):
         ms_swift.register()

@@ -73,7 +73,7 @@ def in_four_bits(folder) -> nn.Module:
 
 
 def move(model: nn.Module) -> None:
-    """Away from the start, at which an adapter adds nothing and policy and reference agree."""
+    """Add noise, because a new adapter adds nothing and policy and reference agree."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -90,7 +90,7 @@ def plain_logps(model: nn.Module, batch: dict) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_kto_trains_it_with_the_formulas_numbers(case, worlds, tmp_path):
+def test_kto_loss_and_gradients_equal_the_formula(case, worlds, tmp_path):
     arch, config = CASES[case]
     world = worlds(arch)
     trainer = make_trainer(
@@ -141,7 +141,7 @@ def trl_trainer(world: World, folder, config: LoraConfig) -> KTOTrainer:
     )
 
 
-def test_trl_refuses_or_fails(worlds, tmp_path):
+def test_trl_does_not_support_it(worlds, tmp_path):
     arch, config = CASES["an adapter on the head"]
     with pytest.raises(ValueError, match="lm_head"):
         trl_trainer(worlds(arch), tmp_path, config())

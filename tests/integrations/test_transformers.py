@@ -22,7 +22,7 @@ from support.causal_lm import (
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores_and_gradients_are_those_of_the_models_own_logits(name):
+def test_scores_and_gradients_equal_those_from_logits(name):
     model = make(name)
     head = lm_head_of(model)
     check_lm_head(model, head)
@@ -38,7 +38,7 @@ def test_scores_and_gradients_are_those_of_the_models_own_logits(name):
     assert_same_gradients(gradients(model, ours.logp.square().sum()), gradients(model, expected.square().sum()))
 
 
-def test_the_head_is_left_with_nothing_to_do():
+def test_the_head_gets_an_empty_slice():
     model = make("llama")
     ids, attention, completion = batch()
     shapes = []
@@ -66,8 +66,8 @@ def test_the_formula_is_read_from_the_configuration():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("what", ["scale", "softcap", "shift"])
-def test_unknown_processing_of_the_logits_is_refused(what, dtype):
-    """The same configuration, but the model does something of its own after its head."""
+def test_unknown_processing_of_logits_is_refused(what, dtype):
+    """The model changes its logits in a way that its configuration does not show."""
     model = make("llama", dtype)
     check_lm_head(model, lm_head_of(model))
     change = {
@@ -87,7 +87,7 @@ def test_unknown_processing_of_the_logits_is_refused(what, dtype):
         check_lm_head(model, lm_head_of(model))
 
 
-def test_dropout_in_training_mode_is_neither_drawn_nor_taken_for_later_tokens():
+def test_the_check_in_training_mode_draws_no_dropout():
     model = make("llama").train()
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -109,20 +109,20 @@ def test_a_model_that_attends_to_later_tokens_is_refused(dtype):
     check_lm_head(model, lm_head_of(model))
 
 
-def test_models_without_a_usable_head_are_refused():
+def test_models_without_a_supported_head_are_refused():
     with pytest.raises(ValueError, match="Linear has no output embedding"):
         lm_head_of(nn.Linear(2, 2))
     model = make("llama")
     model.lm_head = nn.Linear(32, 97, bias=False)
     model.lm_head.weight = nn.Parameter(torch.zeros(97 * 16, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="leave the head out of quantisation"):
+    with pytest.raises(ValueError, match="exclude the head from quantisation"):
         lm_head_of(model)
     with pytest.raises(ValueError, match=r"input_ids has shape \(3,\)"):
         pack_completions(torch.zeros(3), torch.zeros(3))
 
 
-def test_a_head_that_deepspeed_has_partitioned_is_a_head():
-    """ZeRO-3 leaves an empty parameter that knows its shape, and fills it inside the forward pass."""
+def test_a_head_partitioned_by_zero_3():
+    """ZeRO-3 replaces the parameter by an empty one with ``ds_shape``, and gathers it in the forward pass."""
     model = make("llama")
     weight = model.lm_head.weight
     model.lm_head.weight = nn.Parameter(torch.empty(0))

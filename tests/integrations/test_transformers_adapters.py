@@ -66,7 +66,7 @@ cases = pytest.mark.parametrize("case", CASES)
 
 
 def moved(model: nn.Module, seed: int = 5) -> nn.Module:
-    """Trainable parameters moved away from their start, at which an adapter adds nothing."""
+    """Add noise to the trainable parameters, because a new adapter adds nothing."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,7 +94,7 @@ def assert_same_scores(ours: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @cases
-def test_scores_and_gradients_are_those_of_pefts_own_forward(case):
+def test_scores_and_gradients_equal_pefts_forward(case):
     model = adapted(case)
     head = lm_head_of(model)
     check_lm_head(model, head)
@@ -132,7 +132,7 @@ def test_a_patched_model_has_pefts_loss_and_gradients(case):
     assert model(**inputs).logits is not None
 
 
-def test_head_operands_are_what_linear_logprob_takes():
+def test_operands_of_adapters():
     head = lm_head_of(adapted("on the head"))
     A, B, scale = head.lora
     assert A.shape == (4, 32) and B.shape == (97, 4) and scale == 1.5
@@ -146,7 +146,7 @@ def test_head_operands_are_what_linear_logprob_takes():
     assert lm_head_of(adapted("prefix tuning")).virtual_tokens == 3
 
 
-def test_several_adapters_add_up_and_each_can_be_chosen():
+def test_several_active_adapters_add_up():
     model = adapted("on the head")
     other = {"target_modules": ["lm_head"], "r": 2, "lora_alpha": 8}
     model.add_adapter("other", LoraConfig(**other, **TASK))
@@ -178,7 +178,7 @@ def test_a_merged_adapter_is_part_of_the_weight(case):
     assert_same_scores(scores(merged), before)
 
 
-def test_the_whole_head_keeps_a_copy_per_adapter_and_the_one_in_use_counts():
+def test_modules_to_save_uses_the_active_copy():
     model = adapted("whole head")
     head = lm_head_of(model)
     assert head.weight is head.module.modules_to_save["default"].weight
@@ -201,7 +201,7 @@ def test_a_bf16_model_keeps_its_adapter_in_fp32(case):
     gradients(model, ours.sum())
 
 
-def test_dropout_on_the_adapters_input_is_refused_where_it_would_act():
+def test_active_dropout_on_the_adapter_is_refused():
     model = get_peft_model(make("llama"), LoraConfig(lora_dropout=0.1, **ON_HEAD, **TASK))
     head = lm_head_of(model.eval())
     assert_same_scores(scores(model, head), plain_logprobs(model, *batch()))
@@ -214,7 +214,7 @@ def test_dropout_on_the_adapters_input_is_refused_where_it_would_act():
     scores(model, head)
 
 
-def test_adapters_that_are_no_product_of_two_matrices_are_refused():
+def test_adapters_other_than_plain_lora_are_refused():
     modules = {"target_modules": ["lm_head"], **TASK}
     for config, match in (
         (LoraConfig(use_dora=True, **modules), "'default' on the lm_head is a DoraLinearVariant"),
@@ -228,7 +228,7 @@ def test_adapters_that_are_no_product_of_two_matrices_are_refused():
             patch_forward(model)
 
 
-def test_an_adapter_put_on_after_the_patch_is_noticed():
+def test_an_adapter_added_after_the_patch_raises():
     base = make("llama").train()
     ids, attention, _ = batch()
     with patch_forward(base):
@@ -237,7 +237,7 @@ def test_an_adapter_put_on_after_the_patch_is_noticed():
             model(input_ids=ids, attention_mask=attention, labels=ids)
 
 
-def test_hidden_states_that_are_nobodys_tokens_are_refused():
+def test_hidden_states_without_tokens_are_refused():
     model = adapted("prompt tuning")
     head = lm_head_of(model.base_model)  # of the model inside, which knows nothing of the prompt
     with pytest.raises(ValueError, match=r"\(3, 12, 32\) .* for input_ids of shape \(3, 9\)"):
@@ -247,12 +247,12 @@ def test_hidden_states_that_are_nobodys_tokens_are_refused():
         PromptTuningConfig(num_virtual_tokens=3, **TASK),
     )
     model.peft_config["default"].peft_type = "CPT"
-    with pytest.raises(ValueError, match="PEFT's CPT weighs the loss from logits"):
+    with pytest.raises(ValueError, match="PEFT's CPT weights the loss with logits"):
         patch_forward(model)
 
 
 class Linear4bit(nn.Module):
-    """Stands in for the layer of bitsandbytes, by name and by its packed weight; exact for weights on its grid."""
+    """A layer with the name and packed weight of bitsandbytes'; exact for weights on its grid."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -277,7 +277,7 @@ def in_4_bits(model: nn.Module, head: bool) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def test_a_4_bit_model_is_scored_with_its_head_in_full():
+def test_a_4_bit_model_with_a_full_precision_head():
     base = in_4_bits(make("llama"), head=False)
     assert sum(type(module).__name__ == "Linear4bit" for module in base.modules()) == 7
     model = moved(get_peft_model(base, LoraConfig(target_modules=["lm_head"], **TASK)))

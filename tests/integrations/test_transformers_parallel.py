@@ -1,4 +1,4 @@
-"""Causal LMs whose head is spread over two gloo processes against the same model on one."""
+"""Causal LMs sharded over two gloo processes against the same model on one."""
 
 import functools
 import math
@@ -50,14 +50,14 @@ UNTIED = [*ranks.LAYOUTS, "own, (2, 1)", "own, (1, 2)"]
     [(ranks.UNTIED, layout) for layout in UNTIED] + [(ranks.TIED, layout) for layout in ranks.TIED_LAYOUTS],
     ids=", ".join,
 )
-def test_every_layout_of_fsdp2_trains_as_one_process(layout, both):
+def test_fsdp2_layouts_train_as_one_process(layout, both):
     for found in both:
         assert_exact(found["fully sharded"][layout])
 
 
 @slow
 @pytest.mark.parametrize("name", [ranks.UNTIED, ranks.TIED])
-def test_what_transformers_shards_while_loading_trains_as_one_process(name, both):
+def test_transformers_sharding_trains_as_one_process(name, both):
     for found in both:
         assert_exact(found["transformers' own"][name])
 
@@ -76,7 +76,7 @@ def test_a_tensor_parallel_model_trains_as_one_process(name, both):
 
 
 @slow
-def test_scores_with_forward_passes_before_the_backward_passes(both):
+def test_two_forward_passes_before_the_backward_passes(both):
     for found in both:
         for name, error in found["scores"]["errors"].items():
             assert error < TOLERANCE, f"{name}: {error:.1e}"
@@ -84,7 +84,7 @@ def test_scores_with_forward_passes_before_the_backward_passes(both):
 
 
 @slow
-def test_the_precision_is_that_of_fsdp2(both):
+def test_bf16_gradients_are_the_same_in_two_layouts(both):
     assert [found["bf16"] for found in both] == [0.0, 0.0]
 
 
@@ -98,19 +98,19 @@ def test_context_parallel_is_refused(name, monkeypatch):
         monkeypatch.setattr(accelerate.state, "is_initialized", lambda: True)
         state = SimpleNamespace(parallelism_config=config)
         monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: state)
-        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, which shards every sequence"):
             model(**batch)
         packing = pack_completions(batch["input_ids"], batch["labels"] >= 0)
-        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, so that each"):
+        with pytest.raises(ValueError, match=f"parallelism_config has {name} 2, which shards every sequence"):
             completion_logprobs(model, batch["input_ids"], None, packing)
         setattr(config, name, 1)
         assert model(**batch).logits is None
 
 
-def test_trained_tokens_in_a_spread_head_are_refused():
-    """A DTensor needs processes; what tells it from a plain tensor does not."""
+def test_trained_tokens_in_a_sharded_head_are_refused():
+    """With an attribute of a DTensor, because a real one needs several processes."""
     layer = SimpleNamespace(base_layer=nn.Linear(2, 4, bias=False), disable_adapters=False)
     layer.active_adapters, layer.merged = ["default"], False
     layer.base_layer.weight.device_mesh = "a mesh"
-    with pytest.raises(ValueError, match="trainable_token_indices reaches a head that is spread"):
+    with pytest.raises(ValueError, match="trainable_token_indices applies to an lm_head that is sharded"):
         transformers_adapters._with_trained_tokens(layer)

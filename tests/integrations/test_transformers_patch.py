@@ -24,7 +24,7 @@ def inputs_for(name: str, masked: bool) -> dict:
 
 
 def loss_and_gradients(model: nn.Module, inputs: dict) -> tuple:
-    """With that of the hidden states on their way into the head."""
+    """Includes the gradient of the hidden states at the head."""
     caught = []
 
     def keep(_module, args):
@@ -40,7 +40,7 @@ def loss_and_gradients(model: nn.Module, inputs: dict) -> tuple:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_loss_and_gradients_are_those_of_the_models_own_forward(name):
+def test_loss_and_gradients_equal_the_models_forward(name):
     model = make(name).train()
     assert len(CONFIGS) >= 12
     for masked in (True, False):
@@ -65,7 +65,7 @@ def test_an_auxiliary_loss_is_added_as_the_model_adds_it():
     torch.testing.assert_close(outputs.loss, without.loss + 0.5 * outputs.aux_loss)
 
 
-def test_the_loss_is_counted_as_transformers_counts():
+def test_the_loss_is_normalised_as_in_transformers():
     model = make("llama").train()
     inputs = inputs_for("", masked=True)
     shifted = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].contiguous()
@@ -84,7 +84,7 @@ def test_the_loss_is_counted_as_transformers_counts():
     assert expected[4].isnan() and expected[5] == 0
 
 
-def test_only_what_asks_for_no_logits_changes():
+def test_calls_that_need_logits_are_unchanged():
     model = make("llama")
     inputs = inputs_for("", masked=True)
     forward, hooks = model.forward, len(model.lm_head._forward_pre_hooks)
@@ -110,7 +110,7 @@ def test_only_what_asks_for_no_logits_changes():
         torch.testing.assert_close(outputs.loss, expected.loss)
 
 
-def test_the_head_is_left_with_nothing_to_do():
+def test_the_head_gets_an_empty_slice():
     model = make("llama").train()
     shapes = []
     with patch_forward(model):
@@ -120,7 +120,7 @@ def test_the_head_is_left_with_nothing_to_do():
     assert [shape.numel() for shape in shapes] == [0]
 
 
-def test_a_deep_copy_is_a_patched_model_of_its_own():
+def test_a_deep_copy_is_patched_independently():
     model = make("tied qwen3").train()
     inputs = inputs_for("", masked=True)
     with patch_forward(model) as fused:
@@ -138,7 +138,7 @@ def test_a_deep_copy_is_a_patched_model_of_its_own():
 
 
 @pytest.mark.parametrize("name", ["softcap gemma2", "an adapter on the head"])
-def test_it_works_under_compile_without_a_graph_break(name):
+def test_torch_compile_without_graph_breaks(name):
     if name in CONFIGS:
         model = make(name).train()
     else:
@@ -174,7 +174,7 @@ class _Rows(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_trainer_needs_nothing_but_the_patch(bf16, tmp_path):
+def test_trainer_works_with_the_patch(bf16, tmp_path):
     """Accumulation counts tokens through num_items_in_batch; with bf16 accelerate wraps the patched forward."""
 
     def run(model: nn.Module) -> list[dict]:
@@ -228,7 +228,7 @@ def test_logits_are_fp32_whatever_the_model(dtype):
     assert_as_good_as_torch("loss", ours, plain, exact)
 
 
-def test_what_cannot_be_patched_is_refused_with_the_reason(monkeypatch):
+def test_unsupported_models_are_refused_with_the_reason(monkeypatch):
     model = make("llama")
     for bad in (0, "no", None):
         with pytest.raises(TypeError, match="eval_logits is"):
@@ -270,9 +270,9 @@ def test_what_cannot_be_patched_is_refused_with_the_reason(monkeypatch):
 
     for change, match in (
         (scaled, "processes its logits in a way that is not supported yet"),
-        (squared, "adds something to it that needs logits"),
-        (own, "does not give its logits and its labels to its loss_function"),
-        (masked, "does not give its logits and its labels to its loss_function"),
+        (squared, "adds a term that needs logits"),
+        (own, "does not pass its logits and labels unchanged"),
+        (masked, "does not pass its logits and labels unchanged"),
     ):
         monkeypatch.setattr(type(model), "forward", change)
         refused(match)
@@ -281,16 +281,16 @@ def test_what_cannot_be_patched_is_refused_with_the_reason(monkeypatch):
     with patch_forward(model):
         inputs = inputs_for("", masked=True)
         model.train()
-        with pytest.raises(ValueError, match="leave logits_to_keep out"):
+        with pytest.raises(ValueError, match="do not pass logits_to_keep"):
             model(**inputs, logits_to_keep=2)
         assert model(**inputs).logits is None  # and nothing is left from the failure
         model.lm_head = nn.Linear(32, 97, bias=False)
-        with pytest.raises(RuntimeError, match="got another lm_head since"):
+        with pytest.raises(RuntimeError, match="its lm_head has been replaced since"):
             model(**inputs)
 
 
-def test_a_forward_of_another_fused_loss_is_noticed(monkeypatch):
-    """Liger's, for one, leaves the head out in training only, so that no probe in evaluation mode shows it."""
+def test_a_forward_of_another_fused_loss_raises(monkeypatch):
+    """Liger's, for example, skips the head in training only, so that the probe in evaluation mode cannot detect it."""
     model = make("llama")
     forward = type(model).forward
 

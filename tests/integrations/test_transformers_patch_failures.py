@@ -1,4 +1,4 @@
-"""After a call that fails, the patched model and its patch are as they were before it."""
+"""A failed call does not change the patched model."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def two_adapters(**config) -> nn.Module:
     return model.eval()
 
 
-def test_a_refused_mix_of_adapters_leaves_no_trace():
+def test_refused_adapter_names_leave_no_hooks():
     model = two_adapters(**ON_HEAD)
     expected, count = model(**inputs()).loss, hooks(model)
     names = ["default", "other", "__base__"]
@@ -50,7 +50,7 @@ def test_a_refused_mix_of_adapters_leaves_no_trace():
     assert torch.equal(model(**inputs(), adapter_names=names).loss, mixed)
 
 
-def test_a_mix_of_adapters_below_the_head_is_scored():
+def test_adapter_names_below_the_head():
     model = two_adapters(target_modules=["q_proj"], init_lora_weights=False)
     call = {"adapter_names": ["other", "__base__", "default"], **inputs()}
     expected = model(**call).loss
@@ -111,12 +111,12 @@ def test_pefts_mixed_model_is_patched_and_scored():
 
 
 def test_an_adaption_prompt_is_refused_and_can_be_scored():
-    """PEFT calls the forward that it found when it wrapped the model, so the patch would change nothing."""
+    """PEFT calls the forward it stored when wrapping the model, so the patch would have no effect."""
     config = AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
     model = get_peft_model(make("llama"), config)
     base = model.get_base_model()
     before, count = set(base.__dict__), hooks(model)
-    with pytest.raises(ValueError, match="past the patched forward .*AdaptionPrompt"):
+    with pytest.raises(ValueError, match="bypasses the patched forward .*AdaptionPrompt"):
         patch_forward(model)
     assert set(base.__dict__) == before and hooks(model) == count
     ids, attention, completion = batch()

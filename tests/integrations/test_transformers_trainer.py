@@ -1,4 +1,4 @@
-"""FusedTrainer trains and evaluates as transformers' Trainer, and hands the model back as it was."""
+"""FusedTrainer trains and evaluates as transformers' Trainer, and restores the model."""
 
 import copy
 
@@ -46,7 +46,7 @@ def build(cls, folder, name: str = "softcap gemma2", **named):
 
 
 @pytest.mark.parametrize("name", ["softcap gemma2", "experts qwen3_moe"])
-def test_it_logs_and_learns_as_trainer(name, tmp_path):
+def test_logs_and_gradients_equal_trainer(name, tmp_path):
     mine, theirs = build(FusedTrainer, tmp_path, name), build(Trainer, tmp_path, name)
     logs, expected = train(mine), train(theirs)
     assert [entry["loss"] for entry in logs] == pytest.approx([entry["loss"] for entry in expected], abs=1e-5)
@@ -62,7 +62,7 @@ def test_it_logs_and_learns_as_trainer(name, tmp_path):
     assert mine.fused_calls == 3 * 2 + 3
 
 
-def test_the_model_is_its_own_again(tmp_path):
+def test_the_model_is_restored(tmp_path):
     trainer = build(FusedTrainer, tmp_path)
     ids = torch.arange(3, 9)[None]
     train(trainer)
@@ -89,7 +89,7 @@ def test_compute_metrics_gets_logits(tmp_path):
     assert trainer.evaluate()["eval_rows"] == 5
 
 
-def test_the_backend_is_handed_on(tmp_path, monkeypatch):
+def test_the_backend_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "why_not", lambda: "no C++ compiler")
     trainer = build(FusedTrainer, tmp_path, backend="cpu", options={"max_steps": 1})
     with pytest.raises(RuntimeError, match="backend 'cpu' cannot run"):
@@ -103,7 +103,7 @@ def test_the_backend_is_handed_on(tmp_path, monkeypatch):
         ({"options": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor is 0.1; expected 0"),
     ],
 )
-def test_what_needs_logits_is_refused(named, message, tmp_path):
+def test_options_that_need_logits_are_refused(named, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         build(FusedTrainer, tmp_path, **named)
 

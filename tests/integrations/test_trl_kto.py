@@ -1,4 +1,4 @@
-"""The fused subclass of TRL's KTO trainer logs and learns what TRL's own does.
+"""The fused subclass of TRL's KTO trainer against TRL's own.
 
 Runs against the installed TRL, 1.16.0, whose trainer has the same methods. With 1.9.0 before it on the path, which is
 what Axolotl pins, the same tests run against that one; there TRL's own trainer fails at prompt tuning.
@@ -32,6 +32,7 @@ from support.trainer import (
     train,
 )
 
+OPTIONS = COMMON | {"max_steps": 2}
 TOLERANCES = {"loss": 1e-5}  # the contract: 1e-5 on the loss,
 OTHERS = 1e-4  # 1e-4 on sums of log-probabilities and on what is made of them
 ON_BLOCKS = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
@@ -67,7 +68,7 @@ def worlds(tmp_path_factory):
 
 
 def make(cls, world: World, folder: Path, *, peft_config=None, **options):
-    settings = {"per_device_train_batch_size": 4} | COMMON | options
+    settings = {"per_device_train_batch_size": 4} | OPTIONS | options
     torch.manual_seed(7)  # TRL 1.9 does not, before it makes the adapter
     trainer = cls(
         model=copy.deepcopy(world.model),
@@ -103,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_logs_and_learns_the_same(case, worlds, tmp_path):
+def test_logs_and_gradients_equal_trl(case, worlds, tmp_path):
     options = dict(CASES[case])
     world = worlds(options.pop("arch", "qwen3"))
     found = {}
@@ -113,7 +114,7 @@ def test_it_logs_and_learns_the_same(case, worlds, tmp_path):
         found[name] = (gradients, [*steps_of(trainer), trainer.evaluate()])
     (gradients, logs), (their_gradients, their_logs) = found["mine"], found["theirs"]
 
-    assert len(logs) == len(their_logs) == COMMON["max_steps"] + 1
+    assert len(logs) == len(their_logs) == OPTIONS["max_steps"] + 1
     for step, (mine, theirs) in enumerate(zip(logs, their_logs, strict=True)):
         assert mine.keys() == theirs.keys()
         for key in mine:
@@ -137,10 +138,10 @@ def test_the_model_never_builds_logits(worlds, tmp_path):
     train(trainer)
     trainer.evaluate()
     # policy and reference on matched and on mismatched completions, in each batch
-    assert len(positions) == 4 * (COMMON["max_steps"] + 1) and set(positions) == {0}
+    assert len(positions) == 4 * (OPTIONS["max_steps"] + 1) and set(positions) == {0}
 
 
-def test_logits_that_are_asked_for_come_from_trl(worlds, tmp_path):
+def test_requested_logits_come_from_trl(worlds, tmp_path):
     trainer = make(fused_kto_trainer(KTOTrainer), worlds("qwen3"), tmp_path)
     batch = next(iter(trainer.get_eval_dataloader()))
     loss, logits, _ = trainer.prediction_step(trainer.model, batch, prediction_loss_only=False)
@@ -149,7 +150,7 @@ def test_logits_that_are_asked_for_come_from_trl(worlds, tmp_path):
     torch.testing.assert_close(loss, fused, rtol=0, atol=1e-5)
 
 
-def test_the_named_backend_scores(worlds, tmp_path, monkeypatch):
+def test_the_backend_is_used(worlds, tmp_path, monkeypatch):
     seen, score = [], LMHead.score
 
     def counted(self, *args, **kwargs):
@@ -176,7 +177,7 @@ def test_refusals(worlds, tmp_path, monkeypatch):
             fused_kto_trainer(KTOTrainer)
 
 
-def test_without_trl_the_reason_is_given(monkeypatch):
+def test_missing_trl(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 

@@ -1,4 +1,4 @@
-"""FusedKTOTrainer: TRL's numbers where it computes what TRL computes, and the formulas where it computes more."""
+"""FusedKTOTrainer against TRL for TRL's losses, and against formulas for the others."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ def trl_has_its_own_function_between_steps():
 
 
 def lora() -> LoraConfig:
-    """With B not 0, so that policy and reference differ at the first step."""
+    """B is not 0, so that policy and reference differ at the first step."""
     return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
@@ -78,12 +78,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_microbatch_estimate_logs_what_trl_logs(case, world, tmp_path):
-    options = CASES[case]
+def test_the_microbatch_estimate_equals_trl(case, world, tmp_path):
+    options = {"max_steps": 2, **CASES[case]}
     theirs = train(make(KTOTrainer, world, tmp_path / "theirs", **options))
     mine = make(FusedKTOTrainer, world, tmp_path / "mine", ours={"kl_estimator": "microbatch"}, **options)
     logs = train(mine)
-    assert len(logs) == len(theirs) == COMMON["max_steps"]
+    assert len(logs) == len(theirs) == 2
     for step, (found, expected) in enumerate(zip(logs, theirs, strict=True)):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
@@ -181,7 +181,7 @@ METHODS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_windows_loss_and_gradient_are_those_of_the_formula(method, accumulation, world, tmp_path):
+def test_loss_and_gradients_of_a_window_equal_the_formula(method, accumulation, world, tmp_path):
     options, ours, formula = METHODS[method]
     world = world._replace(model=world.ref, ref=world.model)  # this way round z0 is above 0
     size = 6 // accumulation
@@ -191,6 +191,7 @@ def test_a_windows_loss_and_gradient_are_those_of_the_formula(method, accumulati
         tmp_path,
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
+        max_steps=1,
         ours=ours,
         **options,
     )
@@ -262,8 +263,8 @@ def test_evaluation_and_checkpoints(world, tmp_path):
     assert found == pytest.approx(found) and found["eval_loss"] > 0
 
 
-def test_a_resumed_run_goes_on_from_the_shift_of_its_checkpoint(world, tmp_path):
-    """Rows of one class leave the shift where it was."""
+def test_a_resumed_run_restores_the_shift(world, tmp_path):
+    """Rows of one class do not change the shift."""
     data = make_dataset(conversational=True).filter(lambda row: row["label"])
     options = {"loss_type": "bco", "save_strategy": "steps", "save_steps": 2, "data": data}
     logs = train(make(FusedKTOTrainer, world, tmp_path / "one", **options))
@@ -276,7 +277,7 @@ def test_a_resumed_run_goes_on_from_the_shift_of_its_checkpoint(world, tmp_path)
     assert logs[-1]["shift"] == 0.25
 
 
-def test_arguments_of_trls_stay_where_they_are(world, tmp_path):
+def test_positional_arguments_of_trl(world, tmp_path):
     trainer = make(FusedKTOTrainer, world, tmp_path)  # model, ref_model and args by position
     assert isinstance(trainer, KTOTrainer) and trainer.args.loss_type == "kto"
     assert trainer.kl_estimator == "window" and trainer.ref_model is not None

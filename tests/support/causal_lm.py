@@ -103,7 +103,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
         model = kind.from_config(config, dtype=dtype)
         if getattr(model.lm_head, "bias", None) is not None:
-            nn.init.normal_(model.lm_head.bias)  # zero at the start, where nobody would miss it
+            nn.init.normal_(model.lm_head.bias)  # initialised to zero, which would hide an ignored bias
     return model.eval()
 
 

@@ -1,6 +1,7 @@
-"""Two gloo processes on this machine, for tests of what is reduced over ranks."""
+"""Gloo processes on this machine, for tests of collectives."""
 
 import functools
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from support.rank_scripts import leave_group
 
 
 def run_ranks(work, folder: Path, world_size: int = 2) -> list:
-    """``[work(0), work(1), ...]``, each called in a process of its own inside one gloo group.
+    """``[work(0), work(1), ...]``, each computed in a process of its own inside one gloo group.
 
-    ``work`` must be importable by name in the new processes, so it lives in a helper module.
+    ``work`` is a function of a helper module, or a partial of one. The processes are forked from a server that has
+    imported that module, so that they do not import torch once each.
     """
-    mp.spawn(functools.partial(_rank, work, str(folder), world_size), nprocs=world_size)
+    run = functools.partial(_rank, work, str(folder), world_size)
+    module = getattr(work, "func", work).__module__
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "support.gloo_ranks", module])
+    mp.start_processes(run, nprocs=world_size, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 

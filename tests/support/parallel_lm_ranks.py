@@ -1,4 +1,4 @@
-"""What two gloo processes compute for the tests of causal LMs whose head is spread over them."""
+"""Computations on two gloo processes for the tests of sharded causal LMs."""
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,11 @@ from support.causal_lm import VOCAB, make
 
 STEPS = 2
 TIED, UNTIED = "tied qwen3", "llama"
-# FSDP2's units beside the layers, from the first to the last; whether the last of them gives up its weights after a
-# forward
+# modules of FSDP2's last unit; whether it is resharded after the forward
 LAYOUTS = {
     "root": ([], False),
     "with the norm": (["model.norm", "lm_head"], False),
-    "with the norm, given up": (["model.norm", "lm_head"], True),
+    "with the norm, resharded": (["model.norm", "lm_head"], True),
     "own": (["lm_head"], True),
     "own, kept": (["lm_head"], False),
 }
@@ -42,7 +41,7 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def errors(model: nn.Module, expected: nn.Module) -> dict[str, float]:
-    """Of every gradient, the error's norm by the norm."""
+    """For every gradient, the norm of the error divided by the norm."""
     found = {}
     for (name, ours), (_, theirs) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         error = full(ours.grad) - theirs.grad
@@ -51,7 +50,7 @@ def errors(model: nn.Module, expected: nn.Module) -> dict[str, float]:
 
 
 def rows(rank: int, step: int) -> dict[str, Tensor]:
-    """A batch of this rank: another number of labels that count on each."""
+    """The batch of a rank; the number of scored labels differs between ranks."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     ids = torch.randint(3, VOCAB, (2, 8), generator=generator)
     labels = ids.clone()
@@ -82,14 +81,14 @@ def steps(model: nn.Module, expected: nn.Module, batches_of, own: int, count: in
     return worst
 
 
-def shard(model: nn.Module, units: list[str], gives_up: bool, mesh=None, **policy) -> nn.Module:
-    """FSDP2 over each layer, the embedding where it is nobody else's, ``units`` as one, and the rest."""
+def shard(model: nn.Module, units: list[str], reshards: bool, mesh=None, **policy) -> nn.Module:
+    """FSDP2 over each layer, ``units`` as one unit, and the root."""
     options = {"mesh": mesh, **policy}
     for layer in model.model.layers:
         fully_shard(layer, **options)
     if units:
         last = [model.get_submodule(name) for name in units]
-        fully_shard(last, reshard_after_forward=gives_up, **options)
+        fully_shard(last, reshard_after_forward=reshards, **options)
     return fully_shard(model, **options)
 
 
@@ -104,8 +103,8 @@ def fully_sharded(rank: int) -> dict:
     found = {}
     layouts = [(UNTIED, *layout) for layout in LAYOUTS.items()]
     layouts += [(TIED, *layout) for layout in TIED_LAYOUTS.items()]
-    for name, layout, (units, gives_up) in layouts:
-        model = shard(make(name), units, gives_up, init_device_mesh("cpu", (2,))).train()
+    for name, layout, (units, reshards) in layouts:
+        model = shard(make(name), units, reshards, init_device_mesh("cpu", (2,))).train()
         with patch_forward(model):
             found[name, layout] = steps(model, make(name).train(), both, rank)
     for shape in ((2, 1), (1, 2)):
@@ -118,7 +117,7 @@ def fully_sharded(rank: int) -> dict:
 
 
 def transformers_own(rank: int, folders: dict[str, str]) -> dict:
-    """Worst errors where transformers shards a model while loading it."""
+    """Worst errors of models that transformers shards while loading."""
     from prefopt_kernels.integrations.transformers import patch_forward
 
     found = {}
@@ -141,7 +140,7 @@ def loaded(folder: str, **parallel) -> nn.Module:
 
 
 def tensor_parallel(rank: int, folders: dict[str, str]) -> dict:
-    """transformers' own plan, the same batch on both ranks; and how many rows of the head a rank has, from where."""
+    """Worst errors with transformers' own plan and the same batch on both ranks; this rank's rows, first row."""
     from prefopt_kernels.integrations.transformers import lm_head_of, patch_forward
 
     found = {}
@@ -183,7 +182,7 @@ def _entropy_and_logp(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def half_precision(rank: int) -> float:
-    """The worst difference between two layouts' gradients where FSDP2 keeps fp32 and computes in bf16."""
+    """The largest difference between two layouts' gradients with fp32 parameters and bf16 computation."""
     from prefopt_kernels.integrations.transformers import patch_forward
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What four gloo processes compute for the tests of heads that are DTensors."""
+"""Computations on four gloo processes for the tests of heads that are DTensors."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ LAYOUTS = {
 
 
 def batch(which: int) -> dict[str, Tensor]:
-    """A batch; ranks that share the vocabulary have the same, others their own."""
+    """A batch; ranks of a tensor-parallel group have the same one."""
     generator = torch.Generator().manual_seed(which)
     targets = torch.randint(0, V, (T,), generator=generator)
     targets[which : which + 2] = -100
@@ -42,7 +42,7 @@ def parameters() -> dict[str, Tensor]:
 
 
 def step(inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, **settings) -> dict[str, Tensor]:
-    """Loss and gradients of one batch; of a DTensor the whole gradient."""
+    """Loss and gradients of one batch, as full tensors."""
     from prefopt_kernels import FusedLinearKTOLoss
 
     hidden = inputs["hidden"].clone().requires_grad_()
@@ -58,14 +58,14 @@ def step(inputs: dict[str, Tensor], weight: Tensor, bias: Tensor, **settings) ->
 
 
 def group_of(mesh: DeviceMesh, rank: int) -> int:
-    """Which batch is this rank's: ranks that differ along data dimensions have their own."""
+    """Index of this rank's batch, from its coordinates in the data dimensions."""
     data = [i for i, name in enumerate(mesh.mesh_dim_names) if name != "tp"]
     place = mesh.get_coordinate()
     return sum(place[i] * 2**n for n, i in enumerate(data))
 
 
 def layouts(rank: int) -> dict:
-    """For each layout: this rank's batch, and what the step made of it."""
+    """For each layout: the index of this rank's batch, and the results of the step."""
     found = {}
     for name, (shape, names, placements) in LAYOUTS.items():
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -84,14 +84,14 @@ def layouts(rank: int) -> dict:
 
 
 def torch_default(inputs: dict[str, Tensor], weight: DTensor):
-    """The rule of other libraries: the gathered weight, and nobody says what its gradient is."""
+    """The gathered weight without grad_placements."""
     from prefopt_kernels import FusedLinearKTOLoss
 
     return FusedLinearKTOLoss(beta=0.3)(**inputs, weight=weight.full_tensor(), bias=parameters()["bias"])
 
 
 def adapter(rank: int) -> dict:
-    """A whole adapter and bias beside a head whose rows are shared: gradients of the sum of logp."""
+    """Gradients of a replicated adapter and bias with a row-sharded head."""
     from prefopt_kernels.parallel.dtensor import resolve_head
 
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
@@ -109,7 +109,7 @@ def adapter(rank: int) -> dict:
 
 
 def half(rank: int) -> dict:
-    """A head that is stored in fp32 under hidden states in bf16: used in bf16, its gradient in fp32."""
+    """An fp32 head with bf16 hidden states: used in bf16, with an fp32 gradient."""
     from prefopt_kernels.parallel.dtensor import resolve_head
 
     mesh = init_device_mesh("cpu", (4,), mesh_dim_names=("dp",))

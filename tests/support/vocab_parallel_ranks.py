@@ -1,4 +1,4 @@
-"""What two gloo processes compute for the tests of vocab_parallel_linear_logprob."""
+"""Computations on two gloo processes for the tests of vocab_parallel_linear_logprob."""
 
 import torch
 import torch.distributed as dist
@@ -66,7 +66,7 @@ CASES |= {
 
 
 def on_a_shard(bounds: list[int], rank: int):
-    """The vocabulary-parallel call in the clothes of the plain one: it takes its rows of whole operands."""
+    """vocab_parallel_linear_logprob with the signature of linear_logprob, on whole operands."""
     from prefopt_kernels import vocab_parallel_linear_logprob
 
     rows = slice(bounds[rank], bounds[rank + 1])
@@ -83,7 +83,7 @@ def on_a_shard(bounds: list[int], rank: int):
 
 
 def counted_all_reduces() -> list[tuple]:
-    """From now on, (shape, dtype, kind of reduction) of every all-reduce of this process."""
+    """A list that records (shape, dtype, reduction) of every later all-reduce of this process."""
     calls, all_reduce = [], dist.all_reduce
 
     def counted(tensor, op=dist.ReduceOp.SUM, group=None):
@@ -111,7 +111,7 @@ def results(rank: int) -> dict:
 
 
 def refusals(rank: int) -> dict:
-    """The messages for what is wrong on both ranks, and that the group still works afterwards."""
+    """Error messages on both ranks, and results of the group afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
 
     from prefopt_kernels import vocab_parallel_linear_logprob
@@ -149,7 +149,7 @@ def refusals(rank: int) -> dict:
 
 
 def compiled(rank: int) -> tuple:
-    """One case as it is and traced."""
+    """One case, eager and compiled."""
     made, split, wanted, backend = CASES["normal, even, auto"]
     call = on_a_shard(SPLITS[split], rank)
     traced = torch.compile(call, fullgraph=True, backend="aot_eager")

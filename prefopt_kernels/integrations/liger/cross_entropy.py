@@ -12,7 +12,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 @dataclass
 class CrossEntropyOutput:
-    """What Liger returns where more than the loss is asked for; the fields of its class of that name."""
+    """The loss and optional extra results, with the fields of Liger's class of the same name."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -21,24 +21,24 @@ class CrossEntropyOutput:
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
-    r"""Cross-entropy of a linear head, called as Liger's class is; the logits are never built.
+    r"""Cross-entropy of a linear head with the interface of Liger's class; the logits are never materialised.
 
     .. math:: \ell_t = w_{y_t} (1 - \epsilon) (-\log p_t) + \frac{\epsilon}{V} \sum_v w_v (-\log p_{t,v})
               + \zeta \, \mathrm{lse}_t^2
 
     Args:
-        ce_weight: (V,) floating point, w above, or None for 1.
-        ignore_index: target of a token that does not count.
-        lse_square_scale: zeta. As in Liger, this part has no class weights and, under "mean", is divided by the number
-            of tokens also where the rest is divided by their weights.
-        label_smoothing: epsilon, from 0 to 1; above 0 not with a softcap, whose logits have no closed mean.
-        reduction: "mean" over the tokens that count (or over their weights), "sum" or "none".
+        ce_weight: (V,) floating point class weights w, or None for 1.
+        ignore_index: target of a token that is not scored.
+        lse_square_scale: zeta. As in Liger, this term has no class weights, and "mean" divides it by the number of
+            tokens even with class weights.
+        label_smoothing: epsilon, from 0 to 1; not with a softcap, whose mean logit has no closed form.
+        reduction: "mean" over the scored tokens (weighted with class weights), "sum" or "none".
         softcap: bounds the logits by tanh, or None.
-        return_z_loss: also return the part with zeta.
-        accum_dtype: taken and without effect; gradients are summed in fp32.
-        use_token_scaling: multiply a token's loss by its probability, as a constant.
-        return_token_accuracy: also return the share of tokens whose target no logit exceeds. A tie counts here; in
-            Liger only for the first of the tied tokens.
+        return_z_loss: also return the zeta term.
+        accum_dtype: accepted, no effect; gradients are summed in fp32.
+        use_token_scaling: multiply a token's loss by its detached probability.
+        return_token_accuracy: also return the fraction of tokens whose target has the largest logit. Ties count; in
+            Liger only the first of the tied tokens counts.
         return_predicted_tokens: not supported.
 
     Raises:
@@ -76,12 +76,12 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         if softcap is not None and label_smoothing > 0:
             raise ValueError(
                 f"label_smoothing is {label_smoothing} with softcap {softcap}; expected one of the two: the mean of "
-                "capped logits takes every logit"
+                "capped logits needs every logit"
             )
         if return_predicted_tokens:
             raise ValueError(
-                "return_predicted_tokens is True; expected False: the fused op knows whether the target is the most "
-                "likely token (return_token_accuracy), and not which token is"
+                "return_predicted_tokens is True; expected False: the fused op does not compute the most likely "
+                "token, only whether it is the target (return_token_accuracy)"
             )
         self.ce_weight = ce_weight
         self.ignore_index = ignore_index
@@ -98,7 +98,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | CrossEntropyOutput:
-        """The loss, or :class:`CrossEntropyOutput` where an option asks for more.
+        """The loss, or :class:`CrossEntropyOutput` with ``return_z_loss`` or ``return_token_accuracy``.
 
         Args:
             lin_weight: (V, H), the head.
@@ -107,10 +107,10 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             bias: (V,) or None.
 
         Returns:
-            0-dim fp32, nats; (T,) for reduction "none", 0 where a token does not count.
+            0-dim fp32, nats; (T,) for reduction "none", 0 for tokens that are not scored.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type or shape.
+            TypeError, ValueError: an argument has the wrong type or shape.
         """
         counts = target != self.ignore_index
         tokens = linear_logprob(
@@ -130,7 +130,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             smooth = self._smooth(_input, lin_weight, bias, tokens.lse, class_weight)
             losses = (1 - self.label_smoothing) * losses
             losses = losses + torch.where(counts, self.label_smoothing * smooth, 0.0)
-        z_losses = self.lse_square_scale * tokens.lse.square()  # 0 where a token does not count
+        z_losses = self.lse_square_scale * tokens.lse.square()  # 0 where not scored
         if self.use_token_scaling:
             scale = tokens.logp.detach().exp()
             losses, z_losses = scale * losses, scale * z_losses
@@ -146,6 +146,7 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             return loss
         accuracy = None
         if self.return_token_accuracy:
+            assert tokens.is_top1 is not None
             hits = tokens.is_top1.float()
             accuracy = hits if self.reduction == "none" else hits.sum() / number
         return CrossEntropyOutput(
@@ -173,13 +174,13 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
         lse: Tensor,
         class_weight: Tensor | None,
     ) -> Tensor:
-        """(T,) weighted mean of -log p over the vocabulary: lse less a mean logit, which is linear in the head."""
+        """(T,) weighted mean of -log p over the vocabulary: lse minus the mean logit, which is linear in the head."""
         if class_weight is None:
             row = weight.mean(0, dtype=torch.float32)
             offset = 0.0 if bias is None else bias.mean(dtype=torch.float32)
             return lse - ((hidden.float() * row).sum(-1) + offset)
         V = weight.shape[0]
-        row = (class_weight[:, None] * weight).sum(0) / V  # one fp32 copy of the head for a moment
+        row = (class_weight[:, None] * weight).sum(0) / V  # a temporary fp32 copy of the head
         offset = 0.0 if bias is None else (class_weight * bias).sum() / V
         return class_weight.mean() * lse - ((hidden.float() * row).sum(-1) + offset)
 

@@ -1,107 +1,88 @@
-"""DPO with the signature of Liger's ``LigerFusedLinearDPOLoss``, in all of its forms.
+"""DPO with the signature of Liger's ``LigerFusedLinearDPOLoss`` and all of its loss types.
 
-Those that stand in ``prefopt_kernels.losses`` are called; the others have their one formula here.
+Types that ``prefopt_kernels.losses`` has are computed there; the formulas of the others are here.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prefopt_kernels.integrations.liger.pairs import PairLoss, Pairs
-from prefopt_kernels.integrations.liger.scores import check_padded, check_reference, score
+from prefopt_kernels.integrations.liger.scores import check_padded, reference_logps
 from prefopt_kernels.losses import apo_zero_loss, bco_loss, dpo_loss, ipo_loss
 
 
-def _sigmoid(pairs: Pairs, options) -> Tensor:
-    return dpo_loss(*pairs.all_logps, beta=options.beta)
-
-
-def _robust(pairs: Pairs, options) -> Tensor:
-    smoothing = options.label_smoothing
-    return dpo_loss(*pairs.all_logps, beta=options.beta, label_smoothing=smoothing, robust=True)
-
-
-def _ipo(pairs: Pairs, options) -> Tensor:
-    lengths = (pairs.chosen_lengths, pairs.rejected_lengths)
-    return ipo_loss(*pairs.all_logps, *lengths, beta=options.beta)
-
-
-def _unpaired(loss, pairs: Pairs, **hyper) -> Tensor:
+def _unpaired(loss: Callable[..., Tensor], pairs: Pairs, **options: float) -> Tensor:
     """An unpaired loss of the chosen row as desirable plus that of the rejected row as undesirable."""
     desirable = torch.ones_like(pairs.chosen, dtype=torch.bool)
-    ref_chosen, ref_rejected = pairs.references
-    of_chosen = loss(pairs.chosen, ref_chosen, desirable, **hyper)
-    return of_chosen + loss(pairs.rejected, ref_rejected, ~desirable, **hyper)
+    chosen = loss(pairs.chosen, pairs.ref_chosen, desirable, **options)
+    return chosen + loss(pairs.rejected, pairs.ref_rejected, ~desirable, **options)
 
 
-def _bco_pair(pairs: Pairs, options) -> Tensor:
-    return _unpaired(bco_loss, pairs, beta=options.beta, shift=0.0)
-
-
-def _apo_zero(pairs: Pairs, options) -> Tensor:
-    return _unpaired(apo_zero_loss, pairs, beta=options.beta)
-
-
-def _margin(pairs: Pairs, options) -> Tensor:
+def _margin(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """(P,) beta times the difference of the log-ratios."""
     return options.beta * (pairs.chosen_ratio - pairs.rejected_ratio)
 
 
-def _hinge(pairs: Pairs, options) -> Tensor:
+def _hinge(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2305.10425 (SLiC-HF), with log-ratios in place of log-probabilities."""
     return torch.relu(1 - _margin(pairs, options))
 
 
-def _exo_pair(pairs: Pairs, options) -> Tensor:
+def _exo_pair(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2402.00856, eq. 16: the divergence of (sigma(m), sigma(-m)) from (1 - eps, eps)."""
     margin = _margin(pairs, options)
-    goal = torch.tensor([options.label_smoothing], dtype=margin.dtype, device=margin.device)
+    target = torch.tensor([options.label_smoothing], dtype=margin.dtype, device=margin.device)
     log_p, log_q = F.logsigmoid(margin), F.logsigmoid(-margin)
-    return log_p.exp() * (log_p - torch.log1p(-goal)) + log_q.exp() * (log_q - goal.log())
+    return log_p.exp() * (log_p - torch.log1p(-target)) + log_q.exp() * (log_q - target.log())
 
 
-def _nca_pair(pairs: Pairs, options) -> Tensor:
+def _nca_pair(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2402.05369, section 4, for pairs."""
     chosen, rejected = options.beta * pairs.chosen_ratio, options.beta * pairs.rejected_ratio
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-def _sppo_hard(pairs: Pairs, options) -> Tensor:
+def _sppo_hard(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2405.00675, eq. 4.7, with probability 1 for the winner."""
-    goal = 0.5 / options.beta
-    return (pairs.chosen_ratio - goal).square() + (pairs.rejected_ratio + goal).square()
+    target = 0.5 / options.beta
+    return (pairs.chosen_ratio - target).square() + (pairs.rejected_ratio + target).square()
 
 
-def _apo_down(pairs: Pairs, options) -> Tensor:
+def _apo_down(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2408.06266, eq. 8."""
     chosen = options.beta * pairs.chosen_ratio
     return torch.sigmoid(chosen) + torch.sigmoid(-_margin(pairs, options))
 
 
-def _discopop(pairs: Pairs, options) -> Tensor:
+def _discopop(pairs: Pairs, options: "LigerFusedLinearDPOLoss") -> Tensor:
     """arXiv:2406.08414, eq. 5: logistic and exponential loss, mixed by the margin."""
     margin = _margin(pairs, options)
-    share = torch.sigmoid(margin / options.discopop_tau)
-    return -F.logsigmoid(margin) * (1 - share) + torch.exp(-margin) * share
+    mix = torch.sigmoid(margin / options.discopop_tau)
+    return -F.logsigmoid(margin) * (1 - mix) + torch.exp(-margin) * mix
 
 
-LOSS_TYPES = {
-    "sigmoid": _sigmoid,
+LOSS_TYPES: dict[str, Callable[[Pairs, "LigerFusedLinearDPOLoss"], Tensor]] = {
+    "sigmoid": lambda pairs, o: dpo_loss(*pairs[:4], beta=o.beta),
     "hinge": _hinge,
-    "ipo": _ipo,
+    "ipo": lambda pairs, o: ipo_loss(*pairs, beta=o.beta),
     "exo_pair": _exo_pair,
     "nca_pair": _nca_pair,
-    "robust": _robust,
-    "bco_pair": _bco_pair,
+    "robust": lambda pairs, o: dpo_loss(*pairs[:4], beta=o.beta, label_smoothing=o.label_smoothing, robust=True),
+    "bco_pair": lambda pairs, o: _unpaired(bco_loss, pairs, beta=o.beta, shift=0.0),
     "sppo_hard": _sppo_hard,
-    "apo_zero": _apo_zero,
+    "apo_zero": lambda pairs, o: _unpaired(apo_zero_loss, pairs, beta=o.beta),
     "apo_down": _apo_down,
     "discopop": _discopop,
 }
 
 
+@dataclass(eq=False, repr=False)
 class LigerFusedLinearDPOLoss(PairLoss):
-    r"""DPO and its relatives, called as Liger's class is.
+    r"""DPO and its variants with the interface of Liger's class.
 
     .. math:: L = \tfrac{1}{P} \sum_i \ell(\Delta_i) + \alpha \, \mathrm{NLL},
               \qquad \ell(\Delta) = -\log \sigma(\beta \Delta)
@@ -110,17 +91,17 @@ class LigerFusedLinearDPOLoss(PairLoss):
     tokens of the chosen completions.
 
     Args:
-        ignore_index: target of a position that does not count.
+        ignore_index: target of a position that is not scored.
         beta: inverse temperature, 1/nats.
-        alpha: of the NLL.
-        compute_nll_loss: whether there is one.
-        compiled, chunk_size: taken and without effect.
-        use_ref_model: whether the log-ratios have a reference.
-        average_log_prob: divide a sequence's sum by its tokens.
-        loss_type: one of Liger's "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard",
-            "apo_zero", "apo_down", "discopop"; and "ipo", which divides by the tokens in any case.
-        label_smoothing: of "robust" and "exo_pair"; the others leave it alone, as in Liger.
-        discopop_tau: of "discopop".
+        alpha: weight of the NLL.
+        compute_nll_loss: add the NLL.
+        compiled, chunk_size: accepted, no effect.
+        use_ref_model: subtract reference log-probabilities.
+        average_log_prob: divide a sequence's sum by its number of scored tokens.
+        loss_type: Liger's "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero",
+            "apo_down" or "discopop"; or "ipo", which always divides by the number of tokens.
+        label_smoothing: for "robust" and "exo_pair"; ignored by the others, as in Liger.
+        discopop_tau: for "discopop".
 
     Raises:
         ValueError: an option out of range.
@@ -131,42 +112,30 @@ class LigerFusedLinearDPOLoss(PairLoss):
         >>> hidden, weight = torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(8, 4)
         >>> target = torch.tensor([[1, 2, 3], [4, 5, 6]])  # a pair
         >>> loss, _ = LigerFusedLinearDPOLoss(use_ref_model=False)(weight, hidden, target)
-        >>> loss  # ln 2: the two are as likely
+        >>> loss  # ln 2: both are equally likely
         tensor(0.6931, grad_fn=<AddBackward0>)
     """
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        beta: float = 0.1,
-        alpha: float = 1.0,
-        compute_nll_loss: bool = False,
-        compiled: bool = True,
-        use_ref_model: bool = True,
-        average_log_prob: bool = False,
-        chunk_size: int = 1,
-        loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        discopop_tau: float = 0.05,
-    ):
-        super().__init__()
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type is {loss_type!r}; expected one of {tuple(LOSS_TYPES)}")
-        if loss_type == "exo_pair" and not 0.0 < label_smoothing < 1.0:
-            raise ValueError(f"label_smoothing is {label_smoothing}; expected above 0 and below 1 for exo_pair")
-        if loss_type == "robust" and not 0.0 <= label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {label_smoothing}; expected from 0 to below 0.5 for robust")
-        self.ignore_index = ignore_index
-        self.beta = beta
-        self.alpha = alpha
-        self.compute_nll_loss = compute_nll_loss
-        self.compiled = compiled
-        self.use_ref_model = use_ref_model
-        self.average_log_prob = average_log_prob
-        self.chunk_size = chunk_size
-        self.loss_type = loss_type
-        self.label_smoothing = label_smoothing
-        self.discopop_tau = discopop_tau
+    ignore_index: int = -100
+    beta: float = 0.1
+    alpha: float = 1.0
+    compute_nll_loss: bool = False
+    compiled: bool = True
+    use_ref_model: bool = True
+    average_log_prob: bool = False
+    chunk_size: int = 1
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    discopop_tau: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type is {self.loss_type!r}; expected one of {tuple(LOSS_TYPES)}")
+        if self.loss_type == "exo_pair" and not 0.0 < self.label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected above 0 and below 1 for exo_pair")
+        if self.loss_type == "robust" and not 0.0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; expected from 0 to below 0.5 for robust")
 
     def forward(
         self,
@@ -178,35 +147,35 @@ class LigerFusedLinearDPOLoss(PairLoss):
         ref_weight: Tensor | None = None,
         ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The mean loss and what Liger logs.
+        """The mean loss and the values that Liger logs.
 
         Args:
             lin_weight: (V, H), the head.
             _input: (2 P, L, H) hidden states that predict the targets, chosen first.
             target: (2 P, L) int64.
             bias: (V,) or None.
-            ref_input, ref_weight, ref_bias: the same of the reference model; scored without gradient.
+            ref_input, ref_weight, ref_bias: the same for the reference model; scored without gradient.
 
         Returns:
             loss, 0-dim fp32; and, without gradient, ``(chosen_logps (P,), rejected_logps (P,), chosen_logits_mean,
             rejected_logits_mean, nll_loss, chosen_rewards (P,), rejected_rewards (P,))``. The logits are averaged over
-            the vocabulary and all positions, padding too, as Liger does.
+            the vocabulary and all positions, padding included, as in Liger.
 
         Raises:
-            TypeError, ValueError: an argument is missing or of the wrong type or shape.
+            TypeError, ValueError: an argument is missing or has the wrong type or shape.
         """
         check_padded(_input, target)
-        check_reference(self.use_ref_model, target, ref_input, ref_weight)
-        pairs, nll, logged = self._scored(lin_weight, _input, target, bias)
-        if self.use_ref_model:
-            with torch.no_grad():
-                how = {"ignore_index": self.ignore_index, "average": self.average_log_prob}
-                ref = score(ref_input, ref_weight, target, ref_bias, **how).logps
-            ref_chosen, ref_rejected = ref.split(len(pairs.chosen))
-            pairs = pairs._replace(ref_chosen=ref_chosen, ref_rejected=ref_rejected)
-        if self.average_log_prob:  # divided already
+        ref_logps = reference_logps(
+            self.use_ref_model,
+            ref_input,
+            ref_weight,
+            target,
+            ref_bias,
+            ignore_index=self.ignore_index,
+            average=self.average_log_prob,
+        )
+        pairs, nll, logged = self._score_pairs(lin_weight, _input, target, bias, ref_logps=ref_logps)
+        if self.average_log_prob:  # the log-probabilities are means already
             ones = torch.ones_like(pairs.chosen_lengths)
             pairs = pairs._replace(chosen_lengths=ones, rejected_lengths=ones)
-        losses = LOSS_TYPES[self.loss_type](pairs, self)
-        ratios = (pairs.chosen_ratio.detach(), pairs.rejected_ratio.detach())
-        return losses.mean() + nll, (*logged, *(self.beta * ratio for ratio in ratios))
+        return LOSS_TYPES[self.loss_type](pairs, self).mean() + nll, logged

@@ -1,4 +1,4 @@
-"""Shared by the classes with Liger's signatures: padded sequences in, log-probabilities and logged sums out."""
+"""Shared by the classes with Liger's signatures: padded sequences to log-probabilities and logged sums."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from prefopt_kernels.ops.linear_logprob import linear_logprob
 
 
 class Scores(NamedTuple):
-    """Of B padded sequences; fp32."""
+    """Scores of B padded sequences; fp32."""
 
-    logps: Tensor  # (B,) nats, summed over the tokens that count, or their mean
-    lengths: Tensor  # (B,) int64, tokens that count
-    logp_sums: Tensor  # (B,) nats, summed in either case
+    logps: Tensor  # (B,) nats, sum over the scored tokens, or their mean
+    lengths: Tensor  # (B,) int64, number of scored tokens
+    logp_sums: Tensor  # (B,) nats, always the sum
 
 
 def score(
@@ -38,38 +38,47 @@ def score(
 
 
 @torch.no_grad()
-def logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B,) sum of the logits over all positions, padding too, and the vocabulary; fp32.
+def reference_logps(
+    use_ref_model: bool,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    target: Tensor,
+    bias: Tensor | None,
+    *,
+    ignore_index: int,
+    average: bool,
+) -> Tensor:
+    """(B,) log-probabilities under the reference model; 0 without one.
 
-    That is what Liger logs. The sum over tokens and vocabulary goes through the product, so it takes no logits:
-    sum_tv (W_v . h_t + b_v) = (sum_v W_v) . (sum_t h_t) + L sum_v b_v.
+    Raises:
+        ValueError: a reference is missing, or is passed with ``use_ref_model=False``.
     """
-    # Not a matrix product, which autocast would round.
+    if not use_ref_model:
+        if hidden is not None:
+            raise ValueError("ref_input is given with use_ref_model=False; expected use_ref_model=True or no ref_input")
+        return torch.zeros(target.shape[0], device=target.device)
+    for name, value in (("ref_input", hidden), ("ref_weight", weight)):
+        if value is None:
+            raise ValueError(f"{name} is None; expected it with use_ref_model=True")
+    assert hidden is not None and weight is not None
+    check_padded(hidden, target, "ref_input")
+    return score(hidden, weight, target, bias, ignore_index=ignore_index, average=average).logps
+
+
+@torch.no_grad()
+def logit_sums(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B,) fp32 sum of the logits over all positions, padding included, and the vocabulary, as Liger logs it.
+
+    sum_tv (W_v . h_t + b_v) = (sum_v W_v) . (sum_t h_t) + L sum_v b_v, so no logits are needed.
+    """
+    # not a matrix product, which autocast would round
     sums = (hidden.sum(1, dtype=torch.float32) * weight.sum(0, dtype=torch.float32)).sum(-1)
     return sums if bias is None else sums + hidden.shape[1] * bias.sum(dtype=torch.float32)
 
 
 def check_padded(hidden: Tensor, target: Tensor, name: str = "_input") -> None:
-    """Raise unless the two are (B, L, H) and (B, L)."""
+    """Raise ValueError unless the shapes are (B, L, H) and (B, L)."""
     if hidden.ndim != 3 or target.ndim != 2 or hidden.shape[:2] != target.shape:
         raise ValueError(
             f"{name} has shape {tuple(hidden.shape)} and target {tuple(target.shape)}; expected (B, L, H) and (B, L)"
         )
-
-
-def check_reference(use_ref_model: bool, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None) -> None:
-    """Raise unless the reference model is there where it is asked for, and only there.
-
-    Liger leaves a reference that is passed with ``use_ref_model=False`` out of the loss without a word.
-    """
-    if not use_ref_model:
-        if ref_input is not None:
-            raise ValueError(
-                "ref_input is given with use_ref_model=False, which would leave it out of the loss; expected "
-                "use_ref_model=True, or no ref_input"
-            )
-        return
-    for name, value in (("ref_input", ref_input), ("ref_weight", ref_weight)):
-        if value is None:
-            raise ValueError(f"{name} is None; expected it with use_ref_model=True")
-    check_padded(ref_input, target, "ref_input")

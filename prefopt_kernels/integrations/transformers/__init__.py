@@ -1,28 +1,28 @@
-"""Score completions of a Hugging Face causal LM with the fused op; the model never builds its logits.
+"""Score completions of a Hugging Face causal LM with the fused op, without building its logits.
 
-The model runs as always. When its hidden states arrive at the head they are caught, the rows that predict a
-completion token are picked out, and ``linear_logprob`` scores those with the head's own weight and adapter; the head
-itself is left with an empty slice. So whatever a model does before its head stays right, as do tied heads, PEFT, DDP
-and autocast, and prompt tokens cost nothing. What a model does *after* its head has to be known: ``lm_head_of`` reads
-it from the configuration, ``check_lm_head`` compares with the model's own logits.
+The model runs its own forward. A hook on the head captures the hidden states, selects the rows that predict completion
+tokens, and scores them with ``linear_logprob`` and the head's own weight and adapter; the head itself gets an empty
+slice. Everything a model does before its head is unchanged, including tied heads, PEFT, DDP and autocast; prompt tokens
+cost nothing. What a model does *after* its head must be known: ``lm_head_of`` reads it from the configuration,
+``check_lm_head`` compares with the model's own logits.
 
-``patch_forward`` does the same behind a model's own loss, for the trainers that call ``model(..., labels=...)``.
+``patch_forward`` does the same for the model's own loss, for trainers that call ``model(..., labels=...)``.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from prefopt_kernels.integrations.transformers.head import (
     LMHead,
-    caught_at,
+    capture_hidden,
     check_lm_head,
+    drop_virtual_tokens,
     fsdp_units,
     lm_head_of,
-    own_positions,
-    whole_in_backward,
+    unshard_in_backward,
 )
 from prefopt_kernels.integrations.transformers.patch import FusedForward, patch_forward
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
@@ -40,11 +40,11 @@ __all__ = [
 
 
 class Packing(NamedTuple):
-    """Where the completion tokens of a padded batch are; all index tensors, made on the CPU beside the batch."""
+    """Positions of a padded batch's completion tokens. Their number depends on the data: build it on the CPU."""
 
     positions: Tensor  # (T,) int64, row of the flattened (B * L, H) hidden states that predicts each token
     targets: Tensor  # (T,) int64
-    cu_seqlens: Tensor  # (B + 1,) int64, first token of each sequence, and T
+    cu_seqlens: Tensor  # (B + 1,) int64, first token of each sequence, and T last
 
 
 def pack_completions(input_ids: Tensor, completion_mask: Tensor) -> Packing:
@@ -52,7 +52,7 @@ def pack_completions(input_ids: Tensor, completion_mask: Tensor) -> Packing:
 
     Args:
         input_ids: (B, L) int64.
-        completion_mask: (B, L), nonzero at the tokens to score. A sequence's first token has no predecessor, so it is
+        completion_mask: (B, L), nonzero at the tokens to score. The first token of a sequence has no predecessor and is
             never scored.
 
     Example:
@@ -77,7 +77,7 @@ def pack_completions(input_ids: Tensor, completion_mask: Tensor) -> Packing:
 def completion_logprobs(
     model: nn.Module,
     input_ids: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     packing: Packing,
     *,
     head: LMHead | None = None,
@@ -87,26 +87,41 @@ def completion_logprobs(
     """Run the model and score its completion tokens.
 
     Args:
-        model: the causal LM, or a wrapper of it (DDP, PEFT) that is called the same way.
+        model: the causal LM, or a wrapper (DDP, PEFT) that is called the same way.
         input_ids, attention_mask: (B, L) on the model's device.
-        packing: of ``pack_completions``, on the same device.
-        head: of ``lm_head_of``; found again when left out. Needed where ``model`` is wrapped by DDP.
+        packing: from ``pack_completions``, on the same device.
+        head: from ``lm_head_of``; by default that of ``model``. Required if ``model`` is wrapped by DDP.
         outputs, backend: as for ``linear_logprob``.
 
     Returns:
         TokenLogprobs, every tensor (T,), in the order of ``packing``; differentiable in the model's parameters.
     """
     head = lm_head_of(model) if head is None else head
+    tokens, _ = score_completions(model, head, input_ids, attention_mask, packing, outputs, backend)
+    return tokens
+
+
+def score_completions(
+    model: nn.Module,
+    head: LMHead,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing,
+    outputs: Sequence[str],
+    backend: str,
+    **inputs: object,
+) -> tuple[TokenLogprobs, Any]:
+    """As :func:`completion_logprobs`, with further ``inputs`` of the model; also returns the model's outputs."""
 
     def score(hidden: Tensor) -> TokenLogprobs:
-        rows = own_positions(model, head, hidden, input_ids).flatten(0, 1)
+        rows = drop_virtual_tokens(model, head, hidden, input_ids).flatten(0, 1)
         rows = rows.index_select(0, packing.positions)
         return head.score(rows, packing.targets, outputs=outputs, backend=backend)
 
-    with caught_at(head, score, keep=0) as caught:
-        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    if len(caught) != 1:
+    with capture_hidden(head, score) as scored:
+        result = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+    if len(scored) != 1:
         raise RuntimeError(
-            f"{type(model).__name__} called its lm_head {len(caught)} times in one forward pass; expected once"
+            f"{type(model).__name__} called its lm_head {len(scored)} times in one forward pass; expected once"
         )
-    return whole_in_backward(fsdp_units(model)[:1], caught[0])  # the root, whose output is not used
+    return unshard_in_backward(fsdp_units(model)[:1], scored[0]), result  # the root, whose output is not used

@@ -1,22 +1,17 @@
-"""transformers' ``Trainer`` with the loss of ``linear_logprob``: the patch of the model, for as long as it is needed.
+"""transformers' ``Trainer`` with the loss of ``linear_logprob``.
 
-``FusedTrainer`` is made when it is first asked for, because this package does not need transformers otherwise. What it
-adds to :func:`prefopt_kernels.integrations.transformers.patch_forward` is care: the model is its own again when
-``train`` and ``evaluate`` return, logits are there in evaluation where something asks for them, and arguments with
-which the loss would come from logits are refused, where the patch would quietly have no effect.
+``FusedTrainer`` applies :func:`prefopt_kernels.integrations.transformers.patch_forward` during ``train`` and
+``evaluate`` and restores the model afterwards. Evaluation has logits if ``compute_metrics`` is given. Arguments that
+compute the loss from logits, on which the patch would have no effect, are refused. The class is defined on first use.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
+from prefopt_kernels.integrations._optional import lazy_classes
 from prefopt_kernels.integrations.transformers import patch_forward
-
-
-def __getattr__(name: str):
-    if name != "FusedTrainer":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _trainer()
 
 
 @cache
@@ -24,20 +19,24 @@ def _trainer() -> type:
     from transformers import Trainer
 
     class FusedTrainer(Trainer):
-        """``transformers.Trainer`` of a causal LM, without the logits of a batch.
+        """``transformers.Trainer`` for causal LMs that does not build logits in training.
 
         Args:
-            all: as for ``Trainer``.
+            args, named: as for ``Trainer``.
             backend: as for :func:`prefopt_kernels.linear_logprob`.
 
-        ``fused_calls`` counts the losses computed this way, outside of compiled graphs.
+        ``fused_calls`` counts the losses computed by the op, outside of compiled graphs.
 
         Raises:
             ValueError: label smoothing or ``compute_loss_func``, which need logits; ``model_init``; and, from ``train``
                 and ``evaluate``, a model that ``patch_forward`` refuses.
         """
 
-        def __init__(self, *args, backend: str = "auto", **named):
+        backend: str
+        fused_calls: int
+        _fused: bool
+
+        def __init__(self, *args: Any, backend: str = "auto", **named: Any):
             super().__init__(*args, **named)
             if self.model_init is not None:
                 raise ValueError("model_init is given; expected a model, which is patched in place")
@@ -50,22 +49,23 @@ def _trainer() -> type:
                 )
             self.backend, self.fused_calls, self._fused = backend, 0, False
 
-        def train(self, *args, **named):
-            """Trainer's."""
+        def train(self, *args: Any, **named: Any) -> Any:
+            """As in Trainer."""
             with self._patched():
                 return super().train(*args, **named)
 
-        def evaluate(self, *args, **named):
-            """Trainer's; with logits where ``compute_metrics`` wants them."""
+        def evaluate(self, *args: Any, **named: Any) -> Any:
+            """As in Trainer; with logits if ``compute_metrics`` is given."""
             with self._patched():
                 return super().evaluate(*args, **named)
 
         @contextmanager
         def _patched(self) -> Iterator[None]:
-            if self._fused:  # evaluation in the course of training
+            if self._fused:  # evaluation during training
                 yield
                 return
             logits = self.compute_metrics is not None
+            assert self.model is not None
             with patch_forward(self.model, backend=self.backend, eval_logits=logits) as patched:
                 self._fused = True
                 try:
@@ -75,3 +75,6 @@ def _trainer() -> type:
                     self.fused_calls += patched.calls
 
     return FusedTrainer
+
+
+__getattr__ = lazy_classes(__name__, FusedTrainer=_trainer)

@@ -1,27 +1,26 @@
-"""TRL's trainers on ``linear_logprob``: one symbol, put behind all of them and taken away again.
+"""TRL's trainers on ``linear_logprob``, by a reversible patch of one function.
 
 TRL 1.16's KTO, DPO, SFT, GRPO, RLOO and asynchronous GRPO trainers all score tokens through the model's fused head,
-and that calls one autograd function, under the name ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch`` puts an
-object with the same ``apply`` there. Trainers that exist already change with it, and change back with ``undo``.
+which calls one autograd function, ``trl.trainer.utils._ChunkedLogProbFunction``. ``patch`` replaces it by an object
+with the same ``apply``. Existing trainers are affected too, and ``undo`` restores them.
 
-On the processor TRL scores every position, prompt and padding too, because it takes each device without Triton for
-one that compiles a program per shape. The patch lets it pick out the tokens that count there as well, by TRL's own
-code for GPUs.
+On the CPU TRL scores every position, prompt and padding included, because it selects the scored tokens only on devices
+with Triton. The patch also selects them on the CPU, with TRL's own code for GPUs.
 """
 
 import importlib
-import importlib.metadata
 import inspect
-import re
 import sys
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefopt_kernels.ops.linear_logprob import TokenLogprobs, linear_logprob
+from prefopt_kernels.integrations._optional import why_untested
+from prefopt_kernels.ops.linear_logprob import linear_logprob
 
-TESTED = ((1, 16), (1, 17))  # from the first, below the second
+TESTED = "1.16"
 PARAMETERS = (
     "ctx",
     "hidden",
@@ -38,9 +37,9 @@ NAMES = {"entropy": "entropy", "mean_logits": "mean_logit", "is_top1": "is_top1"
 
 
 class FusedHead:
-    """What stands in the place of TRL's autograd function; one at a time, shared by all who patched."""
+    """Replaces TRL's autograd function until ``remove``; one at a time, shared by all patches."""
 
-    def __init__(self, utils: ModuleType, backend: str):
+    def __init__(self, utils: Any, backend: str):
         self.utils = utils
         self.backend = backend
         self.original = utils._ChunkedLogProbFunction
@@ -49,15 +48,14 @@ class FusedHead:
         self.calls = 0
         self.passed_on = 0
 
-    def install(self) -> None:
-        self.utils._ChunkedLogProbFunction = self
-        self.utils._use_triton = self._picks_tokens
+        utils._ChunkedLogProbFunction = self
+        utils._use_triton = self._selects_tokens
 
     def remove(self) -> None:
         self.utils._ChunkedLogProbFunction = self.original
         self.utils._use_triton = self.original_use_triton
 
-    def _picks_tokens(self, device: torch.device) -> bool:
+    def _selects_tokens(self, device: torch.device) -> bool:
         return device.type == "cpu" or self.original_use_triton(device)
 
     def apply(
@@ -72,8 +70,8 @@ class FusedHead:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """TRL's call and TRL's answer: log-probability, entropy, log sum p^2, mean logit, is the target the top one."""
-        # DeepSpeed ZeRO-3 lends the head for the forward only; TRL's function borrows it again in its backward.
+        """TRL's arguments and results: log-probability, entropy, log sum p^2, mean logit, is_top1."""
+        # DeepSpeed ZeRO-3 gathers the head for the forward only; TRL's function gathers it again in its backward
         if hasattr(weight, "ds_id") and torch.is_grad_enabled():
             self._count("passed_on")
             arguments = (hidden, weight, bias, targets, temperature, chunk_size)
@@ -82,29 +80,24 @@ class FusedHead:
         if not torch.is_autocast_enabled(hidden.device.type):  # which would cast all three
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
-        call = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
-        call["backend"] = self.backend
+        call: dict[str, Any] = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap, "backend": self.backend}
         wanted = tuple(NAMES[name] for name in outputs if name in NAMES)
         tokens = linear_logprob(hidden, weight, targets, temperature=temperature, outputs=wanted, **call)
         log_sum_sq_probs = None
         if "log_sum_sq_probs" in outputs:
-            # sum p^2 = sum exp(2z) / (sum exp z)^2, and half the temperature makes 2z of z.
+            # sum p^2 = sum exp(2z) / (sum exp z)^2, and 2z are the logits at half the temperature
             with torch.no_grad():
                 twice = linear_logprob(hidden, weight, targets, temperature=temperature / 2, **call)
                 log_sum_sq_probs = twice.lse - 2 * tokens.lse
-        return _in_trls_order(tokens, log_sum_sq_probs)
+        return tokens.logp, tokens.entropy, log_sum_sq_probs, tokens.mean_logit, tokens.is_top1
 
     def _count(self, name: str) -> None:
-        if not torch.compiler.is_compiling():  # a number that moves would compile again at each call
+        if not torch.compiler.is_compiling():  # a changing number would trigger recompilation
             setattr(self, name, getattr(self, name) + 1)
 
 
-def _in_trls_order(tokens: TokenLogprobs, log_sum_sq_probs: Tensor | None):
-    return tokens.logp, tokens.entropy, log_sum_sq_probs, tokens.mean_logit, tokens.is_top1
-
-
 class Patch:
-    """What :func:`patch` returns: a context manager, with ``undo`` for those who do not use it as one."""
+    """Result of :func:`patch`: a context manager, or a handle with ``undo``."""
 
     def __init__(self, head: FusedHead):
         self._head = head
@@ -113,19 +106,19 @@ class Patch:
 
     @property
     def calls(self) -> int:
-        """Calls that ``linear_logprob`` answered since TRL was patched, outside of compiled graphs."""
+        """Calls computed by ``linear_logprob`` since TRL was patched, outside of compiled graphs."""
         return self._head.calls
 
     @property
     def passed_on(self) -> int:
-        """Calls left to TRL's own function: those with gradients under DeepSpeed ZeRO-3."""
+        """Calls delegated to TRL's own function: those with gradients under DeepSpeed ZeRO-3."""
         return self._head.passed_on
 
     def undo(self) -> None:
-        """Give TRL its own function back, once nobody else's patch needs ours. Calling it again does nothing.
+        """Restore TRL's own function, once every patch is undone. Further calls do nothing.
 
         Raises:
-            RuntimeError: something has been put on top of the patch since; undo that first.
+            RuntimeError: the function has been replaced again since; undo that first.
         """
         if not self._applied:
             return
@@ -134,8 +127,8 @@ class Patch:
             found = head.utils._ChunkedLogProbFunction
             if found is not head:
                 raise RuntimeError(
-                    f"trl.trainer.utils._ChunkedLogProbFunction is {found!r} and no longer this patch; undo first what "
-                    "was put on top of it"
+                    f"trl.trainer.utils._ChunkedLogProbFunction is {found!r} and no longer this patch; undo the "
+                    "later replacement first"
                 )
             head.remove()
         head.users -= 1
@@ -144,31 +137,31 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.undo()
 
 
 def patch(*, backend: str = "auto") -> Patch:
-    """Put ``linear_logprob`` behind every TRL trainer that scores tokens through its fused head.
+    """Use ``linear_logprob`` in every TRL trainer that scores tokens through its fused head.
 
     Those are KTO, DPO (all its losses), SFT, GRPO, RLOO and the experimental asynchronous GRPO. Log-probabilities and
-    gradients are the same to rounding: in fp32 on the processor TRL's trainers log the same log-probabilities to 1e-4
-    nat. With half-precision models ours keep fp32 logits where TRL rounds them. ``is_top1`` differs in ties: a target
-    that shares the first place with an earlier token counts here and not in TRL.
+    gradients are equal up to rounding: in fp32 on the CPU, TRL's trainers log the same log-probabilities to 1e-4 nat.
+    With half-precision models ours keep fp32 logits, which TRL rounds. ``is_top1`` differs in ties: a target that is
+    tied with an earlier token is top-1 here and not in TRL.
 
-    Patching twice is harmless: the last ``undo`` gives TRL its own function back. Calls with gradients under DeepSpeed
-    ZeRO-3 are left to TRL's function, and counted in ``passed_on``.
+    Patching twice is safe: the last ``undo`` restores TRL's function. Calls with gradients under DeepSpeed ZeRO-3 are
+    delegated to TRL's function, and counted in ``passed_on``.
 
     Args:
-        backend: as for :func:`prefopt_kernels.linear_logprob`. Patched already, "auto" takes what is in force.
+        backend: as for :func:`prefopt_kernels.linear_logprob`. If TRL is patched already, "auto" keeps that backend.
 
     Returns:
-        Patch: leave its ``with`` block, or call ``undo()``, to get TRL's own function back.
+        Patch: leave its ``with`` block, or call ``undo()``, to restore TRL's own function.
 
     Raises:
-        RuntimeError: TRL is not installed, or not of a tested version (1.16), or its function was changed already, by
-            Unsloth or another; :func:`why_not` returns the same sentence.
-        ValueError: ``backend`` differs from that of a patch in force.
+        RuntimeError: TRL is not installed, is not of the tested version (1.16), or its function was replaced before, by
+            Unsloth for example; :func:`why_not` returns the reason.
+        ValueError: ``backend`` differs from that of the patch in effect.
 
     Example:
         >>> from prefopt_kernels.integrations import trl
@@ -188,39 +181,34 @@ def patch(*, backend: str = "auto") -> Patch:
     reason = why_not()
     if reason is not None:
         raise RuntimeError(f"TRL cannot be patched: {reason}")
-    head = FusedHead(importlib.import_module("trl.trainer.utils"), backend)
-    head.install()
-    return Patch(head)
+    return Patch(FusedHead(importlib.import_module("trl.trainer.utils"), backend))
 
 
 def why_not() -> str | None:
-    """Why :func:`patch` would refuse here; None where it would not.
+    """Why :func:`patch` would raise; None if it would not.
 
     Example:
         >>> from prefopt_kernels.integrations import trl
         >>> trl.why_not() is None
         True
     """
-    try:
-        version = importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return "TRL is not installed"
-    first, last = (".".join(map(str, bound)) for bound in TESTED)
-    if not TESTED[0] <= major_minor(version) < TESTED[1]:
-        return f"TRL is {version}; tested from {first}, below {last}"
-    # Unsloth writes TRL's trainers anew from their source, with log-probabilities of its own.
+    reason = why_untested("trl", "TRL", (TESTED,))
+    if reason is not None:
+        return reason
+    # Unsloth rewrites the source of TRL's trainers, with log-probabilities of its own
     unsloth = next((name for name in ("unsloth", "unsloth_zoo") if name in sys.modules), None)
     if unsloth is not None:
-        return f"{unsloth} is loaded, which rewrites TRL's trainers; use one of the two, in a process without the other"
-    utils = importlib.import_module("trl.trainer.utils")
-    kernels = importlib.import_module("trl.kernels")
-    for module, name in (
+        return f"{unsloth} is loaded, which rewrites TRL's trainers; use only one of the two in a process"
+    utils: Any = importlib.import_module("trl.trainer.utils")
+    kernels: Any = importlib.import_module("trl.kernels")
+    required: tuple[tuple[ModuleType, str], ...] = (
         (kernels, "ChunkedLogProbFunction"),
         (utils, "_ChunkedLogProbFunction"),
         (utils, "_use_triton"),
-    ):
+    )
+    for module, name in required:
         if not hasattr(module, name):
-            return f"{module.__name__} has no {name}; expected it in TRL from {first}, below {last}"
+            return f"{module.__name__} has no {name}; expected it in TRL {TESTED}"
     found = utils._ChunkedLogProbFunction
     if isinstance(found, FusedHead):
         return None
@@ -229,17 +217,6 @@ def why_not() -> str | None:
     parameters = tuple(inspect.signature(found.forward).parameters)
     if parameters != PARAMETERS:
         return (
-            f"ChunkedLogProbFunction.forward of TRL {version} takes ({', '.join(parameters)}); expected "
-            f"({', '.join(PARAMETERS)})"
+            f"ChunkedLogProbFunction.forward of TRL takes ({', '.join(parameters)}); expected ({', '.join(PARAMETERS)})"
         )
     return None
-
-
-def major_minor(version: str) -> tuple[int, int]:
-    """The first two numbers of a version.
-
-    >>> major_minor("1.16rc1")
-    (1, 16)
-    """
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-    return int(major), int(minor)

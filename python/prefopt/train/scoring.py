@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prefopt.data.collate import PairCollator, PreferenceCollator
 from prefopt.train.methods import Sequences
 from prefopt_kernels.integrations.transformers import LMHead, Packing, pack_completions
-from prefopt_kernels.integrations.transformers.head import own_positions
+from prefopt_kernels.integrations.transformers.head import drop_virtual_tokens
 from prefopt_kernels.modules import sequence_logps
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 
@@ -84,7 +84,7 @@ def _scored_in_forward(
 
     def score_rows(_module: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
-        rows = own_positions(model, head, hidden, input_ids).flatten(0, 1)
+        rows = drop_virtual_tokens(model, head, hidden, input_ids).flatten(0, 1)
         rows = rows.index_select(0, packing.positions)
         found.append(head.score(rows, packing.targets, outputs=outputs, backend=backend))
         return (hidden[:, :0], *rest)
