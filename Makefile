@@ -39,7 +39,7 @@ static-report: .venv/.dev
 
 # A copy of the package with its own library. Leaks are not looked for: Python and torch keep memory to the end.
 SANITIZED := build/sanitize
-CHECKED := linear_logprob_special linear_logprob_threads linear_logprob_lora linear_logprob_layouts sequence_loss
+CHECKED := linear_logprob_special linear_logprob_threads linear_logprob_lora linear_logprob_layouts linear_kl_special sequence_loss
 sanitize: export PREFOPT_CXXFLAGS := -O1 -g1 -fno-wrapv -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: .venv/.dev
 	CXX=g++ PREFOPT_BUILD=cpu $(BIN)/python setup.py -q build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib

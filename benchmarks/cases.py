@@ -21,6 +21,7 @@ class Case:
 CASES = {
     case.name: case
     for case in (
+        Case("smollm2-135m", "HuggingFaceTB/SmolLM2-135M, config.json", 576, 49_152),
         Case("smollm2-360m", "HuggingFaceTB/SmolLM2-360M, config.json", 960, 49_152),
         Case("qwen3-0.6b", "Qwen/Qwen3-0.6B, config.json", 1024, 151_936),
         Case("qwen3-1.7b", "Qwen/Qwen3-1.7B, config.json", 2048, 151_936),
@@ -34,6 +35,8 @@ CASES = {
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PASSES = ("forward", "frozen", "trainable")
 KTO_PASSES = ("kto-frozen", "kto-trainable")
+# Of linear_kl, with one head: no gradient; through logp with a frozen head, kl a metric; through kl.
+KL_PASSES = ("kl-forward", "kl-logp", "kl-frozen", "kl-trainable")
 
 # (case, T, dtype): what `make bench` measures if no option narrows it.
 GRID = [
@@ -41,6 +44,8 @@ GRID = [
     for case in ("smollm2-360m", "qwen3-0.6b")
     for T, dtype in ((512, "bf16"), (4096, "bf16"), (512, "fp32"))
 ]
+KL_GRID = [("smollm2-135m", T, dtype) for T, dtype in ((256, "bf16"), (1024, "bf16"), (1024, "fp32"))]
+KL_GRID += [("qwen3-0.6b", 512, "bf16")]
 # (case, T, logits) of the GPU benchmark, the most important first; benchmarks.variants.make_inputs defines the logits.
 GPU_TOKENS = (4096, 8192, 16_384, 1024)
 GPU_CASES = ("qwen3-0.6b", "llama-3.1-8b", "qwen3-1.7b", "smollm2-360m", "deepseek-r1-1.5b", "gemma-2-2b")

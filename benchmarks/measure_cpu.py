@@ -1,6 +1,7 @@
-"""Measure linear_logprob and the KTO step on a CPU beside plain torch, TRL and Liger: `make bench`.
+"""Measure linear_logprob and the KTO step, or linear_kl, on a CPU beside plain torch, TRL and Liger: `make bench`.
 
     python -m benchmarks.measure_cpu [--case qwen3-0.6b] [--tokens 512] [--dtype bf16] [--pass forward] [--who ours]
+    python -m benchmarks.measure_cpu --op linear_kl
 
 Runs the op tests, then times all variants of a (head, T, dtype) in interleaved rounds, and appends their rows to
 benchmarks/results/<device>/<date>.jsonl. benchmarks/README.md has the protocol.
@@ -19,16 +20,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.cases import CASES, DTYPES, GRID, KTO_PASSES, PASSES, Case
+from benchmarks.cases import CASES, DTYPES, GRID, KL_GRID, KL_PASSES, KTO_PASSES, PASSES, Case
 from benchmarks.rows import RESULTS, ROOT, keep, now, origin
-from benchmarks.variants import Inputs, Variant, cpu_variants, make_inputs
+from benchmarks.variants import Inputs, Variant, cpu_variants, kl_variants, make_inputs
 from prefopt_kernels._backends import select_backend
 from prefopt_kernels.ops.linear_logprob.op import BACKENDS
 
 GATE = ("tests/ops", "tests/losses", "tests/test_modules.py")
+KL_GATE = tuple(f"tests/ops/test_linear_kl_{name}.py" for name in ("values", "special", "autograd", "memory"))
+KL_RESULTS = RESULTS / "linear_kl"
 EXACT_ROWS = 512  # tokens whose log-probability is computed in fp64, evenly spread over T
 KEPT_ROUNDS = 5  # with fewer the times are printed and no row is kept
-VARIANTS = cpu_variants()
+VARIANTS = cpu_variants() | kl_variants()
 WARM_UP = Case("warm-up", "no model", H=64, V=1000)
 
 
@@ -83,6 +86,17 @@ def exact_sample(x: Inputs) -> tuple[Tensor, Tensor]:
     return rows, exact_logp(x, rows)
 
 
+def exact_kl(x: Inputs, rows: Tensor) -> Tensor:
+    """(len(rows),) fp64 KL of the same inputs."""
+    weight, kls = x.weight.double(), []
+    for part in rows.split(64):
+        raw = (hidden[part].double() @ weight.T for hidden in (x.hidden, x.ref_hidden))
+        cap = x.case.softcap
+        log_p, log_q = ((z if cap is None else cap * torch.tanh(z / cap)).log_softmax(1) for z in raw)
+        kls.append((log_p.exp() * (log_p - log_q)).sum(1))
+    return torch.cat(kls)
+
+
 def row_start(case: Case, T: int, dtype: str, variant: str, skipped: str | None) -> dict:
     """The fields that every row of a measurement has, after those of its origin."""
     return {
@@ -120,6 +134,7 @@ def measure(case: Case, T: int, dtype: str, names: Sequence[str], rounds: int, w
     x = make_inputs(case, T, dtype)
     seconds, last = interleaved({name: lambda name=name: variants[name].run(x) for name in running}, rounds)
     sample, exact = exact_sample(x)
+    kl = exact_kl(x, sample) if any(variants[name].passed in KL_PASSES for name in running) else None
     unit = statistics.median(seconds["gemm"])
     rows = []
     for name, variant in variants.items():
@@ -134,6 +149,12 @@ def measure(case: Case, T: int, dtype: str, names: Sequence[str], rounds: int, w
                 "peak_extra_bytes": peaks[name],
                 "logp_error": None if logp is None else (logp[sample].double() - exact).abs().max().item(),
             }
+            if kl is not None:
+                found = last[name]
+                row |= {
+                    "op": "linear_kl",
+                    "kl_error": None if found is None else (found[sample].double() - kl).abs().max().item(),
+                }
         rows.append(row)
     return rows
 
@@ -195,10 +216,11 @@ def require_green(*tests: str) -> None:
 
 def grid_of(options: argparse.Namespace) -> list[tuple[str, int, str]]:
     """The (case, T, dtype) that the options select."""
+    grid = KL_GRID if options.op == "linear_kl" else GRID
     if options.case or options.tokens:
-        cases = options.case or dict.fromkeys(case for case, _, _ in GRID)
+        cases = options.case or dict.fromkeys(case for case, _, _ in grid)
         return list(itertools.product(cases, options.tokens or [512], options.dtype or ["bf16"]))
-    return [entry for entry in GRID if entry[2] in (options.dtype or DTYPES)]
+    return [entry for entry in grid if entry[2] in (options.dtype or DTYPES)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -207,23 +229,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Time linear_logprob and the KTO step on this CPU. Options with a value may be repeated.",
     )
     add = parser.add_argument
+    add("--op", choices=("linear_logprob", "linear_kl"), default="linear_logprob", help="with the KTO step, or the KL")
     add("--case", action="append", choices=CASES, help="a model's head")
     add("--tokens", action="append", type=int, help="T")
     add("--dtype", action="append", choices=DTYPES)
-    add("--pass", action="append", choices=(*PASSES, *KTO_PASSES), dest="passes")
+    add("--pass", action="append", choices=(*PASSES, *KTO_PASSES, *KL_PASSES), dest="passes")
     add("--who", action="append", choices=sorted({variant.who for variant in VARIANTS.values()} - {"gemm"}))
     add("--rounds", type=int, default=KEPT_ROUNDS, help=f"timed rounds; rows are kept from {KEPT_ROUNDS} on (5)")
     add("--threads", type=int, default=2, help="of torch (2)")
     options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error(f"--rounds is {options.rounds}; expected 2 or more, for the percentiles")
+    kl = options.op == "linear_kl"
+    passes = KL_PASSES if kl else (*PASSES, *KTO_PASSES)
     names = [
         name
         for name, variant in VARIANTS.items()
-        if variant.passed in (options.passes or (*PASSES, *KTO_PASSES))
+        if variant.passed in passes
+        and (options.passes is None or variant.passed in options.passes)
         and (options.who is None or variant.who in options.who)
     ]
-    require_green(*GATE)
+    require_green(*(KL_GATE if kl else GATE))
     torch.set_num_threads(options.threads)
     where = origin()
     for case, T, dtype in grid_of(options):
@@ -234,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
             print(f"  {row['variant']}: {time_}", flush=True)
         if case != "smoke" and options.rounds >= KEPT_ROUNDS:
-            print(keep(rows, RESULTS))
+            print(keep(rows, KL_RESULTS if kl else RESULTS))
 
 
 if __name__ == "__main__":

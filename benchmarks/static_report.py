@@ -29,6 +29,10 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from prefopt_kernels.ops._launch import Launch, recording
+from prefopt_kernels.ops.linear_kl.operands import Saved as KLSaved
+from prefopt_kernels.ops.linear_kl.operands import Transforms
+from prefopt_kernels.ops.linear_kl.operands import Upstream as KLUpstream
+from prefopt_kernels.ops.linear_kl.triton_kernels import backend as linear_kl
 from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 from prefopt_kernels.ops.linear_logprob.triton_kernels import backend as backend_triton
@@ -114,6 +118,35 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
         "backward, everything",
         partial(backward, full, through, saved(row, None, 0.0, 0.0), capped, every),
     )
+
+
+def kl_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable]]:
+    """Calls of linear_kl with one head and with two, with every flag between them."""
+    meta = {"device": "meta"}
+    hidden, weight = torch.empty(T, H, dtype=dtype, **meta), torch.empty(V, H, dtype=dtype, **meta)
+    targets, row = torch.empty(T, dtype=torch.int64, **meta), torch.empty(T, **meta)
+    bias = torch.empty(V, dtype=dtype, **meta)
+    low = torch.empty(T, RANK, **meta), torch.empty(V, RANK, dtype=dtype, **meta)
+    plain, capped = Transform(1.0, None, 1.0), Transform(1.2, 30.0, 0.7)
+    one, other = Operands(hidden, weight, targets), Operands(hidden, torch.empty_like(weight), targets)
+    odd = Operands(hidden[:, :-1], weight[:, :-1], targets)  # rows no descriptor can read
+    full = one._replace(bias=bias, low_hidden=low[0], low_weight=low[1])
+    basic = frozenset({"logp", "ref_logp", "lse", "ref_lse", "kl"})
+    every = basic | {"entropy", "mean_logit", "is_top1"}
+    forward, backward = linear_kl.forward, linear_kl.backward
+    same, apart = Transforms(plain, plain), Transforms(capped, capped)
+    yield "kl forward", partial(forward, one, one, same, basic)
+    yield "kl forward, two heads", partial(forward, one, other, same, basic)
+    yield "kl forward, pointers", partial(forward, odd, odd, same, basic)
+    yield "kl forward, every output", partial(forward, full, full, apart, every)
+    through, saved = KLUpstream(None, None, None, row), KLSaved(row, row, row, row)
+    head = frozenset({"hidden", "weight"})
+    yield "kl backward", partial(backward, one, one, through, saved, same, head)
+    yield "kl backward, two heads", partial(backward, one, other, through, saved, same, head)
+    yield "kl backward, pointers", partial(backward, odd, odd, through, saved, same, head)
+    everything = frozenset({"hidden", "weight", "bias", "low_hidden", "low_weight"})
+    through = KLUpstream(row, row, row, row)
+    yield "kl backward, everything", partial(backward, full, full, through, saved, apart, everything)
 
 
 def sequence_calls() -> Iterator[tuple[str, Callable]]:
@@ -222,7 +255,8 @@ def compile_launch(launch: Launch, arch: int, dtype: str, names: list[str]) -> C
 def compile_all(arch: int, dtype: str) -> list[Compiled]:
     """Every kernel that the cases launch, each once."""
     jobs: dict[tuple, tuple[Launch, list[str]]] = {}
-    cases = itertools.chain(calls(DTYPES[dtype]), sequence_calls() if dtype == "fp32" else ())
+    own = calls(DTYPES[dtype]), kl_calls(DTYPES[dtype])
+    cases = itertools.chain(*own, sequence_calls() if dtype == "fp32" else ())
     for name, call in cases:
         with backend_triton_choices.pretending(TARGETS[arch]), recording() as launches:
             call()

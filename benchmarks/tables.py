@@ -1,4 +1,4 @@
-"""The tables in README.md and docs/integrations.md, generated from the newest result rows.
+"""The tables in README.md, docs/integrations.md and the page of linear_kl, generated from the newest result rows.
 
 python -m benchmarks.tables             rewrites them
 python -m benchmarks.tables --check     exits with 1 if they would change
@@ -16,6 +16,7 @@ from benchmarks.cases import (
     GPU_SKIP_TARGET,
     GPU_TIME_TARGETS,
     GPU_TRL_TARGET,
+    KL_PASSES,
     KTO_PASSES,
     LOGP_ERROR_TARGET,
     PASSES,
@@ -319,6 +320,52 @@ def _rest(rows: Rows, groups: list[tuple], gpu: bool) -> str:
     return table(header, lines) if lines else ""
 
 
+# linear_kl
+
+
+KL_TITLES = {
+    "kl-forward": "forward",
+    "kl-logp": "forward + backward through logp, frozen head",
+    "kl-frozen": "forward + backward through kl, frozen head",
+    "kl-trainable": "forward + backward through kl, trainable head",
+}
+
+
+def linear_kl(results: Path) -> str:
+    """Markdown for the rows of `measure_cpu --op linear_kl`."""
+    return "\n".join(_kl_section(rows) for _, rows in sorted(newest(results).items()))
+
+
+def _kl_section(rows: Rows) -> str:
+    header = [*SHAPE, "GEMM", "pass", "linear_kl", "two calls of linear_logprob", "plain torch", "Liger"]
+    header += ["MiB: linear_kl", "plain torch", "Liger", "error of kl"]
+    lines = []
+    for group in sorted(
+        {key[:3] for key in rows}, key=lambda g: (list(CASES).index(g[0]), list(DTYPES).index(g[2]), g[1])
+    ):
+        for passed in KL_PASSES:
+            ours, two, torch, liger = (
+                rows.get((*group, f"{who}-{passed}")) for who in ("ours", "two-calls", "torch", "liger")
+            )
+            if ours is None:
+                continue
+            line = [*_shape(group), _unit(rows.get((*group, "gemm"))), KL_TITLES[passed]]
+            line += [cell(row, "ratio", ratio) for row in (ours, two, torch, liger)]
+            line += [cell(row, "peak_extra_bytes", mib) for row in (ours, torch, liger)]
+            lines.append([*line, cell(ours, "kl_error", error)])
+    text = [
+        heading(rows.values()),
+        "",
+        "Time in units of the bare `hidden @ weight.T` of the same rounds; memory above the",
+    ]
+    text += [
+        "inputs; the largest error of a token's KL against fp64 of the same inputs, in nats.",
+        "",
+        table(header, lines),
+    ]
+    return "\n".join([*text, ""])
+
+
 # Trainers
 
 
@@ -347,6 +394,7 @@ def main(arguments: Sequence[str] | None = None, *, results: Path = RESULTS, roo
     check = check_option("benchmarks.tables", __doc__, arguments)
     pages = {root / "README.md": render(newest(results))}
     pages[root / "docs" / "integrations.md"] = trainers(results / "trainers")
+    pages[root / "prefopt_kernels" / "ops" / "linear_kl" / "README.md"] = linear_kl(results / "linear_kl")
     return max([write_page(page, text, "benchmarks.tables", "rows", check) for page, text in pages.items()])
 
 

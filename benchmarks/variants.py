@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, KTO_PASSES, PASSES, Case
-from prefopt_kernels import linear_logprob
+from benchmarks.cases import DTYPES, KL_PASSES, KTO_PASSES, PASSES, Case
+from prefopt_kernels import linear_kl, linear_logprob
 from prefopt_kernels.modules import FusedLinearKTOLoss
 
 BETA = 0.1
@@ -246,12 +246,66 @@ def liger_kto(trainable: bool, x: Inputs) -> Tensor:
     return loss.detach()
 
 
+# The KL between the two models of the KTO step, which share the head: (T,) in nats, or None where it is not computed.
+
+
+def kl_leaves(x: Inputs, passed: str) -> tuple[Tensor, Tensor]:
+    """Hidden states and head, with the gradients that a pass of KL_PASSES takes."""
+    hidden = x.hidden.detach().requires_grad_(passed != "kl-forward")
+    return hidden, x.weight.detach().requires_grad_(passed == "kl-trainable")
+
+
+def ours_kl(passed: str, x: Inputs) -> Tensor:
+    hidden, weight = kl_leaves(x, passed)
+    keep = passed == "kl-logp"
+    out = linear_kl(hidden, weight, x.targets, x.ref_hidden, softcap=x.case.softcap, keep_unit=keep)
+    if passed != "kl-forward":
+        (out.logp if passed == "kl-logp" else out.kl).backward(x.dlogp)
+    return out.kl.detach()
+
+
+def two_calls(passed: str, x: Inputs) -> None:
+    """The log-probabilities of both models alone: the products of linear_kl, without the KL."""
+    hidden, weight = kl_leaves(x, passed)
+    logp = linear_logprob(hidden, weight, x.targets, softcap=x.case.softcap).logp
+    linear_logprob(x.ref_hidden, x.weight, x.targets, softcap=x.case.softcap)
+    if passed != "kl-forward":
+        logp.backward(x.dlogp)
+
+
+def torch_kl(passed: str, x: Inputs) -> Tensor:
+    hidden, weight = kl_leaves(x, passed)
+
+    def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = (hidden @ weight.T).float()
+        return (logits if x.case.softcap is None else x.case.softcap * torch.tanh(logits / x.case.softcap)).log_softmax(
+            -1
+        )
+
+    log_p = log_softmax(hidden, weight)
+    with torch.no_grad():
+        log_q = log_softmax(x.ref_hidden, x.weight)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    if passed != "kl-forward":
+        (log_p.gather(-1, x.targets[:, None]).squeeze(-1) if passed == "kl-logp" else kl).backward(x.dlogp)
+    return kl.detach()
+
+
+def liger_kl(passed: str, x: Inputs) -> None:
+    """The sum of the KL alone, whose gradients Liger computes in its forward: one upstream gradient for all tokens."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    hidden, weight = kl_leaves(x, passed)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
+    loss(hidden, weight, x.ref_hidden, x.weight, x.targets).backward()
+
+
 @dataclass(frozen=True)
 class Variant:
     """One implementation at one pass."""
 
     who: str
-    passed: str  # one of cases.PASSES or cases.KTO_PASSES, or "gemm"
+    passed: str  # one of cases.PASSES, cases.KTO_PASSES or cases.KL_PASSES, or "gemm"
     run: Callable[[Inputs], Tensor | None]
     no_softcap: str | None = None  # what has no softcap, as the start of a sentence
     bytes_per_logit: int = 0  # memory that grows with T x V, in fp32; checked against the free memory beforehand
@@ -332,6 +386,18 @@ def cpu_variants() -> dict[str, Variant]:
         *(replace(variant, bytes_per_logit=16) for variant in torch_backward),
         *three_passes("trl", trl),
         *kto_steps(),
+    ]
+    return {variant.name: variant for variant in variants}
+
+
+def kl_variants() -> dict[str, Variant]:
+    """What `python -m benchmarks.measure_cpu --op linear_kl` measures."""
+    variants = [
+        Variant("gemm", "gemm", gemm, bytes_per_logit=4),
+        *(Variant("ours", passed, partial(ours_kl, passed)) for passed in KL_PASSES),
+        *(Variant("two-calls", passed, partial(two_calls, passed)) for passed in KL_PASSES[:2]),
+        *(Variant("torch", passed, partial(torch_kl, passed), bytes_per_logit=24) for passed in KL_PASSES),
+        *(Variant("liger", p, partial(liger_kl, p), "Liger's JSD loss", compiles=True) for p in KL_PASSES[2:]),
     ]
     return {variant.name: variant for variant in variants}
 

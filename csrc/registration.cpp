@@ -15,6 +15,18 @@ STABLE_TORCH_LIBRARY(prefopt_kernels_cpu, m) {
       "Tensor? dentropy, Tensor lse, Tensor? entropy, Tensor(a!)? dhidden, Tensor(b!)? dweight, Tensor(c!)? dbias, "
       "Tensor(d!)? dlow_hidden, Tensor(e!)? dlow_weight, str instruction_set) -> ()");
   m.def(
+      "linear_kl_forward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? low_hidden, "
+      "Tensor? low_weight, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor? ref_low_hidden, "
+      "Tensor? ref_low_weight, float[] numbers, Tensor(a!) logp, Tensor(b!) ref_logp, Tensor(c!) lse, "
+      "Tensor(d!) ref_lse, Tensor(e!) kl, Tensor(f!)? entropy, Tensor(g!)? mean_logit, Tensor(h!)? is_top1, "
+      "Tensor(i!)? unit, str instruction_set) -> ()");
+  m.def(
+      "linear_kl_backward(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias, Tensor? low_hidden, "
+      "Tensor? low_weight, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, Tensor? ref_low_hidden, "
+      "Tensor? ref_low_weight, float[] numbers, Tensor? dlogp, Tensor? dlse, Tensor? dentropy, Tensor dkl, "
+      "Tensor lse, Tensor ref_lse, Tensor kl, Tensor? entropy, Tensor(a!)? dhidden, Tensor(b!)? dweight, "
+      "Tensor(c!)? dbias, Tensor(d!)? dlow_hidden, Tensor(e!)? dlow_weight, str instruction_set) -> ()");
+  m.def(
       "sequence_loss_forward(Tensor logp, Tensor cu_seqlens, Tensor ref_logps, Tensor labels, Tensor? lengths, int "
       "method, int win, int decision, float[] numbers, Tensor(a!) losses, Tensor(b!) logps, Tensor(c!) log_ratios, "
       "Tensor(d!) rewards, Tensor(e!) slopes, Tensor(f!) sums) -> ()");

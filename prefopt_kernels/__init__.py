@@ -17,6 +17,7 @@ from prefopt_kernels.losses import (
     simpo_loss,
 )
 from prefopt_kernels.modules import FusedLinearKTOLoss, KTOMetrics, sequence_logps
+from prefopt_kernels.ops.linear_kl import TokenKL, linear_kl
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs, explain, linear_logprob
 from prefopt_kernels.ops.sequence_loss import SequenceLoss, sequence_loss
 from prefopt_kernels.parallel.vocab import vocab_parallel_linear_logprob
@@ -43,6 +44,7 @@ __all__ = [
     "MicrobatchKL",
     "SequenceLoss",
     "ShiftSchedule",
+    "TokenKL",
     "TokenLogprobs",
     "WindowKL",
     "WindowShift",
@@ -56,6 +58,7 @@ __all__ = [
     "explain",
     "ipo_loss",
     "kto_loss",
+    "linear_kl",
     "linear_logprob",
     "orpo_loss",
     "sequence_logps",

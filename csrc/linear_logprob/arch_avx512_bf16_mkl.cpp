@@ -61,6 +61,24 @@ MklScratch mkl_scratch(const Call& call, int64_t worker) {
   return {Carver(call.scratch + worker * call.layout.scratch_bytes), call.in};
 }
 
+// The worker's buffers for the reference model; its own where there is none.
+template <class Call>
+MklScratch mkl_ref_scratch(const Call& call, int64_t worker, const MklScratch& own) {
+  if (!call.ref) return own;
+  return {Carver(call.scratch + worker * call.layout.scratch_bytes + own.bytes), call.ref->in};
+}
+
+// Rows of the low-rank operands of the policy and of the reference model.
+struct LowTiles {
+  LowTile own, ref;
+};
+
+template <class Call>
+LowTiles low_tiles(const Call& call, int64_t v, int64_t count, const MklScratch& scratch, const MklScratch& ref) {
+  return {low_tile<bf16>(call.in, v, count, scratch.low),
+          call.ref ? low_tile<bf16>(call.ref->in, v, count, ref.low) : LowTile{}};
+}
+
 void mkl_layout(const Operands& in, Layout* out) {
   out->panels = divide_up(in.T, kPanel);
   out->padded_tokens = divide_up(in.T, kLanes) * kLanes;
@@ -98,20 +116,38 @@ void raw_logits(const Call& call, int64_t v, int64_t count, int64_t token, int64
                   call.hidden_packed + token * in.H * 2, in.H, 0, z, width);
 }
 
-void forward_tile(const Forward& call, const MklScratch& scratch, const LowTile& low, int64_t v, int64_t count,
-                  bool first_tile, int64_t split, int64_t panel) {
+// z of N registers of tokens, from the raw products with the head
+template <int N, class Call>
+void finish_logits(const Call& call, const LowTile& low, int64_t v, int64_t count, int64_t token, int64_t width,
+                   float* z) {
+  add_low_logits<N>(call.in, low, count, call.low_packed, token, z, width);
+  transform<N>(call.in, v, count, z, width);
+}
+
+void forward_tile(const Forward& call, const MklScratch& scratch, const MklScratch& ref_scratch, const LowTiles& low,
+                  int64_t v, int64_t count, bool first_tile, int64_t split, int64_t panel) {
   const Operands& in = call.in;
   const int64_t token = panel * kPanel, width = min_of(call.layout.padded_tokens - token, kPanel);
   const int64_t valid = min_of(in.T - token, width), columns = call.layout.padded_hidden;
   float *z = scratch.z, *out = call.out.product ? call.out.product + (split * in.T + token) * columns : nullptr;
   raw_logits(call, v, count, token, width, z);
+  if (call.ref) raw_logits(*call.ref, v, count, token, width, ref_scratch.z);
   each_columns(width, [&](auto registers, int64_t c) {
     constexpr int N = decltype(registers)::value;
     vf moved[N];
-    add_low_logits<N>(in, low, count, call.low_packed, token + c, z + c, width);
-    transform<N>(in, v, count, z + c, width);
-    softmax_columns<RowMajor, N>(call, z + c, width, scratch.p + c * 2, width * 2, v, count, first_tile, split,
-                                 token + c, moved);
+    finish_logits<N>(call, low.own, v, count, token + c, width, z + c);
+    char* p = scratch.p + c * 2;
+    if (call.ref) {
+      float* ref_z = ref_scratch.z + c;
+      finish_logits<N>(*call.ref, low.ref, v, count, token + c, width, ref_z);
+      softmax_columns<RowMajor, N, false>(*call.ref, ref_z, nullptr, width, nullptr, 0, v, count, first_tile, split,
+                                          token + c, moved);
+      softmax_columns<RowMajor, N, true>(call, z + c, ref_z, width, p, width * 2, v, count, first_tile, split,
+                                         token + c, moved);
+    } else {
+      softmax_columns<RowMajor, N, false>(call, z + c, nullptr, width, p, width * 2, v, count, first_tile, split,
+                                          token + c, moved);
+    }
     if (out && !first_tile) scale_product<N>(out + c * columns, columns, min_of(valid - c, N * kLanes), moved);
   });
   if (!out) return;
@@ -121,41 +157,41 @@ void forward_tile(const Forward& call, const MklScratch& scratch, const LowTile&
 
 void mkl_forward(const Forward& call, int64_t worker, int64_t workers) {
   const Operands& in = call.in;
-  const MklScratch scratch = mkl_scratch(call, worker);
+  const MklScratch scratch = mkl_scratch(call, worker), ref_scratch = mkl_ref_scratch(call, worker, scratch);
   for (int64_t task = worker; task < call.splits * call.groups; task += workers) {
     const int64_t split = task % call.splits, group = task / call.splits;
     const int64_t begin = in.V * split / call.splits, end = in.V * (split + 1) / call.splits;
     const int64_t last_panel = call.layout.panels * (group + 1) / call.groups;
     for (int64_t v = begin; v < end; v += kRows) {
       const int64_t count = min_of(end - v, kRows);
-      const LowTile low = low_tile<bf16>(in, v, count, scratch.low);
+      const LowTiles low = low_tiles(call, v, count, scratch, ref_scratch);
       for (int64_t panel = call.layout.panels * group / call.groups; panel < last_panel; panel++)
-        forward_tile(call, scratch, low, v, count, v == begin, split, panel);
+        forward_tile(call, scratch, ref_scratch, low, v, count, v == begin, split, panel);
     }
   }
 }
 
 void mkl_logit_gradient(const Backward& call, int64_t worker, int64_t workers) {
-  const Operands& in = call.in;
-  const MklScratch scratch = mkl_scratch(call, worker);
+  const MklScratch scratch = mkl_scratch(call, worker), ref_scratch = mkl_ref_scratch(call, worker, scratch);
   int64_t loaded = -1;
-  LowTile low{};
+  LowTiles low{};
   const int64_t rows = call.end - call.begin, panels = call.layout.panels, stride = call.layout.padded_tokens * 2;
   const int64_t tasks = divide_up(rows, kRows) * panels;
   for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
     const int64_t v = call.begin + task / panels * kRows, panel = task % panels, token = panel * kPanel;
     const int64_t count = min_of(call.end - v, kRows), width = min_of(call.layout.padded_tokens - token, kPanel);
-    if (v != loaded) low = low_tile<bf16>(in, v, count, scratch.low);
+    if (v != loaded) low = low_tiles(call, v, count, scratch, ref_scratch);
     loaded = v;
     raw_logits(call, v, count, token, width, scratch.z);
+    if (call.ref) raw_logits(*call.ref, v, count, token, width, ref_scratch.z);
     float* dbias = call.dbias_parts ? call.dbias_parts + panel * rows + v - call.begin : nullptr;
     each_columns(width, [&](auto registers, int64_t c) {
       constexpr int N = decltype(registers)::value;
-      float* z = scratch.z + c;
+      float *z = scratch.z + c, *ref_z = call.ref ? ref_scratch.z + c : nullptr;
       char* by_token = call.dz_by_token + (v - call.begin) * stride + (token + c) * 2;
-      add_low_logits<N>(in, low, count, call.low_packed, token + c, z, width);
-      transform<N>(in, v, count, z, width);
-      gradient_columns<RowMajor, N>(call, z, width, by_token, stride, dbias, c > 0, v, count, token + c);
+      finish_logits<N>(call, low.own, v, count, token + c, width, z);
+      if (ref_z) finish_logits<N>(*call.ref, low.ref, v, count, token + c, width, ref_z);
+      gradient_columns<RowMajor, N>(call, z, ref_z, width, by_token, stride, dbias, c > 0, v, count, token + c);
     });
   }
 }

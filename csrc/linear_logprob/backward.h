@@ -16,8 +16,9 @@ void pack_weight(const Backward& call, int64_t worker, int64_t workers) {
                             reinterpret_cast<int32_t*>(call.weight_packed));
 }
 
-// Gradient in the raw logits of vocabulary row v, for the register of tokens that starts at `token`.
-PREFOPT_INLINE vf logit_slope(const Backward& call, vf z, int64_t v, int64_t token) {
+// Gradient in the raw logits of vocabulary row v, for the register of tokens that starts at `token`. ref_z: the
+// reference model's logits, where there is one.
+PREFOPT_INLINE vf logit_slope(const Backward& call, vf z, const float* ref_z, int64_t v, int64_t token) {
   const vf log_p = z - load(call.lse + token);
   vf factor = load(call.factor + token);
   if (call.dentropy) {
@@ -28,16 +29,22 @@ PREFOPT_INLINE vf logit_slope(const Backward& call, vf z, int64_t v, int64_t tok
   vi target;
   __builtin_memcpy(&target, call.target_ids + token, sizeof target);
   const vi hit = (vi)(target == splat_bits(static_cast<int32_t>(v)));
-  const vf dz = exp_of(log_p) * factor + select(hit, load(call.dlogp + token), splat(0.f));
+  const vf p = exp_of(log_p);
+  vf dz = p * factor + select(hit, load(call.dlogp + token), splat(0.f));
+  if (ref_z) {
+    const vf gap = z - load(ref_z) - load(call.gap + token);
+    dz += select((vi)(p > splat(0.f)), p * load(call.dkl + token) * gap, splat(0.f));
+  }
   const vf slope = splat(call.in.scale / call.in.temperature);
   return call.in.softcap == 0 ? dz * slope : dz * slope * slope_of(call.in, z);
 }
 
 // dz of a tile for N registers of tokens, in the layouts of all products, and summed over the tokens for the bias.
-// z_stride in floats; by_token_stride in bytes, of kStep rows; add_bias: another column of the panel came before.
+// z_stride in floats, of ref_z too, which may be null; by_token_stride in bytes, of kStep rows; add_bias: another
+// column of the panel came before.
 template <class Dot, int N>
-void gradient_columns(const Backward& call, const float* z, int64_t z_stride, char* by_token, int64_t by_token_stride,
-                      float* dbias, bool add_bias, int64_t v, int64_t count, int64_t token) {
+void gradient_columns(const Backward& call, const float* z, const float* ref_z, int64_t z_stride, char* by_token,
+                      int64_t by_token_stride, float* dbias, bool add_bias, int64_t v, int64_t count, int64_t token) {
   const int64_t row_bytes = call.layout.padded_tokens * kElementBytes<Dot>;
   char* by_row = call.dz_by_row + (v - call.begin) * row_bytes + token * kElementBytes<Dot>;
   float* low = call.dz_low ? call.dz_low + token * (call.end - call.begin) + (v - call.begin) * N * kLanes : nullptr;
@@ -45,7 +52,8 @@ void gradient_columns(const Backward& call, const float* z, int64_t z_stride, ch
     for (int n = 0; n < N; n++) {
       vf dz[2] = {splat(0.f), splat(0.f)};
       for (int s = 0; s < Dot::kStep && r + s < count; s++) {
-        dz[s] = logit_slope(call, load(z + (r + s) * z_stride + n * kLanes), v + r + s, token + n * kLanes);
+        const int64_t at = (r + s) * z_stride + n * kLanes;
+        dz[s] = logit_slope(call, load(z + at), ref_z ? ref_z + at : nullptr, v + r + s, token + n * kLanes);
         if (call.dz_by_row) Dot::put_row(by_row + (r + s) * row_bytes + n * kLanes * kElementBytes<Dot>, dz[s]);
         if (low) store(low + ((r + s) * N + n) * kLanes, dz[s]);
         if (dbias) dbias[r + s] = (n || add_bias ? dbias[r + s] : 0) + sum_of(dz[s]);
@@ -56,30 +64,35 @@ void gradient_columns(const Backward& call, const float* z, int64_t z_stride, ch
 }
 
 template <class Dot, int N>
-void gradient_panel(const Backward& call, const Scratch<Dot>& scratch, const Tile& tile, int64_t v, int64_t count,
-                    int64_t panel, int64_t token) {
+void gradient_panel(const Backward& call, const Scratch<Dot>& scratch, const Scratch<Dot>& ref_scratch,
+                    const Tile& tile, const Tile& ref_tile, int64_t v, int64_t count, int64_t panel, int64_t token) {
   constexpr int kWidth = N * kLanes;
   logits<Dot, N>(call, tile, v, count, token, scratch.z);
+  if (call.ref) logits<Dot, N>(*call.ref, ref_tile, v, count, token, ref_scratch.z);
+  const float* ref_z = call.ref ? ref_scratch.z : nullptr;
   const int64_t rows = call.end - call.begin, row = v - call.begin;
   char* by_token = call.dz_by_token + (token * units<Dot>(rows) + row / Dot::kStep * kWidth) * 4;
   float* dbias = call.dbias_parts ? call.dbias_parts + panel * rows + row : nullptr;
-  gradient_columns<Dot, N>(call, scratch.z, kWidth, by_token, kWidth * 4, dbias, false, v, count, token);
+  gradient_columns<Dot, N>(call, scratch.z, ref_z, kWidth, by_token, kWidth * 4, dbias, false, v, count, token);
 }
 
 template <class Dot, class Element>
 void logit_gradient(const Backward& call, int64_t worker, int64_t workers) {
   const Panels panels(call.in.T);
-  const Scratch<Dot> scratch = scratch_of<Dot>(call, worker);
+  const Scratch<Dot> scratch = scratch_of<Dot>(call, worker), ref_scratch = ref_scratch_of(call, worker, scratch);
   const int64_t tasks = divide_up(call.end - call.begin, kTileRows) * panels.count;
   int64_t loaded = -1;
-  Tile tile{};
+  Tile tile{}, other{};
   for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers; task++) {
     const int64_t v = call.begin + task / panels.count * kTileRows, panel = task % panels.count;
     const int64_t count = min_of(call.end - v, kTileRows);
-    if (v != loaded) tile = weight_tile<Dot, Element>(call.in, v, count, scratch);
+    if (v != loaded) {
+      tile = weight_tile<Dot, Element>(call.in, v, count, scratch);
+      other = ref_tile<Dot, Element>(call, tile, v, count, ref_scratch);
+    }
     loaded = v;
     panels.visit(panel, [&](auto width) {
-      gradient_panel<Dot, decltype(width)::value>(call, scratch, tile, v, count, panel,
+      gradient_panel<Dot, decltype(width)::value>(call, scratch, ref_scratch, tile, other, v, count, panel,
                                                   panels.first_vector(panel) * kLanes);
     });
   }

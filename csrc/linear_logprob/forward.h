@@ -47,12 +47,22 @@ void add_spread(const Forward& call, const float* z, int64_t z_stride, int64_t c
   }
 }
 
+// sum + rest, after both shrank by `moved`, take a term in. Where p is near 1, hundreds of tiles add less than 1e-7 of
+// the sum each: what the addition rounds away goes to rest (Knuth's two-sum).
+PREFOPT_INLINE void add_exactly(float* sum, float* rest, vf term, vf moved, bool first) {
+  const vf older = first ? splat(0.f) : load(sum) * moved, newer = older + term;
+  const vf added = newer - older, lost = (older - (newer - added)) + (term - added);
+  store(sum, newer);
+  store(rest, first ? lost : load(rest) * moved + lost);
+}
+
 // The running sums of N registers of tokens take a tile of logits in; with a product wanted, p = exp(z - m) slope is
 // written. z_stride in floats; p_stride in bytes, of kStep rows. `moved` is the factor by which the older part of the
-// product shrinks.
-template <class Dot, int N>
-void softmax_columns(const Forward& call, const float* z, int64_t z_stride, char* p, int64_t p_stride, int64_t v,
-                     int64_t count, bool first_tile, int64_t split, int64_t token, vf* moved) {
+// product shrinks. kRef: ref_z has the reference model's logits, laid out as z.
+template <class Dot, int N, bool kRef>
+void softmax_columns(const Forward& call, const float* z, const float* ref_z, int64_t z_stride, char* p,
+                     int64_t p_stride, int64_t v, int64_t count, bool first_tile, int64_t split, int64_t token,
+                     vf* moved) {
   const Operands& in = call.in;
   const int64_t at = split * call.layout.padded_tokens + token;
   float *max = call.out.max + at, *sum = call.out.sum + at, *target = call.out.target + at;
@@ -76,8 +86,8 @@ void softmax_columns(const Forward& call, const float* z, int64_t z_stride, char
   if (call.want_logits) add_logit_sums<N>(call.out.logits + at, z, z_stride, count, first_tile);
 
   // a sum of its own per tile: one running sum over 150,000 terms would lose 1e-5 of itself to rounding
-  vf tile_sum[N];
-  for (int n = 0; n < N; n++) tile_sum[n] = splat(0.f);
+  vf tile_sum[N], tile_gap[N];
+  for (int n = 0; n < N; n++) tile_sum[n] = tile_gap[n] = splat(0.f);
   const bool capped = in.softcap != 0, product = call.out.product != nullptr;
   for (int64_t r = 0; r < count; r += Dot::kStep) {
     for (int n = 0; n < N; n++) {
@@ -87,6 +97,10 @@ void softmax_columns(const Forward& call, const float* z, int64_t z_stride, char
         const vf logit = load(z + (r + s) * z_stride + n * kLanes);
         e[s] = exp_of(logit - top[n]);
         tile_sum[n] += e[s];
+        if constexpr (kRef) {  // a token that the policy bans counts for nothing, whatever its logits
+          const vf gap = logit - load(ref_z + (r + s) * z_stride + n * kLanes);
+          tile_gap[n] += select((vi)(e[s] > splat(0.f)), e[s] * gap, splat(0.f));
+        }
         if (capped && product) e[s] = e[s] * slope_of(in, logit);
       }
       if (product) Dot::put(p + r / Dot::kStep * p_stride + n * kLanes * Dot::kUnitBytes, e[0], e[1]);
@@ -101,25 +115,31 @@ void softmax_columns(const Forward& call, const float* z, int64_t z_stride, char
                        kElementBytes<Dot>);
   }
   for (int n = 0; n < N; n++) {
-    float *to = sum + n * kLanes, *rest = call.out.rest + at + n * kLanes;
-    const vf older = first_tile ? splat(0.f) : load(to) * moved[n], newer = older + tile_sum[n];
-    // where p is near 1, hundreds of tiles add less than 1e-7 of the sum each: their rounding errors are kept
-    // (Knuth's two-sum)
-    const vf added = newer - older, lost = (older - (newer - added)) + (tile_sum[n] - added);
-    store(to, newer);
-    store(rest, first_tile ? lost : load(rest) * moved[n] + lost);
+    const int64_t column = at + n * kLanes;
+    add_exactly(sum + n * kLanes, call.out.rest + column, tile_sum[n], moved[n], first_tile);
+    if constexpr (kRef)
+      add_exactly(call.out.gap + column, call.out.gap_rest + column, tile_gap[n], moved[n], first_tile);
     store(max + n * kLanes, top[n]);
   }
 }
 
 template <class Dot, int N>
-void forward_panel(const Forward& call, const Scratch<Dot>& scratch, const Tile& tile, int64_t v, int64_t count,
-                   bool first_tile, int64_t split, int64_t token) {
+void forward_panel(const Forward& call, const Scratch<Dot>& scratch, const Scratch<Dot>& ref_scratch, const Tile& tile,
+                   const Tile& ref_tile, int64_t v, int64_t count, bool first_tile, int64_t split, int64_t token) {
   constexpr int kWidth = N * kLanes;
+  const float *z = scratch.z, *ref_z = ref_scratch.z;
   logits<Dot, N>(call, tile, v, count, token, scratch.z);
   vf moved[N];
-  softmax_columns<Dot, N>(call, scratch.z, kWidth, scratch.p, kWidth * Dot::kUnitBytes, v, count, first_tile, split,
-                          token, moved);
+  if (call.ref) {
+    logits<Dot, N>(*call.ref, ref_tile, v, count, token, ref_scratch.z);
+    softmax_columns<Dot, N, false>(*call.ref, ref_z, nullptr, kWidth, nullptr, 0, v, count, first_tile, split, token,
+                                   moved);
+    softmax_columns<Dot, N, true>(call, z, ref_z, kWidth, scratch.p, kWidth * Dot::kUnitBytes, v, count, first_tile,
+                                  split, token, moved);
+  } else {
+    softmax_columns<Dot, N, false>(call, z, nullptr, kWidth, scratch.p, kWidth * Dot::kUnitBytes, v, count, first_tile,
+                                   split, token, moved);
+  }
   if (!call.out.product) return;
   const int64_t columns = call.layout.padded_hidden, K = units<Dot>(count);
   const int64_t valid = min_of(call.in.T - token, kWidth);
@@ -136,7 +156,7 @@ template <class Dot, class Element>
 void forward(const Forward& call, int64_t worker, int64_t workers) {
   const Operands& in = call.in;
   const Panels panels(in.T);
-  const Scratch<Dot> scratch = scratch_of<Dot>(call, worker);
+  const Scratch<Dot> scratch = scratch_of<Dot>(call, worker), ref_scratch = ref_scratch_of(call, worker, scratch);
   for (int64_t task = worker; task < call.splits * call.groups; task += workers) {
     const int64_t split = task % call.splits, group = task / call.splits;
     const int64_t tiles = divide_up(in.V, kVocabularyRows);
@@ -147,14 +167,15 @@ void forward(const Forward& call, int64_t worker, int64_t workers) {
     for (int64_t v = begin; v < end; v += kTileRows) {
       const int64_t count = min_of(end - v, kTileRows);
       const Tile tile = weight_tile<Dot, Element>(in, v, count, scratch);
+      const Tile other = ref_tile<Dot, Element>(call, tile, v, count, ref_scratch);
       if (call.out.product) {
         pack_columns<Dot, kGroup>(weight_rows<Element>(in, v), count, in.H, 0, call.layout.padded_hidden / kGroup,
                                   scratch.packed);
       }
       for (int64_t panel = first_panel; panel < last_panel; panel++) {
         panels.visit(panel, [&](auto width) {
-          forward_panel<Dot, decltype(width)::value>(call, scratch, tile, v, count, v == begin, split,
-                                                     panels.first_vector(panel) * kLanes);
+          forward_panel<Dot, decltype(width)::value>(call, scratch, ref_scratch, tile, other, v, count, v == begin,
+                                                     split, panels.first_vector(panel) * kLanes);
         });
       }
     }

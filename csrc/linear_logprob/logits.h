@@ -55,6 +55,14 @@ Scratch<Dot> scratch_of(const Call& call, int64_t worker) {
   return {Carver(call.scratch + worker * call.layout.scratch_bytes), call.in, call.layout.padded_hidden};
 }
 
+// The worker's buffers for the reference model; its own where there is none.
+template <class Dot, class Call>
+Scratch<Dot> ref_scratch_of(const Call& call, int64_t worker, const Scratch<Dot>& own) {
+  if (!call.ref) return own;
+  return {Carver(call.scratch + worker * call.layout.scratch_bytes + own.bytes), call.ref->in,
+          call.ref->layout.padded_hidden};
+}
+
 template <class Dot>
 void layout(const Operands& in, Layout* out) {
   const Panels panels(in.T);
@@ -111,6 +119,19 @@ Tile weight_tile(const Operands& in, int64_t first, int64_t count, const Scratch
   }
   pack_rows<Dot>(rows, count, in.H, units<Dot>(in.H), 1, scratch.weight);
   return {reinterpret_cast<const char*>(scratch.weight), units<Dot>(in.H) * 4, low};
+}
+
+inline bool same_head(const Operands& a, const Operands& b) {
+  return a.weight == b.weight && a.weight_stride == b.weight_stride && a.H == b.H;
+}
+
+// The reference model's tile of the same rows: the policy's, converted once, where they have one head.
+template <class Dot, class Element, class Call>
+Tile ref_tile(const Call& call, const Tile& tile, int64_t first, int64_t count, const Scratch<Dot>& scratch) {
+  if (!call.ref) return tile;
+  const Operands& ref = call.ref->in;
+  if (!same_head(ref, call.in)) return weight_tile<Dot, Element>(ref, first, count, scratch);
+  return {tile.data, tile.stride, low_tile<Element>(ref, first, count, scratch.low)};
 }
 
 // Raw products to logits, N registers of columns, in place.

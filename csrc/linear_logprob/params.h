@@ -39,9 +39,10 @@ struct Layout {
 
 // Running sums of a row over the vocabulary, each (splits, padded_tokens): with m the maximum, sum + rest =
 // sum exp(z - m), rest being what the running sum lost to rounding, spread = sum exp(z - m) (z - m), logits = sum z,
-// target = z at the target (0 in other splits).
+// target = z at the target (0 in other splits), gap + gap_rest = sum exp(z - m) (z - z') with z' the logits of
+// Forward::ref.
 struct Partials {
-  float *max, *sum, *rest, *spread, *logits, *target;
+  float *max, *sum, *rest, *spread, *logits, *target, *gap, *gap_rest;
   float* product;  // (splits, T, padded_hidden): sum exp(z - m) slope W without the target's term, or null
 };
 
@@ -57,14 +58,20 @@ struct Forward {
   float* product_scale;  // (splits, T): exp(m - lse) scale / temperature, or null
   float* target_scale;   // (T,): (1 - p) d z / d raw at the target, or null
   void* unit;            // (rows, H), contiguous, or null
+  // The reference model of linear_kl, or null: its logits are made beside those of every tile. Of its scratch and
+  // splits nothing is read: a worker's buffers for it come after the worker's own.
+  const Forward* ref;
 };
 
-// Gradients of sum(dlogp logp + dlse lse + dentropy entropy), for one chunk [begin, end) of the vocabulary at a time.
-// Per row: factor = dlse - dlogp, so that dz = p (factor - dentropy (log p + entropy)) + dlogp at the target.
+// Gradients of sum(dlogp logp + dlse lse + dentropy entropy + dkl kl), for one chunk [begin, end) of the vocabulary at
+// a time. Per row: factor = dlse - dlogp and gap = E[z - z'], so that
+// dz = p (factor - dentropy (log p + entropy) + dkl (z - z' - gap)) + dlogp at the target.
 struct Backward {
   Operands in;
   Layout layout;
+  const Forward* ref;                                // of which the operands and packed buffers are used, or null
   float *lse, *factor, *dlogp, *entropy, *dentropy;  // (padded_tokens,), 0 beyond T; dentropy may be null
+  float *dkl, *gap;                                  // the same, read where there is a ref
   int32_t* target_ids;                               // (padded_tokens,), -1 beyond T
   char *hidden_packed, *tokens_packed;
   float *low_packed, *low_by_token;

@@ -11,7 +11,7 @@ from benchmarks.rows import ROOT
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes that one program may have
 KERNELS = {"scan", "combine", "check_reference", "target_logits", "product", "finish"}
-KERNELS |= {"logit_gradients"}
+KERNELS |= {"logit_gradients", "kl_scan", "kl_logit_gradients"}
 SEQUENCE_KERNELS = {"sum_tokens", "all_rows", "spread"}  # of sequence_loss, fp32 whatever the model
 
 

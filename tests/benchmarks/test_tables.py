@@ -58,8 +58,8 @@ def lines(text, *cells):
 def written(tmp_path):
     """Writes the pages from ROWS and returns the exit status and README's text."""
     keep(ROWS, tmp_path)
-    (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/integrations.md"):
+    for page in ("README.md", "docs/integrations.md", "prefopt_kernels/ops/linear_kl/README.md"):
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text(README, encoding="utf-8")
 
     def run(*arguments):

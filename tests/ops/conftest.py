@@ -9,7 +9,7 @@ from support.triton_backend import ON_GPU
 
 # Test files that also run the Triton kernels in the interpreter, which is too slow for all of them. A test marked
 # `compiled_only` is too slow for it, or is not about Triton; its reason says what covers the kernels instead.
-INTERPRETED = ("special", "layouts", "values", "autograd")
+INTERPRETED = tuple(f"linear_logprob_{name}" for name in ("special", "layouts", "values", "autograd"))
 
 
 def pytest_generate_tests(metafunc):

@@ -53,3 +53,38 @@ def test_sequence_loss_checks_its_offsets():
     offsets = torch.tensor([0, 7])
     with pytest.raises(RuntimeError, match="cu_seqlens does not go from 0 to the number of tokens"):
         _extension.ops().sequence_loss_backward(torch.ones(1), None, offsets, torch.ones(1), torch.zeros(5))
+
+
+def kl_forward(**changed: torch.Tensor) -> None:
+    tensors = {
+        "hidden": torch.ones(T, H),
+        "weight": torch.ones(V, H),
+        "targets": torch.tensor([0, 1, -100]),
+        **dict.fromkeys(("bias", "low_hidden", "low_weight")),
+        "ref_hidden": torch.ones(T, H + 1),
+        "ref_weight": torch.ones(V, H + 1),
+        **dict.fromkeys(("ref_bias", "ref_low_hidden", "ref_low_weight")),
+    }
+    outputs = {name: torch.zeros(T) for name in ("logp", "ref_logp", "lse", "ref_lse", "kl")}
+    numbers = changed.get("numbers", [1.0, 0.0, 1.0] * 2)
+    tensors, outputs = ({name: changed.get(name, value) for name, value in x.items()} for x in (tensors, outputs))
+    optional = (None, None, None, None)
+    arguments = (*tensors.values(), numbers, *outputs.values(), *optional, cpu.instruction_set())
+    _extension.ops().linear_kl_forward(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"kl": torch.zeros(T - 1)}, "kl has the wrong shape"),
+        ({"ref_lse": torch.zeros(2 * T)[::2]}, "ref_lse is not contiguous"),
+        ({"ref_weight": torch.ones(V + 1, H + 1)}, "the two models differ in dtype, tokens or vocabulary"),
+        ({"ref_hidden": torch.ones(T, H + 1).half(), "ref_weight": torch.ones(V, H + 1).half()}, "the two models"),
+        ({"ref_hidden": torch.ones(T + 1, H + 1)}, "targets has the wrong shape"),
+        ({"numbers": [1.0] * 5}, "numbers has the wrong size"),
+    ],
+)
+def test_a_wrong_tensor_of_two_models_is_refused(changed, message):
+    kl_forward()
+    with pytest.raises(RuntimeError, match=message):
+        kl_forward(**changed)

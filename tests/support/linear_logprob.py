@@ -187,8 +187,10 @@ def exact(problem: Problem) -> Results:
     return Results(detached(outputs), grads, terms_of(problem, x, z.detach(), z.grad))
 
 
-def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> dict[str, Tensor]:
-    """For each result the sum of the absolute values of what it is the sum of, in fp64."""
+def terms_of(
+    problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor, cancels: Tensor | float = 0
+) -> dict[str, Tensor]:
+    """For each result the sum of the absolute values of what it is the sum of, in fp64; ``cancels``: more of dz."""
     counts = problem.targets >= 0
     size = {name: operand.detach().abs() for name, operand in x.items()}
     factor = abs(problem.transform.get("logit_scale", 1) / problem.transform.get("temperature", 1))
@@ -212,7 +214,7 @@ def terms_of(problem: Problem, x: dict[str, Tensor], z: Tensor, dz: Tensor) -> d
     # error of p; the slope of the softcap is at most 1, and is rounded as a difference from 1.
     none = torch.zeros(())
     weights = sum(problem.upstream.get(name, none).abs() for name in ("logp", "entropy")) * counts
-    dz = (dz.abs() + weights[:, None] * p) * (1 + z.abs()) * factor
+    dz = ((dz.abs() + weights[:, None] * p) * (1 + z.abs()) + cancels) * factor
     grads = {"hidden": dz @ head, "weight": dz.T @ size["hidden"], "bias": dz.sum(0)}
     if problem.A is not None:
         grads["A"] = problem.lora_scale * (dz @ size["B"]).T @ size["hidden"]

@@ -29,46 +29,72 @@ def check_call(
 
     Reads metadata only, so it costs no device synchronisation and traces under torch.compile.
     """
-    _check_tensor("hidden", hidden, "(T, H)", 2)
-    _check_tensor("weight", weight, "(V, H)", 2)
+    check_operands(hidden, weight, targets, bias)
+    check_transform(logit_scale, softcap, temperature)
+    check_outputs(outputs)
+
+
+def check_operands(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    op: str = "linear_logprob",
+    weight_name: str = "weight",
+    prefix: str = "",
+) -> None:
+    """Raise unless hidden states, head and targets fit each other; ``prefix`` of the names of hidden and bias."""
+    hidden_name, bias_name = f"{prefix}hidden", f"{prefix}bias"
+    _check_tensor(hidden_name, hidden, "(T, H)", 2)
+    _check_tensor(weight_name, weight, "(V, H)", 2)
     _check_tensor("targets", targets, "(T,)", 1)
     if hidden.dtype not in FLOATS:
-        raise TypeError(f"hidden has dtype {hidden.dtype}; expected one of {_names(FLOATS)}")
+        raise TypeError(f"{hidden_name} has dtype {hidden.dtype}; expected one of {_names(FLOATS)}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}; expected that of hidden, {hidden.dtype}")
+        raise TypeError(f"{weight_name} has dtype {weight.dtype}; expected that of {hidden_name}, {hidden.dtype}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets has dtype {targets.dtype}; expected torch.int64 or torch.int32")
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; expected (V, {hidden.shape[1]}), "
-            f"because hidden has shape {tuple(hidden.shape)}"
+            f"{weight_name} has shape {tuple(weight.shape)}; expected (V, {hidden.shape[1]}), "
+            f"because {hidden_name} has shape {tuple(hidden.shape)}"
         )
     if weight.shape[0] == 0:
-        raise ValueError("weight has shape (0, H); expected a vocabulary of at least one token")
+        raise ValueError(f"{weight_name} has shape (0, H); expected a vocabulary of at least one token")
     if targets.shape[0] != hidden.shape[0]:
         raise ValueError(
-            f"targets has shape {tuple(targets.shape)}; expected ({hidden.shape[0]},), one id for each row of hidden"
+            f"targets has shape {tuple(targets.shape)}; expected ({hidden.shape[0]},), "
+            f"one id for each row of {hidden_name}"
         )
-    named = {"weight": weight, "targets": targets}
+    named = {weight_name: weight, "targets": targets}
     if bias is not None:
-        _check_tensor("bias", bias, "(V,)", 1)
+        _check_tensor(bias_name, bias, "(V,)", 1)
         if bias.dtype != hidden.dtype:
-            raise TypeError(f"bias has dtype {bias.dtype}; expected that of hidden, {hidden.dtype}")
+            raise TypeError(f"{bias_name} has dtype {bias.dtype}; expected that of {hidden_name}, {hidden.dtype}")
         if bias.shape[0] != weight.shape[0]:
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one for each token id"
+                f"{bias_name} has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one for each token id"
             )
-        named["bias"] = bias
+        named[bias_name] = bias
     for name, tensor in named.items():
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is")
-    _check_number("logit_scale", logit_scale, positive=False)
-    _check_number("temperature", temperature, positive=True)
+            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where {hidden_name} is")
+    refuse_tangents(op, {hidden_name: hidden, weight_name: weight, bias_name: bias})
+
+
+def check_transform(logit_scale: float, softcap: float | None, temperature: float, place: str = "") -> None:
+    """Raise unless the numbers of a logit transform fit fp32; ``place`` follows their names in a message."""
+    _check_number(f"logit_scale{place}", logit_scale, positive=False)
+    _check_number(f"temperature{place}", temperature, positive=True)
     if softcap is not None:
-        _check_number("softcap", softcap, positive=True)
+        _check_number(f"softcap{place}", softcap, positive=True)
+
+
+def check_outputs(outputs: Sequence[str]) -> None:
+    """Raise unless every name is in OUTPUTS."""
     if isinstance(outputs, str) or any(name not in OUTPUTS for name in outputs):
         raise ValueError(f"outputs is {outputs!r}; expected a sequence of names out of {OUTPUTS}")
-    refuse_tangents("linear_logprob", {"hidden": hidden, "weight": weight, "bias": bias})
 
 
 def check_filters(grad_filter: float, head_grad_filter: float) -> None:
@@ -81,24 +107,29 @@ def check_filters(grad_filter: float, head_grad_filter: float) -> None:
 
 
 def check_lora(
-    lora: tuple[Tensor, Tensor, float] | None, hidden: Tensor, weight: Tensor
+    lora: tuple[Tensor, Tensor, float] | None,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    op: str = "linear_logprob",
+    prefix: str = "",
 ) -> tuple[Tensor | None, Tensor | None, float]:
     """A, B and the factor of a low-rank adapter on the head, or Nones; raise unless they fit the operands."""
     if lora is None:
         return None, None, 1.0
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-        raise TypeError(f"lora is {_brief(lora)}; expected (A, B, scale) or None")
+        raise TypeError(f"{prefix}lora is {_brief(lora)}; expected (A, B, scale) or None")
     A, B, scale = lora
-    _check_number("lora[2], the scale,", scale, positive=False)
+    _check_number(f"{prefix}lora[2], the scale,", scale, positive=False)
     for name, tensor, shape in (("A", A, "(R, H)"), ("B", B, "(V, R)")):
-        name = f"lora's {name}"
+        name = f"{prefix}lora's {name}"
         _check_tensor(name, tensor, shape, 2)
         if tensor.dtype not in (hidden.dtype, torch.float32):
             raise TypeError(
-                f"{name} has dtype {tensor.dtype}; expected that of hidden, {hidden.dtype}, or torch.float32"
+                f"{name} has dtype {tensor.dtype}; expected that of {prefix}hidden, {hidden.dtype}, or torch.float32"
             )
         if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where hidden is")
+            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where {prefix}hidden is")
     R = A.shape[0]
     for name, tensor, shape in (
         ("A", A, (R, hidden.shape[1])),
@@ -106,10 +137,11 @@ def check_lora(
     ):
         if R == 0 or tuple(tensor.shape) != shape:
             raise ValueError(
-                f"lora's {name} has shape {tuple(tensor.shape)}; expected {shape} with a rank of 1 or more, "
-                f"because A has shape {tuple(A.shape)}, hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+                f"{prefix}lora's {name} has shape {tuple(tensor.shape)}; expected {shape} with a rank of 1 or more, "
+                f"because A has shape {tuple(A.shape)}, {prefix}hidden {tuple(hidden.shape)} and the head "
+                f"{tuple(weight.shape)}"
             )
-    refuse_tangents("linear_logprob", {"lora's A": A, "lora's B": B})
+    refuse_tangents(op, {f"{prefix}lora's A": A, f"{prefix}lora's B": B})
     return A, B, float(scale)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from prefopt_kernels.ops import _extension
 from prefopt_kernels.ops.linear_logprob.operands import Operands, Saved, Upstream
+from prefopt_kernels.ops.linear_logprob.reference import new_outputs
 from prefopt_kernels.ops.linear_logprob.transform import Transform
 
 FILTERS_HEAD = False  # whether the backward uses tile_max
@@ -33,15 +34,11 @@ def instruction_set() -> str:
 
 def forward(operands: Operands, transform: Transform, want: frozenset[str], grad_filter: float) -> dict[str, Tensor]:
     """Every wanted output; nothing is filtered here."""
-    hidden = operands.hidden
-    out = {name: hidden.new_zeros(hidden.shape[0], dtype=torch.float32) for name in want}
-    if "is_top1" in want:
-        out["is_top1"] = out["is_top1"].bool()
-    if "unit" in want:
-        out["unit"] = hidden.new_zeros(hidden.shape)
+    out = new_outputs(operands.hidden, want)
     names = ("logp", "lse", "entropy", "mean_logit", "is_top1", "unit")
     outputs = [out.get(name) for name in names]
-    _extension.ops().linear_logprob_forward(*_arguments(operands, transform), *outputs, instruction_set())
+    call = (*arguments(operands), *_numbers(transform), *outputs, instruction_set())
+    _extension.ops().linear_logprob_forward(*call)
     return out
 
 
@@ -49,21 +46,28 @@ def backward(
     operands: Operands, upstream: Upstream, saved: Saved, transform: Transform, need: frozenset[str]
 ) -> dict[str, Tensor]:
     """Every needed gradient."""
+    grads = new_gradients(operands, need)
+    given = [None if tensor is None else tensor.contiguous() for tensor in (*upstream, saved.lse, saved.entropy)]
+    outputs = [grads.get(name) for name in ("hidden", "weight", "bias", "low_hidden", "low_weight")]
+    call = (*arguments(operands), *_numbers(transform), *given, *outputs, instruction_set())
+    _extension.ops().linear_logprob_backward(*call)
+    if "bias" in need:
+        grads["bias"] = grads["bias"].to(operands.weight.dtype)
+    return grads
+
+
+def new_gradients(operands: Operands, need: frozenset[str]) -> dict[str, Tensor]:
+    """What the kernels write every needed gradient into; that of the bias is fp32."""
     named = operands._asdict()
     # rows without a target stay 0; the gradients of the head are written whole
     make = {"hidden": torch.zeros, "low_hidden": torch.zeros}
     grads = {name: make.get(name, torch.empty)(named[name].shape, dtype=named[name].dtype) for name in need}
     if "bias" in need:
         grads["bias"] = grads["bias"].float()
-    given = [None if tensor is None else tensor.contiguous() for tensor in (*upstream, saved.lse, saved.entropy)]
-    outputs = [grads.get(name) for name in ("hidden", "weight", "bias", "low_hidden", "low_weight")]
-    _extension.ops().linear_logprob_backward(*_arguments(operands, transform), *given, *outputs, instruction_set())
-    if "bias" in need:
-        grads["bias"] = grads["bias"].to(operands.weight.dtype)
     return grads
 
 
-def _arguments(operands: Operands, transform: Transform) -> tuple[Tensor | float | None, ...]:
+def arguments(operands: Operands) -> tuple[Tensor | None, ...]:
     """The operands in the layout that the kernels read: rows of unit stride, int64 targets, fp32 bias."""
     hidden, weight, targets, bias, low_hidden, low_weight = operands
     weight = _unit_stride(weight)
@@ -76,10 +80,11 @@ def _arguments(operands: Operands, transform: Transform) -> tuple[Tensor | float
         None if bias is None else bias.float().contiguous(),
         None if low_hidden is None else low_hidden.contiguous(),
         None if low_weight is None else _unit_stride(low_weight),
-        transform.scale,
-        transform.softcap or 0.0,
-        transform.temperature,
     )
+
+
+def _numbers(transform: Transform) -> tuple[float, float, float]:
+    return transform.scale, transform.softcap or 0.0, transform.temperature
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ is a module with ``why_not``, ``forward`` and ``backward``; reference.py is the 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def linear_logprob(
     # meta has no autocast; torch.amp.is_autocast_available would say so, but torch 2.11 cannot trace it
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (_autocast(operand, dtype) for operand in (hidden, weight, bias))
+        hidden, weight, bias = (to_autocast(operand, dtype) for operand in (hidden, weight, bias))
     check_call(hidden, weight, targets, bias, logit_scale, softcap, temperature, outputs)
     check_filters(grad_filter, head_grad_filter)
     A, B, lora_scale = check_lora(lora, hidden, weight)
@@ -141,7 +141,7 @@ def linear_logprob(
 
 
 def explain(hidden: Tensor, weight: Tensor) -> dict[str, str | None]:
-    """Why each backend would refuse a call with these operands; None where it would run.
+    """Why each backend would refuse a call of linear_logprob or linear_kl with these operands; None where it would run.
 
     Example:
         >>> import torch
@@ -152,7 +152,11 @@ def explain(hidden: Tensor, weight: Tensor) -> dict[str, str | None]:
     return {name: module.why_not(hidden, weight) for name, module in BACKENDS.items()}
 
 
-def _autocast(operand: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+Operand = TypeVar("Operand", Tensor, Tensor | None)
+
+
+def to_autocast(operand: Operand, dtype: torch.dtype) -> Operand:
+    """What autocast makes of an operand of a linear layer."""
     return operand.to(dtype) if isinstance(operand, Tensor) and operand.is_floating_point() else operand
 
 

@@ -1,0 +1,1 @@
+"""The Triton kernels of linear_kl; backend.py is the entry."""
