@@ -39,13 +39,7 @@ def test_sequences_have_exactly_the_tokens_asked_for(tmp_path):
     assert batch["input_ids"].shape == (4, 12) and batch["attention_mask"].all()
     assert batch["completion_mask"].sum() == 4 * 6
     own, batch = trainers.build_own("dpo", theirs, data, str(tmp_path / "own"))
-    assert batch["attention_mask"].sum() == 4 * 12 and batch["cu_seqlens"].tolist() == [
-        0,
-        6,
-        12,
-        18,
-        24,
-    ]
+    assert batch["tokens"].tolist() == [12] * 4 and batch["cu_seqlens"].tolist() == [0, 6, 12, 18, 24]
     assert own.model is theirs.model
 
 
