@@ -134,7 +134,7 @@ BAD = {
     },
     "field 'prompt' is missing": {"prompt": None, "completion": "b", "label": True},
     "field 'rejected' is missing": {"prompt": "a", "chosen": "b"},
-    "has fields of a rated row": {"prompt": "a", "chosen": "b", "rejected": "c", "label": True},
+    "has fields of an unpaired row": {"prompt": "a", "chosen": "b", "rejected": "c", "label": True},
     "label is 1; expected true or false": {**GOOD, "label": 1},
     "label is 0.0; expected true or false": {**GOOD, "label": 0.0},
     "label is 'true'; expected true or false": {**GOOD, "label": "true"},

@@ -71,8 +71,9 @@ def test_the_demo_rule_refuses_other_questions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"suite": "theses"}, "did you mean thesis?"),
-        ({"suite": "thesis", "data": "x"}, "--data belongs to the suite preference and classify"),
+        ({"suite": "benchmark"}, "did you mean benchmarks?"),
+        ({"suite": "thesis"}, "--suite is 'thesis', which is now called benchmarks"),
+        ({"suite": "benchmarks", "data": "x"}, "--data belongs to the suite preference and classify"),
         ({"suite": "classify", "rule": "demo"}, "--rule belongs to the suite preference, not to"),
         ({"suite": "classify", "limit": 0}, "--limit is 0; expected at least 1"),
         (
@@ -80,7 +81,7 @@ def test_the_demo_rule_refuses_other_questions():
             "--temperature is 0.0; expected a number above",
         ),
         ({"suite": "preference", "temperature": float("nan")}, "--temperature is nan"),
-        ({"suite": "thesis", "seed": -1}, "--seed is -1"),
+        ({"suite": "benchmarks", "seed": -1}, "--seed is -1"),
     ],
 )
 def test_a_request_that_makes_no_sense(tmp_path, options, message):

@@ -27,21 +27,21 @@ def test_help_and_refusals_need_no_heavy_import(tmp_path):
         "    main(['eval', '--help'])\n"
         "except SystemExit as end:\n"
         "    assert end.code == 0\n"
-        "assert main(['eval', 'nowhere', '--suite', 'thesis', '--rule', 'demo']) == 2\n"
+        "assert main(['eval', 'nowhere', '--suite', 'benchmarks', '--rule', 'demo']) == 2\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'lm_eval'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     path = {"PYTHONPATH": ":".join(one for one in sys.path if one)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "--rule belongs to the suite preference, not to thesis" in done.stderr
+    assert "--rule belongs to the suite preference, not to benchmarks" in done.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["nowhere", "--suite", "preference"], "there is no run folder nowhere"),
-        (["nowhere", "--suite", "thesis", "--limi", "3"], "--limi is unknown; did you mean --limit?"),
+        (["nowhere", "--suite", "benchmarks", "--limi", "3"], "--limi is unknown; did you mean --limit?"),
         ([".", "--suite", "classify", "--data", "x"], ". holds no trained model"),
         (["RUN", "--suite", "classify"], "--data is missing: questions with their category"),
         (["RUN", "--suite", "classify", "--data", "no.jsonl"], "there is no file no.jsonl"),
@@ -96,7 +96,7 @@ def test_two_suites_in_one_run_folder(run, capsys):
 
 def test_without_lm_evaluation_harness_the_extra_is_named(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
-    words = ["eval", str(run), "--suite", "thesis", "--tasks-dir", str(FIXTURES), "--out"]
+    words = ["eval", str(run), "--suite", "benchmarks", "--tasks-dir", str(FIXTURES), "--out"]
     assert main([*words, str(tmp_path / "out")]) == 2
     assert "pip install '.[eval]'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -41,9 +41,9 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def suite(run, tasks, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    path = evaluate_run(EvalRequest(run=run, suite="thesis", tasks_dir=tasks, out=out))
+    path = evaluate_run(EvalRequest(run=run, suite="benchmarks", tasks_dir=tasks, out=out))
     assert sorted(file.name for file in out.iterdir()) == ["eval.json", "eval_summary.csv", "plots"]
-    return json.loads(path.read_text(encoding="utf-8"))["suites"]["thesis"]
+    return json.loads(path.read_text(encoding="utf-8"))["suites"]["benchmarks"]
 
 
 def scores(suite, task, metric) -> dict:
@@ -137,8 +137,8 @@ def test_base_and_run_are_shown_the_same_prompts(run, tasks):
 
 
 def test_a_limit_takes_the_first_of_the_list(run, tasks, tmp_path):
-    request = EvalRequest(run=run, suite="thesis", tasks_dir=tasks, limit=2, out=tmp_path)
-    suite = json.loads(evaluate_run(request).read_text(encoding="utf-8"))["suites"]["thesis"]
+    request = EvalRequest(run=run, suite="benchmarks", tasks_dir=tasks, limit=2, out=tmp_path)
+    suite = json.loads(evaluate_run(request).read_text(encoding="utf-8"))["suites"]["benchmarks"]
     counts = {one["task"]: one["n"] for one in suite["scores"]}
     assert counts == {
         "HellaSwag": 2,
@@ -148,9 +148,9 @@ def test_a_limit_takes_the_first_of_the_list(run, tasks, tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on(run, tasks, tmp_path, monkeypatch, caplog):
-    import prefopt.evaluate.thesis as thesis
+    import prefopt.evaluate.benchmarks as benchmarks
 
-    real, asked = thesis.ask, []
+    real, asked = benchmarks.ask, []
 
     def interrupted(model, tokenizer, one, **options):
         if len(asked) == 3:
@@ -158,17 +158,19 @@ def test_an_interrupted_evaluation_goes_on(run, tasks, tmp_path, monkeypatch, ca
         asked.append(one.benchmark.title)
         return real(model, tokenizer, one, **options)
 
-    monkeypatch.setattr(thesis, "ask", interrupted)
-    request = EvalRequest(run=run, suite="thesis", tasks_dir=tasks, limit=2, out=tmp_path)
+    monkeypatch.setattr(benchmarks, "ask", interrupted)
+    request = EvalRequest(run=run, suite="benchmarks", tasks_dir=tasks, limit=2, out=tmp_path)
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(request)
     assert [file.name for file in tmp_path.iterdir()] == [".eval.partial.json"]
-    monkeypatch.setattr(thesis, "ask", lambda *a, **k: asked.append("more") or real(*a, **k))
+    monkeypatch.setattr(benchmarks, "ask", lambda *a, **k: asked.append("more") or real(*a, **k))
     path = evaluate_run(request)
     assert asked == ["HellaSwag", "HellaSwag", "TruthfulQA MC2", "more", "more", "more"]
     assert not (tmp_path / ".eval.partial.json").exists()
-    whole = evaluate_run(EvalRequest(run=run, suite="thesis", tasks_dir=tasks, limit=2, out=tmp_path / "whole"))
-    first, second = (json.loads(one.read_text(encoding="utf-8"))["suites"]["thesis"]["scores"] for one in (path, whole))
+    whole = evaluate_run(EvalRequest(run=run, suite="benchmarks", tasks_dir=tasks, limit=2, out=tmp_path / "whole"))
+    first, second = (
+        json.loads(one.read_text(encoding="utf-8"))["suites"]["benchmarks"]["scores"] for one in (path, whole)
+    )
     assert first == second
 
 
@@ -184,7 +186,7 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path, tasks, monke
 
     def said(**options) -> str:
         with pytest.raises((UserError, DataError)) as error:
-            evaluate_run(EvalRequest(run=folder, suite="thesis", **options))
+            evaluate_run(EvalRequest(run=folder, suite="benchmarks", **options))
         return str(error.value)
 
     # the tests' environment has no hub

@@ -206,29 +206,29 @@ def entry(*scores) -> dict:
 
 
 def test_suites_stand_beside_each_other_and_replace_themselves(tmp_path):
-    write_results(tmp_path, "thesis", entry(score(low=-math.inf)))
+    write_results(tmp_path, "benchmarks", entry(score(low=-math.inf)))
     write_results(tmp_path, "classify", entry(score(), score(model=BASE)))
-    path = write_results(tmp_path, "thesis", entry(score(value=0.75)))
+    path = write_results(tmp_path, "benchmarks", entry(score(value=0.75)))
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert content["format"] == 1 and set(content["suites"]) == {"thesis", "classify"}
-    assert content["suites"]["thesis"]["details"] == {"x": None}
+    assert content["format"] == 1 and set(content["suites"]) == {"benchmarks", "classify"}
+    assert content["suites"]["benchmarks"]["details"] == {"x": None}
     lines = (tmp_path / "eval_summary.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "suite,task,metric,model,value,stderr,low,high,n,n_shot,unit,chance,at_chance"
-    assert len(lines) == 4 and "thesis,task,metric,run,0.75,0.05,0.4,0.6,100,,share,,False" in lines
+    assert len(lines) == 4 and "benchmarks,task,metric,run,0.75,0.05,0.4,0.6,100,,share,,False" in lines
     assert sorted(file.name for file in tmp_path.iterdir()) == ["eval.json", "eval_summary.csv"]
 
 
 def test_a_strange_eval_json_is_left_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"mine": 1}', encoding="utf-8")
     with pytest.raises(UserError, match="is not what `prefopt eval` writes"):
-        write_results(tmp_path, "thesis", entry(score()))
+        write_results(tmp_path, "benchmarks", entry(score()))
     assert (tmp_path / "eval.json").read_text(encoding="utf-8") == '{"mine": 1}'
 
 
 def test_a_write_that_fails_leaves_the_earlier_results(tmp_path, monkeypatch):
     import prefopt.evaluate.results as results
 
-    path = write_results(tmp_path, "thesis", entry(score()))
+    path = write_results(tmp_path, "benchmarks", entry(score()))
     before = path.read_bytes()
 
     def full(*_):
@@ -236,7 +236,7 @@ def test_a_write_that_fails_leaves_the_earlier_results(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        write_results(tmp_path, "thesis", entry(score(value=0.9)))
+        write_results(tmp_path, "benchmarks", entry(score(value=0.9)))
     assert path.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["eval.json", "eval_summary.csv"]
     assert Results([]).warnings == []

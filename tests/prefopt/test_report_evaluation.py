@@ -27,7 +27,7 @@ def score(model, value, chance, spread=0.04, **labels):
     return one.as_dict()
 
 
-THESIS = {
+BENCHMARKS = {
     "scores": [
         score("base", 0.251, 0.25),
         score("run", 0.264, 0.25),
@@ -66,7 +66,7 @@ CLASSIFY = {
 def make_run(folder):
     files = {
         "run.json": {"status": "finished", "method": "kto", "config": {"beta": 0.1}},
-        "eval.json": {"format": 1, "suites": {"thesis": THESIS, "classify": CLASSIFY}},
+        "eval.json": {"format": 1, "suites": {"benchmarks": BENCHMARKS, "classify": CLASSIFY}},
         "adapter_config.json": {"base_model_name_or_path": "Qwen/Qwen3-0.6B", "r": 16},
     }
     for name, content in files.items():
@@ -127,13 +127,13 @@ def test_tables_have_base_run_errors_chance_and_verdict(reported):
 
 def test_pictures_of_every_suite_as_files_and_in_the_page(reported):
     page = (reported / "report.html").read_text(encoding="utf-8")
-    names = ["eval_thesis", "eval_classify", "eval_confusion_likelihood"]
+    names = ["eval_benchmarks", "eval_classify", "eval_confusion_likelihood"]
     card = (reported / "README.md").read_text(encoding="utf-8")
     for name in names:
         assert (reported / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"](plots/{name}.png)" in card
     assert page.count("<svg") == 1 + len(names)  # and the loss
-    svg = (reported / "plots" / "eval_thesis.svg").read_text(encoding="utf-8")
+    svg = (reported / "plots" / "eval_benchmarks.svg").read_text(encoding="utf-8")
     assert all(f">{word}<" in svg for word in ("before training", "trained", "chance"))
     matrix = (reported / "plots" / "eval_confusion_likelihood.svg").read_text(encoding="utf-8")
     assert "75.0 % right" in matrix and ">no name<" in matrix
@@ -162,7 +162,7 @@ def test_no_local_path_in_the_card(reported):
     assert "/home/someone" not in card and str(reported) not in card
     assert commands(read_run(reported)) == [
         "prefopt train RUN/recipe.yaml --training.output_dir NEW_RUN",
-        "prefopt eval NEW_RUN --suite thesis",
+        "prefopt eval NEW_RUN --suite benchmarks",
         "prefopt eval NEW_RUN --suite classify --data rows.jsonl --limit 4",
     ]
 
@@ -221,11 +221,11 @@ def test_arabic_is_right_to_left_with_joined_letters(run_dir):
 def test_a_broken_suite_is_named_and_left_out(run_dir):
     details = CLASSIFY["details"] | {"confusion": {"run": {"likelihood": [[1]]}}, "samples": [7]}
     classify = CLASSIFY | {"details": details}
-    broken = {"thesis": {"scores": [{"task": "x"}]}, "classify": classify, "preference": 3}
+    broken = {"benchmarks": {"scores": [{"task": "x"}]}, "classify": classify, "preference": 3}
     text = json.dumps({"format": 1, "suites": broken})
     (run_dir / "eval.json").write_text(text, encoding="utf-8")
     page = write_report(run_dir).read_text(encoding="utf-8")
-    for name in ("thesis", "preference"):
+    for name in ("benchmarks", "preference"):
         assert f"The suite {name} of eval.json cannot be read and was left out." in page
     assert [suite.name for suite in read_run(run_dir).suites] == ["classify"]
 

@@ -171,7 +171,7 @@ def world(tmp_path_factory):
 
 
 def rows_with_shared_prompts() -> list[dict]:
-    """Rated rows of which some have the same prompt."""
+    """Unpaired rows of which some have the same prompt."""
     rows = make_rows(True)[:12]
     return [*rows, *({**rows[i], "completion": rows[i + 1]["completion"], "label": i % 2 == 0} for i in range(4))]
 

@@ -71,7 +71,7 @@ def test_rows_that_are_not_half_of_a_pair_are_left_out_and_counted(world, tmp_pa
         "prompt": "Why?",
         "chosen": "Because.",
         "rejected": "No.",
-    }  # same prompt as the rated rows
+    }  # same prompt as the unpaired rows
     text_pairs = make_pairs(3, chat=False)
     rated = {"prompt": "Why?", "completion": "Because.", "label": True}
     rows = [text_pairs[0], rated, rated | {"label": False}, *text_pairs[1:], twin]
@@ -111,7 +111,7 @@ def test_rows_tokenised_for_another_kind_of_method_are_refused(world, tmp_path):
     pairs = tokenize_pairs(loaded, world.tokenizer, max_length=96)
     with pytest.raises(ValueError, match="'dpo', which learns from pairs; .* tokenize_pairs"):
         make_trainer(world, tmp_path, method="dpo", data=rows)
-    with pytest.raises(ValueError, match="'kto', which learns from rated rows; .* tokenize_rows"):
+    with pytest.raises(ValueError, match="'kto', which learns from unpaired rows; .* tokenize_rows"):
         make_trainer(world, tmp_path, data=pairs)
     assert len(make_trainer(world, tmp_path, method="dpo", data=pairs).train_dataset) == 4
 

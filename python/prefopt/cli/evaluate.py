@@ -22,12 +22,12 @@ def add_eval_command(commands: Any) -> None:
         commands,
         "eval",
         evaluate,
-        "judge a run beside the model it started from",
+        "evaluate a run against its base model",
         epilog="Writes eval.json, eval_summary.csv and plots into the run folder, complete or not at all, and the "
         "run's report.html and model card again. " + " ".join(f"{name}: {text}." for name, text in SUITES.items()),
     )
     parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder, or a saved model or adapter")
-    parser.add_argument("--suite", required=True, choices=list(SUITES), help="what to measure (required)")
+    parser.add_argument("--suite", required=True, metavar=f"{{{','.join(SUITES)}}}", help="what to measure (required)")
     for flag, kind, text in (
         (
             "--data",
@@ -35,10 +35,10 @@ def add_eval_command(commands: Any) -> None:
             "rows for preference and classify: a file, a built folder or a hub id",
         ),
         ("--split", text_argument, "of a built folder or hub dataset"),
-        ("--tasks-dir", path_argument, "folder with the questions of thesis, instead of the hub"),
+        ("--tasks-dir", path_argument, "folder with the questions of benchmarks, instead of the hub"),
         ("--limit", int, "use the first N questions of each task, or rows"),
         ("--out", path_argument, "folder for the results (default: RUN)"),
-        ("--base", text_argument, "the starting model, where it is not what the run says"),
+        ("--base", text_argument, "the base model, if it is not the one that the run names"),
         ("--quantization", str, "of the base's weights, nf4 or none (default: as in training)"),
         (
             "--rule",

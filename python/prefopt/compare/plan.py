@@ -9,7 +9,7 @@ from prefopt.errors import UserError
 from prefopt.options import OPTIONS, SECTIONS, Loss, in_force
 from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
-from prefopt.train.methods import METHODS, PAIRS, RATED
+from prefopt.train.methods import METHODS, PAIRS, UNPAIRED
 
 WARMUP = 10  # steps at the start that are not timed: caches, compilation, the first allocations
 FEWEST_TIMED = 50  # steps; with fewer there is no figure of time
@@ -31,7 +31,7 @@ class Plan:
 
     def batch(self, method: str) -> int:
         """Rows, pairs or answers of a method in a micro-batch."""
-        return self.sequences if METHODS[method].data == RATED else self.sequences // 2
+        return self.sequences if METHODS[method].data == UNPAIRED else self.sequences // 2
 
     def seen(self, method: str) -> int:
         """Sequences that a method trains on in an optimizer step."""
@@ -48,7 +48,7 @@ def sequences_of(recipe: Recipe, methods: tuple[str, ...]) -> int:
     batch = recipe.training.per_device_train_batch_size
     if METHODS[recipe.loss.method].data == PAIRS:
         return 2 * batch
-    halved = [method for method in methods if METHODS[method].data != RATED]
+    halved = [method for method in methods if METHODS[method].data != UNPAIRED]
     if batch % 2 and halved:
         raise UserError(
             f"{recipe.name}: training.per_device_train_batch_size is {batch}; expected an even number of rows, which "

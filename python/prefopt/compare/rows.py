@@ -16,7 +16,7 @@ from prefopt.evaluate.held_out import HeldOut
 from prefopt.options import Loss
 from prefopt.recipe.rows import load_data, with_plan
 from prefopt.recipe.schema import Recipe
-from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
+from prefopt.train.methods import ANSWERS, METHODS, PAIRS, UNPAIRED
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def load(recipe: Recipe, methods: tuple[str, ...], tokenizer: PreTrainedTokenize
         DataError: bad rows, or none that suit a method.
         UserError: the recipe has no held-out rows.
     """
-    by_data = {kind: [method for method in methods if METHODS[method].data == kind] for kind in (PAIRS, RATED)}
-    wanted: list[Any] = by_data[PAIRS] or by_data[RATED]
+    by_data = {kind: [method for method in methods if METHODS[method].data == kind] for kind in (PAIRS, UNPAIRED)}
+    wanted: list[Any] = by_data[PAIRS] or by_data[UNPAIRED]
     try:
         built = with_plan(replace(recipe, loss=Loss(method=wanted[0])))
         train, held_out = load_data(built, tokenizer)

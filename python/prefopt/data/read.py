@@ -16,23 +16,23 @@ from prefopt.data.labels import label_table, suggestion
 from prefopt.data.rows import (
     OPTIONAL_FIELDS,
     PAIRED_FIELDS,
-    RATED_FIELDS,
     REFUSED_FIELDS,
+    UNPAIRED_FIELDS,
     LabelError,
     LabelTable,
     RowError,
     as_messages,
     bad_rows_error,
     group_of,
-    rated_rows,
     show,
+    unpaired_rows,
 )
 from prefopt.data.sources import open_rows
 from prefopt.errors import BadRow, DataError
 
 logger = logging.getLogger(__name__)
 
-KNOWN_FIELDS = {*RATED_FIELDS, *PAIRED_FIELDS, *OPTIONAL_FIELDS, *REFUSED_FIELDS}
+KNOWN_FIELDS = {*UNPAIRED_FIELDS, *PAIRED_FIELDS, *OPTIONAL_FIELDS, *REFUSED_FIELDS}
 ON_BAD_ROW = ("stop", "skip")
 SHOWN_FIELDS = 20
 CHUNK_ROWS = 10_000  # rows held as Python objects before they are packed into Arrow
@@ -195,7 +195,7 @@ class _Table:
 
     def add(self, line: int, raw: Mapping[str, Any]) -> int:
         """Check a row and add it; returns the number of rows added (2 for a pair)."""
-        rated = rated_rows(raw, self.labels)
+        rated = unpaired_rows(raw, self.labels)
         if self.as_chat:
             rated = [as_messages(row) for row in rated]
         source = raw.get("source")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from prefopt.errors import BadRow, DataError
 
 ROLES = ("system", "user", "assistant")
-RATED_FIELDS = ("prompt", "completion", "label")
+UNPAIRED_FIELDS = ("prompt", "completion", "label")
 PAIRED_FIELDS = ("prompt", "chosen", "rejected")
 OPTIONAL_FIELDS = ("group", "source")
 # Arabic tatweel and marks of writing direction, which change the rendering only.
@@ -45,7 +45,7 @@ class LabelError(RowError):
         self.label = key_of(value)
 
 
-class Rated(NamedTuple):
+class UnpairedRow(NamedTuple):
     """One answer and its label; ``prompt`` and ``completion`` are both text or both lists of chat messages."""
 
     prompt: Text
@@ -70,7 +70,7 @@ def bad_rows_error(
     )
 
 
-def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list[Rated]:
+def unpaired_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list[UnpairedRow]:
     """Check a row and return it as one answer, or as two (desirable first) if it is a pair.
 
     Args:
@@ -81,8 +81,9 @@ def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list
         RowError: the row cannot be used.
 
     Example:
-        >>> rated_rows({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
-        [Rated(prompt='2 + 2?', completion='4', label=True), Rated(prompt='2 + 2?', completion='5', label=False)]
+        >>> unpaired_rows({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
+        [UnpairedRow(prompt='2 + 2?', completion='4', label=True),
+         UnpairedRow(prompt='2 + 2?', completion='5', label=False)]
     """
     row = {name: value for name, value in raw.items() if value is not None}
     for name in REFUSED_FIELDS:
@@ -90,26 +91,26 @@ def rated_rows(raw: Mapping[str, Any], labels: LabelTable | None = None) -> list
             raise RowError(f"field {name!r} is not supported and changes what the model sees")
     paired = "chosen" in row or "rejected" in row
     if paired and ("completion" in row or "label" in row):
-        raise RowError("has fields of a rated row (completion, label) and of a pair (chosen, rejected)")
+        raise RowError("has fields of an unpaired row (completion, label) and of a pair (chosen, rejected)")
     if paired:
         _require(row, ("chosen", "rejected"), PAIRED_FIELDS)
         return _unpaired(row)
-    _require(row, RATED_FIELDS, (*RATED_FIELDS, *PAIRED_FIELDS))
+    _require(row, UNPAIRED_FIELDS, (*UNPAIRED_FIELDS, *PAIRED_FIELDS))
     label = _label(row["label"], labels or {})
     return [_checked(row["prompt"], row["completion"], "completion", label)]
 
 
-def as_messages(row: Rated) -> Rated:
+def as_messages(row: UnpairedRow) -> UnpairedRow:
     """Convert text to a user's and an assistant's message, stripped of surrounding space; chat rows are unchanged.
 
     Example:
-        >>> as_messages(Rated("2 + 2?", " 4", True)).completion
+        >>> as_messages(UnpairedRow("2 + 2?", " 4", True)).completion
         [{'role': 'assistant', 'content': '4'}]
     """
     if not isinstance(row.prompt, str):
         return row
     assert isinstance(row.completion, str)
-    return Rated(
+    return UnpairedRow(
         [{"role": "user", "content": row.prompt.strip()}],
         [{"role": "assistant", "content": row.completion.strip()}],
         row.label,
@@ -143,7 +144,7 @@ def group_of(raw: Mapping[str, Any], prompt: Text) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
 
 
-def _unpaired(row: Mapping[str, Any]) -> list[Rated]:
+def _unpaired(row: Mapping[str, Any]) -> list[UnpairedRow]:
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen == rejected:
         raise RowError("chosen and rejected are the same")
@@ -189,7 +190,7 @@ def _common_words(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:length], chosen[length:], rejected[length:]
 
 
-def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
+def _checked(prompt: Any, completion: Any, name: str, label: bool) -> UnpairedRow:
     """Check that both texts are of one kind, not empty, and in the order of a conversation."""
     for field, value in (("prompt", prompt), (name, completion)):
         if not isinstance(value, (str, list)):
@@ -201,13 +202,13 @@ def _checked(prompt: Any, completion: Any, name: str, label: bool) -> Rated:
         for field, value in (("prompt", prompt), (name, completion)):
             if not value.strip():
                 raise RowError(f"{field} is empty")
-        return Rated(prompt, completion, label)
+        return UnpairedRow(prompt, completion, label)
     prompt, completion = _messages(prompt, "prompt"), _messages(completion, name)
     _check_turns(prompt)
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
         raise RowError(f"{name} has the roles {_few(roles)}; expected one assistant message")
-    return Rated(prompt, completion, label)
+    return UnpairedRow(prompt, completion, label)
 
 
 def _check_turns(prompt: list[dict[str, str]]) -> None:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HTTPError, RevisionNotFoundError
 from tqdm.auto import tqdm
 
 from prefopt.data.build.manifest import split_file
-from prefopt.data.rows import RATED_FIELDS, RowError, check_values, show
+from prefopt.data.rows import UNPAIRED_FIELDS, RowError, check_values, show
 from prefopt.errors import DataError, first_line
 
 FILES = (".jsonl", ".json", ".parquet", ".csv")
@@ -243,7 +243,7 @@ def _check_columns(columns: Sequence[str], name: str, needs: Sequence[str] | Non
     expected = (
         "prompt, completion, label, or prompt (optional), chosen, rejected" if needs is None else ", ".join(needs)
     )
-    usual = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else RATED_FIELDS
+    usual = ("chosen", "rejected") if {"chosen", "rejected"} & set(columns) else UNPAIRED_FIELDS
     needed = usual if needs is None else needs
     missing = [column for column in needed if column not in columns]
     if missing:

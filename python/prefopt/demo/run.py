@@ -19,7 +19,7 @@ from prefopt.files import is_unused, only_writer
 from prefopt.recipe import make_recipe, run_recipe
 from prefopt.report import write_report
 from prefopt.report.statistics import paired_difference, wilson
-from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
+from prefopt.train.methods import ANSWERS, METHODS, PAIRS, UNPAIRED
 
 MARKER = "demo.json"  # says that a folder is a demo's, and whether it is complete
 OWN_ENTRIES = ("base", "data", "run")
@@ -43,7 +43,7 @@ LOSSES: dict[str, dict] = {
 }
 LEARNING_RATE, LEARNING_RATES = 1e-3, {"simpo": 4e-4}
 TRAINED_ON = {
-    RATED: "thumbs up and thumbs down",
+    UNPAIRED: "thumbs up and thumbs down",
     PAIRS: "pairs of a better and a worse answer",
     ANSWERS: "answers, those with a thumbs-up alone",
 }

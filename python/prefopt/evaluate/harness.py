@@ -288,7 +288,7 @@ def _lm_eval() -> Any:
         import lm_eval
     except ImportError as error:
         raise UserError(
-            f"the suite thesis needs lm-evaluation-harness, which cannot be imported ({error}); "
+            f"the suite benchmarks needs lm-evaluation-harness, which cannot be imported ({error}); "
             f"{how_to_install('eval')}"
         ) from None
     return lm_eval

@@ -1,4 +1,4 @@
-"""The suite of held-out preferences: what the run thinks of rated answers, and what it answers itself.
+"""The suite of held-out preferences: scores of given answers, and generated ones.
 
 Rewards are ``beta * (log p_run - log p_base)`` of a completion, as in training.
 """
@@ -114,7 +114,7 @@ class _Judge:
     def rewards(self, beta: float) -> tuple[list[Score], dict[str, Any]]:
         """Margin, accuracies, KL on mismatched answers and likelihoods."""
         limit = self.held_out.tokens.max_length
-        logps = self.logps(self.rows, "rated answers", limit)
+        logps = self.logps(self.rows, "given answers", limit)
         ratios = logps[RUN] - logps[BASE]  # (n,) nats
         rewards = beta * ratios
         scores = []

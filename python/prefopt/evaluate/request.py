@@ -8,15 +8,15 @@ from prefopt.errors import UserError
 from prefopt.options import QUANTIZATIONS
 
 SUITES = {
-    "thesis": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
+    "benchmarks": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
     "preference": "margin, accuracy, KL and likelihoods on held-out rows, and wins of sampled answers by a rule",
     "classify": "one of 14 fields for each question: by likelihood, and by what is generated",
 }
-# Which suites an option belongs to; the others refuse it rather than pass over it.
+# The suites of an option; the others refuse it.
 OPTIONS = {
     "data": ("preference", "classify"),
     "split": ("preference", "classify"),
-    "tasks_dir": ("thesis",),
+    "tasks_dir": ("benchmarks",),
     "rule": ("preference",),
     "temperature": ("preference",),
     "max_new_tokens": ("preference", "classify"),
@@ -25,17 +25,17 @@ OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """One evaluation of one run; None where nothing was said.
+    """One evaluation of one run; None for an option that is not given.
 
     Raises:
         UserError: no such suite, an option that is not of the suite, a number out of range.
 
     Example:
-        >>> EvalRequest(run=Path("runs/kto"), suite="thesis").out
+        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks").out
         PosixPath('runs/kto')
-        >>> EvalRequest(run=Path("runs/kto"), suite="thesis", rule="demo")
+        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks", rule="demo")
         Traceback (most recent call last):
-        prefopt.errors.UserError: --rule belongs to the suite preference, not to thesis
+        prefopt.errors.UserError: --rule belongs to the suite preference, not to benchmarks
     """
 
     run: Path
@@ -54,6 +54,8 @@ class EvalRequest:
     seed: int = 0
 
     def __post_init__(self):
+        if self.suite == "thesis":
+            raise UserError("--suite is 'thesis', which is now called benchmarks")
         if self.suite not in SUITES:
             near = difflib.get_close_matches(self.suite, SUITES, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
-from prefopt.evaluate import classify, preference, thesis
+from prefopt.evaluate import benchmarks, classify, preference
 from prefopt.evaluate.held_out import Texts, read_rows, tokenized
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import (
@@ -53,7 +53,7 @@ def _run(asked: Any, request: EvalRequest) -> Path:
     subject = load_subject(request.run, request.base, request.quantization)
     results = _SUITES[request.suite](subject, asked, request)
     warnings = subject.warnings + results.warnings + chance_sentences(results.scores)
-    if request.limit is not None and request.suite != "thesis":
+    if request.limit is not None and request.suite != "benchmarks":
         warnings.insert(0, f"Only the first {request.limit} rows were used.")
     entry = {
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -80,8 +80,8 @@ def _run(asked: Any, request: EvalRequest) -> Path:
 
 def _asked(source: Source, request: EvalRequest) -> Any:
     """What the suite asks: everything about it that can be missing or wrong."""
-    if request.suite == "thesis":
-        return thesis.prepare_questions(request)
+    if request.suite == "benchmarks":
+        return benchmarks.prepare_questions(request)
     if request.suite == "preference":
         return read_rows(source, request)
     if request.data is None:
@@ -96,7 +96,7 @@ def _preference(subject: Subject, texts: Texts, request: EvalRequest) -> Results
     return preference.evaluate(subject, tokenized(texts, subject), request)
 
 
-_SUITES = {"thesis": thesis.evaluate, "preference": _preference, "classify": classify.evaluate}
+_SUITES = {"benchmarks": benchmarks.evaluate, "preference": _preference, "classify": classify.evaluate}
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:

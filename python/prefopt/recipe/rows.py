@@ -20,7 +20,7 @@ from prefopt.data.write import file_digest
 from prefopt.errors import DataError
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
-from prefopt.train.methods import METHODS, PAIRS, RATED
+from prefopt.train.methods import METHODS, PAIRS, UNPAIRED
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Token
         train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
     encoded = _encode(recipe, train, tokenizer)
     for label in ("desirable", "undesirable"):
-        if METHODS[recipe.loss.method].data == RATED and not encoded.counts[label]:
+        if METHODS[recipe.loss.method].data == UNPAIRED and not encoded.counts[label]:
             raise DataError(
                 f"{data.path} has no {label} rows among the {encoded.counts['rows']} to train on; "
                 f"{recipe.loss.method} learns from the contrast and needs both"

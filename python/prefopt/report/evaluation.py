@@ -5,7 +5,8 @@ from typing import Any
 from prefopt.report.score import BASE, NAMES, RUN, Line, Suite, number, with_error
 
 TITLES = {
-    "thesis": "Benchmarks",
+    "benchmarks": "Benchmarks",
+    "thesis": "Benchmarks",  # its name in eval.json of earlier versions
     "preference": "Held-out preferences",
     "classify": "Classification",
 }

@@ -61,7 +61,7 @@ class BaselineEstimators:
         """From all the rows that this rank has in the optimizer step, each once.
 
         Args:
-            rows: rated rows; only detached values are read.
+            rows: unpaired rows; only detached values are read.
             update: False in evaluation.
         """
         shift = mean = None

@@ -9,7 +9,7 @@ import torch
 
 from prefopt.option_values import converted, in_bounds, nearest
 from prefopt.options import in_force, options_of
-from prefopt.train.methods import ANSWERS, METHODS, PAIRS, RATED
+from prefopt.train.methods import ANSWERS, METHODS, PAIRS, UNPAIRED
 
 PYTHON = {"null": "None", "true": "True", "false": "False"}  # for the words of YAML
 BATCH_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -91,7 +91,7 @@ def _of_the_method(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[
         )
     if options["precompute_ref_logps"] and not method.needs_reference:
         found.append(f"precompute_ref_logps is True; method {name!r} has no reference model to score rows with")
-    if options["sampler"] == "label_balanced" and method.data != RATED:
+    if options["sampler"] == "label_balanced" and method.data != UNPAIRED:
         what = "pairs" if method.data == PAIRS else "answers of one label"
         found.append(f"sampler is 'label_balanced'; method {name!r} learns from {what}: expected random or sequential")
     return found

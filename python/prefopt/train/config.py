@@ -10,7 +10,7 @@ from prefopt.errors import UserError
 from prefopt.options import MethodOptions, in_force
 from prefopt.redact import redacted
 from prefopt.train.checks import problems, unknown
-from prefopt.train.methods import METHODS, RATED, Method
+from prefopt.train.methods import METHODS, UNPAIRED, Method
 
 
 @dataclass(repr=False)  # the inherited __repr__ masks tokens
@@ -61,7 +61,7 @@ class PreferenceConfig(TrainingArguments, MethodOptions):
         for name, value in in_force(vars(self), type(self)).items():
             setattr(self, name, value)
         if self.sampler is None:
-            self.sampler = "label_balanced" if self.spec.data == RATED else "random"
+            self.sampler = "label_balanced" if self.spec.data == UNPAIRED else "random"
         if self.sampler != "label_balanced":
             self.train_sampling_strategy = self.sampler
         super().__post_init__()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.inputs import Prepared
-from prefopt.train.methods import RATED, Options
+from prefopt.train.methods import UNPAIRED, Options
 
 if TYPE_CHECKING:
     from prefopt.train.trainer import PreferenceTrainer
@@ -24,7 +24,7 @@ def describe(
         passes: the layout of the passes, with reasons.
     """
     args, model, head = trainer.args, trainer.model, trainer.scorer.head
-    if args.spec.data == RATED:
+    if args.spec.data == UNPAIRED:
         _observe_labels(trainer.diagnostics, args, train.tokenized.counts)
     if not train.tokenized.conversational and getattr(trainer.processing_class, "chat_template", None):
         trainer.diagnostics.add(

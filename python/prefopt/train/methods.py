@@ -23,7 +23,7 @@ from prefopt_kernels.losses import (
     simpo_loss,
 )
 
-RATED, PAIRS, ANSWERS = "rated rows", "pairs", "desirable answers"
+UNPAIRED, PAIRS, ANSWERS = "unpaired rows", "pairs", "desirable answers"
 
 # Components of the gradient, in the order in which they are switched on; the first is what remains with all others off.
 COMPONENTS = ("base", "shift", "value", "weighting", "odds")
@@ -92,7 +92,7 @@ class Method:
     """
 
     title: str
-    data: str  # RATED, PAIRS or ANSWERS
+    data: str  # UNPAIRED, PAIRS or ANSWERS
     loss: LossFunction | None
     rewards: Callable[[Sequences, Options], Tensor] | None
     needs_reference: bool = True
@@ -204,12 +204,12 @@ def _per_token(factor: Callable[[Options], float]) -> Callable[[Sequences, Optio
 
 
 METHODS: dict[str, Method] = {
-    "kto": Method("KTO", RATED, _kto, _log_ratio, fades=True),
-    "apo_zero": Method("APO-zero", RATED, _apo_zero, _log_ratio, fades=True),
+    "kto": Method("KTO", UNPAIRED, _kto, _log_ratio, fades=True),
+    "apo_zero": Method("APO-zero", UNPAIRED, _apo_zero, _log_ratio, fades=True),
     "enhanced_kto": Method(
-        "Enhanced KTO", RATED, _enhanced_kto, _log_ratio, fades=True, components=_enhanced_kto_gradients
+        "Enhanced KTO", UNPAIRED, _enhanced_kto, _log_ratio, fades=True, components=_enhanced_kto_gradients
     ),
-    "bco": Method("BCO", RATED, _bco, _log_ratio, components=_bco_gradients),
+    "bco": Method("BCO", UNPAIRED, _bco, _log_ratio, components=_bco_gradients),
     "dpo": Method("DPO", PAIRS, _dpo, _log_ratio),
     "ipo": Method("IPO", PAIRS, _ipo, _log_ratio),
     "cpo": Method(

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from prefopt.data.rows import RowError, Text, rated_rows, show
+from prefopt.data.rows import RowError, Text, show, unpaired_rows
 
 
 class Answer(NamedTuple):
@@ -57,7 +57,7 @@ def pair(prompt: list[dict[str, str]], chosen: str, rejected: str, group: str, c
 def answer(prompt: list[dict[str, str]], text: str, label: bool, group: str, category: str = "") -> Answer:
     """One answer, with the checks of a training row."""
     completion = [{"role": "assistant", "content": text}]
-    rated = rated_rows({"prompt": prompt, "completion": completion, "label": label})[0]
+    rated = unpaired_rows({"prompt": prompt, "completion": completion, "label": label})[0]
     return Answer(*rated, group=group, category=category)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from prefopt.data.build.convert.answer import Answer, Outcomes, Raws, each
-from prefopt.data.rows import as_messages, group_of, rated_rows
+from prefopt.data.rows import as_messages, group_of, unpaired_rows
 
 
 def convert(raws: Raws, *, messages: bool = False) -> Outcomes:
@@ -18,7 +18,7 @@ def convert(raws: Raws, *, messages: bool = False) -> Outcomes:
 
 def _answers(raw: Mapping[str, Any], messages: bool) -> list[Answer]:
     answers = []
-    for row in rated_rows(raw):
+    for row in unpaired_rows(raw):
         key, given = group_of(raw, row.prompt), raw.get("group")
         group = f"{key:016x}" if given is None else str(given)
         answers.append(Answer(*(as_messages(row) if messages else row), group=group))

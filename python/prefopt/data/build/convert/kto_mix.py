@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefopt.data.build.convert.answer import Answer, Dropped, Outcomes, Raws, each
-from prefopt.data.rows import group_of, rated_rows
+from prefopt.data.rows import group_of, unpaired_rows
 
 NEEDS = ("prompt", "completion", "label")
 
@@ -23,5 +23,5 @@ def _answers(raw: Mapping[str, Any]) -> list[Answer]:
         content = completion[0].get("content") if isinstance(completion[0], Mapping) else None
         if isinstance(content, str) and not content.strip():
             raise Dropped("an answer is empty")
-    rated = rated_rows({name: raw.get(name) for name in NEEDS})[0]
+    rated = unpaired_rows({name: raw.get(name) for name in NEEDS})[0]
     return [Answer(*rated, group=f"{group_of({}, rated.prompt):016x}")]

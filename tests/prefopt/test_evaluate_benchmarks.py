@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from prefopt.evaluate.benchmarks import Finished, judged
 from prefopt.evaluate.harness import BENCHMARKS, MMLU_MINI, Answers
-from prefopt.evaluate.thesis import Finished, judged
 
 
 def test_mmlu_mini_is_the_list_that_its_rule_gives():
