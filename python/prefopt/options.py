@@ -100,9 +100,9 @@ class Loss:
     undesirable_weight: float | None = option(
         "factor on the loss of undesirable rows", None, least=0, methods=_KAHNEMAN
     )
-    kl_estimator: Literal["window", "microbatch", "ema"] | None = option(
-        "KTO's reference point from all rows of an optimizer step, from each micro-batch as in TRL, or averaged "
-        "over steps",
+    kl_estimator: Literal["window", "microbatch", "ema", "exact"] | None = option(
+        "KTO's reference point: from mismatched completions of an optimizer step, of each micro-batch as in TRL, or "
+        "averaged over steps; or the exact KL over the vocabulary at the step's own completions",
         None,
         methods={"kto": "window", "enhanced_kto": "window"},
     )

@@ -57,6 +57,10 @@ METHOD_RUNS = {
         },
     ),
     "cpo": ("cpo", {}),
+    "kto-exact": ("kto", {"kl_estimator": "exact"}),
+    "kto-exact-cut": ("kto", {"kl_estimator": "exact", "sampler": "label_balanced"}),
+    "bco-cut": ("bco", {"shift": "window", "sampler": "label_balanced"}),
+    "dpo-cut": ("dpo", {"sampler": "random"}),
 }
 
 
@@ -87,11 +91,10 @@ def of_method(world, folder: Path, name: str, rows_a_step: int) -> dict:
         folder,
         method=method,
         data=data_for(method, 11),
-        sampler="sequential",
         max_steps=4,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=rows_a_step // 2,
-        **options,
+        **{"sampler": "sequential"} | options,
     )
     logs = train(trainer)
     norms = {key: value.norm().item() for key, value in trainer.model.state_dict().items()}

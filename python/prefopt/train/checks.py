@@ -118,6 +118,11 @@ def _estimates(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]
             "per_device_train_batch_size 1 with gradient_accumulation_steps 1: an optimizer step of one row never has "
             "both labels, which shift 'window' is the mean of; accumulate, or use shift 'ema'"
         )
+    if options["precompute_ref_logps"] and estimator == "exact":
+        found.append(
+            "precompute_ref_logps with kl_estimator 'exact', which needs the reference model's distributions; use "
+            "kl_estimator 'window', or do not precompute"
+        )
     if options["precompute_ref_logps"] and estimator == "microbatch" and options["sampler"] != "sequential":
         found.append(
             "precompute_ref_logps with kl_estimator 'microbatch' and sampler "

@@ -13,8 +13,8 @@ from prefopt.train.precompute import rotated
 from prefopt.train.scoring import PassCollator
 from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
 
-ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL, "ema": EMAKL}
-PAIRINGS = {"window": pair_mismatched, "microbatch": rotated, "ema": pair_mismatched}
+ESTIMATORS = {"window": WindowKL, "microbatch": MicrobatchKL, "ema": EMAKL, "exact": WindowKL}
+PAIRINGS = {"window": pair_mismatched, "microbatch": rotated, "ema": pair_mismatched, "exact": pair_mismatched}
 
 
 class Mismatched(NamedTuple):

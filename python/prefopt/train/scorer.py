@@ -12,7 +12,7 @@ from prefopt.train.methods import PAIRS
 from prefopt.train.precompute import fixed_partners, with_reference
 from prefopt.train.probe import why_not
 from prefopt.train.reference import AdapterOff, Reference, choose_reference
-from prefopt.train.scoring import PassCollator, Scores, score, to_device
+from prefopt.train.scoring import PassCollator, Scores, rows_at_head, score, to_device
 from prefopt.train.vocabulary import embedding_rows
 from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
 
@@ -76,6 +76,17 @@ class Scorer:
         """The policy's scores, with gradient unless it is off; ``model`` is Trainer's wrapped model."""
         with self.trainer.accelerator.autocast():
             return score(model, self.head, batch, backend=self.args.backend, outputs=POLICY_OUTPUTS)
+
+    def policy_with_kl(self, batch: dict, model: nn.Module | None = None) -> Scores:
+        """The policy's scores with the reference's and the exact KL; ``model`` is Trainer's wrapped one."""
+        assert self.reference is not None
+        batch = to_device(batch, self.args.device)
+        with self.trainer.accelerator.autocast():
+            with torch.no_grad(), self.reference.running(self.trainer.model.training) as reference:
+                reference = self._policy if reference is self.trainer.model else reference
+                rows = rows_at_head(reference, self.reference_head, batch)
+            model = self._policy if model is None else model
+            return score(model, self.head, batch, backend=self.args.backend, outputs=POLICY_OUTPUTS, reference=rows)
 
     @torch.no_grad()
     def policy_logps(self, batch: dict) -> Tensor:

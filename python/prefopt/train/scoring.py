@@ -1,6 +1,6 @@
 """Log-probabilities of whole completions, under the policy or the reference."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,15 +12,26 @@ from prefopt.train.passes import Answer, attention_masks, lay_out
 from prefopt_kernels.integrations.transformers import LMHead, Packing
 from prefopt_kernels.integrations.transformers.head import drop_virtual_tokens
 from prefopt_kernels.modules import sequence_logps
+from prefopt_kernels.ops.linear_kl import TokenKL, linear_kl
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
+from prefopt_kernels.parallel.dtensor import ResolvedHead
 
 
 class Scores(NamedTuple):
-    """Sums over the tokens of each completion; the last two are optional."""
+    """Sums over the tokens of each completion; all but the first are optional."""
 
     logps: Tensor  # (B,) fp32, nats
     entropies: Tensor | None = None  # (B,) fp32, nats
     mean_logits: Tensor | None = None  # (B,) fp32
+    ref_logps: Tensor | None = None  # (B,) fp32, nats
+    kls: Tensor | None = None  # (B,) fp32, nats, of policy and reference at every token
+
+
+class RowsAtHead(NamedTuple):
+    """What a model's head would have made log-probabilities of."""
+
+    hidden: Tensor  # (T, H)
+    head: ResolvedHead
 
 
 class PassCollator:
@@ -81,41 +92,89 @@ class PassCollator:
         return self.lay_out([Answer([0], [0])])
 
 
-def score(model: nn.Module, head: LMHead, batch: dict, *, backend: str, outputs: Iterable[str] = ()) -> Scores:
-    """Run ``model`` over a batch of ``PassCollator`` and sum over each completion; differentiable."""
-    packing = Packing(*(batch[name] for name in Packing._fields))
-    tokens = _scored_in_forward(model, head, batch, packing, tuple(outputs), backend)
+def score(
+    model: nn.Module,
+    head: LMHead,
+    batch: dict,
+    *,
+    backend: str,
+    outputs: Iterable[str] = (),
+    reference: RowsAtHead | None = None,
+) -> Scores:
+    """Run ``model`` over a batch of ``PassCollator`` and sum over each completion; differentiable.
 
-    def per_sequence(values: Tensor | None) -> Tensor | None:
-        return None if values is None else sequence_logps(values.detach(), packing.cu_seqlens)
+    With ``reference``, the rows of the same batch at the reference's head, the scores include the reference's
+    log-probabilities and the exact KL.
+    """
+    outputs = tuple(outputs)
+
+    def at_head(hidden: Tensor, targets: Tensor) -> TokenLogprobs | TokenKL:
+        if reference is None:
+            return head.score(hidden, targets, outputs=outputs, backend=backend)
+        own, other = head.resolved(hidden.dtype), reference.head
+        same = other.weight is own.weight and other.bias is own.bias
+        return linear_kl(
+            hidden,
+            own.weight,
+            targets,
+            reference.hidden,
+            None if same else other.weight,
+            own.bias,
+            None if same else other.bias,
+            logit_scale=head.logit_scale,
+            softcap=head.softcap,
+            outputs=outputs,
+            lora=own.lora,
+            ref_lora=other.lora,
+            backend=backend,
+        )
+
+    tokens, zero = _run_to_head(model, head, batch, at_head)
+
+    def per_sequence(name: str) -> Tensor | None:
+        values = getattr(tokens, name, None)
+        return None if values is None else sequence_logps(values.detach(), batch["cu_seqlens"])
 
     return Scores(
-        sequence_logps(tokens.logp, packing.cu_seqlens),
-        per_sequence(tokens.entropy),
-        per_sequence(tokens.mean_logit),
+        sequence_logps(tokens.logp + zero, batch["cu_seqlens"]),
+        *(per_sequence(name) for name in ("entropy", "mean_logit", "ref_logp", "kl")),
     )
 
 
-def _scored_in_forward(
-    model: nn.Module, head: LMHead, batch: dict, packing: Packing, outputs: tuple, backend: str
-) -> TokenLogprobs:
+@torch.no_grad()
+def rows_at_head(model: nn.Module, head: LMHead, batch: dict) -> RowsAtHead:
+    """The hidden states that predict the completions of a batch, and the head they arrive at."""
+
+    def keep(hidden: Tensor, _targets: Tensor) -> RowsAtHead:
+        return RowsAtHead(hidden, head.resolved(hidden.dtype))
+
+    return _run_to_head(model, head, batch, keep)[0]
+
+
+def _run_to_head(
+    model: nn.Module, head: LMHead, batch: dict, at_head: Callable[[Tensor, Tensor], Any]
+) -> tuple[Any, Tensor]:
     """Score the rows that predict a completion token as they arrive at the head, where its weight is whole.
 
     What shards a model (FSDP2, ZeRO-3) gathers a layer's weights before the layer runs and again when the gradient of
     the layer's output arrives. So the scores must hang on that output: the head gives back an empty piece of them, the
-    model returns it as its logits, and its sum, which is 0, is added to them.
+    model returns it as its logits, and its sum, which is 0, is to be added to them.
+
+    Returns:
+        What ``at_head`` makes of the rows (T, H) and the targets (T,), and the sum.
     """
     input_ids, found = batch["input_ids"], []
+    packing = Packing(*(batch[name] for name in Packing._fields))
 
     def score_rows(_module: nn.Module, args: tuple) -> tuple:
         hidden, *rest = args
         rows = drop_virtual_tokens(model, head, hidden, input_ids).flatten(0, 1)
         rows = rows.index_select(0, packing.positions)
-        found.append(head.score(rows, packing.targets, outputs=outputs, backend=backend))
+        found.append(at_head(rows, packing.targets))
         return (hidden[:, :0], *rest)
 
     def piece_of_scores(_module: nn.Module, _args: tuple, logits: Tensor) -> Tensor:
-        return found[-1].logp[:0].reshape(logits.shape)  # (B, 0, V)
+        return found[-1][0][:0].reshape(logits.shape)  # (B, 0, V), of logp or hidden
 
     hooks = [
         head.module.register_forward_pre_hook(score_rows),
@@ -131,8 +190,7 @@ def _scored_in_forward(
         raise RuntimeError(
             f"{type(model).__name__} called its lm_head {len(found)} times in one forward pass; expected once"
         )
-    (tokens,) = found
-    return tokens._replace(logp=tokens.logp + returned[0].sum())
+    return found[0], returned[0].sum()
 
 
 def _attention(model: nn.Module, batch: dict) -> dict:

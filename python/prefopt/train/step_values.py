@@ -47,18 +47,41 @@ class StepScores:
             reference_point: estimate KTO's.
             ahead: estimate the shift and the decision mean from all rows; otherwise each micro-batch does.
         """
-        baselines = Baselines()
-        if reference_point and self.trainer.mismatched is not None:
+        trainer, scorer = self.trainer, self.trainer.scorer
+        baselines, exact = Baselines(), trainer.args.kl_estimator == "exact"
+        if reference_point and trainer.mismatched is not None and not exact:
             baselines = Baselines(reference_point=self._reference_point(window, mode))
-        if not ahead:
+        alone = len(window.batches) == 1  # then the pass with gradient has the exact KL of all rows
+        if not ahead and (alone or not exact):
             return StepValues([None] * len(window.batches), baselines, estimated=False)
-        scorer, parts, refs = self.trainer.scorer, [], []
+        parts: list[Sequences] = []
+        refs: list[Tensor | None] = []
+        kls: list[Tensor] = []
         for batch, kept in zip(window.batches, window.kept, strict=True):
-            batch = to_device(batch, self.trainer.args.device)
-            refs.append(scorer.known_ref_logps(batch))
-            parts.append(sequences(batch, scorer.policy_logps(batch), refs[-1]).first(kept))
+            batch = to_device(batch, trainer.args.device)
+            if exact:
+                with torch.no_grad():
+                    scores = scorer.policy_with_kl(batch)
+                assert scores.kls is not None
+                logps, ref_logps = scores.logps, scores.ref_logps
+                kls.append(scores.kls[:kept])
+            else:
+                logps, ref_logps = scorer.policy_logps(batch), scorer.known_ref_logps(batch)
+            refs.append(ref_logps)
+            parts.append(sequences(batch, logps, ref_logps).first(kept))
+        if exact:
+            baselines = Baselines(reference_point=self.exact_point(torch.cat(kls), mode))
+        if not ahead:
+            return StepValues(refs, baselines, estimated=False)
         estimated = self.trainer.estimate(Sequences.joined(parts), mode)
         return StepValues(refs, replace(estimated, reference_point=baselines.reference_point), estimated=True)
+
+    def exact_point(self, kls: Tensor, mode: str) -> Tensor:
+        """0-dim, nats: the mean over all ranks of the rows' exact KL (n,), each summed over its completion."""
+        assert self.trainer.mismatched is not None
+        point = self.trainer.mismatched.estimator.estimate(kls.detach(), update=mode == "train")
+        self.trainer._sums[mode].add_estimate(point)
+        return point
 
     def _reference_point(self, window: Window, mode: str) -> Tensor:
         """0-dim, nats, from as many passes as the window has micro-batches."""

@@ -117,6 +117,11 @@ class PreferenceTrainer(RecordedTrainer):
             self.scorer = Scorer(self, collator, ref_model, fresh_adapter=peft_config is not None)
             reference_kind = "none" if self.reference is None else self.reference.kind
             self._reference_fingerprint = self.scorer.fingerprint
+            if args.kl_estimator == "exact" and self.layout.in_lockstep:
+                raise ValueError(
+                    f"kl_estimator is 'exact' and the model is sharded ({self.layout.kind}); expected whole weights on "
+                    "every process, or kl_estimator 'window' or 'ema'"
+                )
             if self._compilation.backend != DynamoBackend.NO:
                 self.layout.check_compilable()
                 for one in filter(None, (self.model, self.scorer.second_model)):
@@ -196,11 +201,17 @@ class PreferenceTrainer(RecordedTrainer):
         """The micro-batch's part of the step's mean loss, and on request the values that ``predict`` returns."""
         objective, mode = self.objective, "train" if model.training else "eval"
         values, ref_logps = self._step_values(inputs, mode)
-        policy = self.scorer.policy(model, inputs)
+        baselines, kept = values.baselines, len(inputs["features"])
+        if self.args.kl_estimator == "exact" and ref_logps is None:
+            policy = self.scorer.policy_with_kl(inputs, model)
+            ref_logps = policy.ref_logps
+            assert policy.kls is not None
+            baselines = replace(baselines, reference_point=self.step_scores.exact_point(policy.kls[:kept], mode))
+        else:
+            policy = self.scorer.policy(model, inputs)
         rows = sequences(inputs, policy.logps, ref_logps)
-        baselines = values.baselines
         if not values.estimated:  # these are all rows of the step, or of the evaluation batch
-            estimated = self.estimate(rows.first(len(inputs["features"])), mode)
+            estimated = self.estimate(rows.first(kept), mode)
             baselines = replace(estimated, reference_point=baselines.reference_point)
         losses = objective.losses(rows, baselines) * inputs["row_weights"]
         if "token_weights" in inputs:
@@ -211,7 +222,7 @@ class PreferenceTrainer(RecordedTrainer):
         return (loss, outputs(rows, rewards, len(losses))) if return_outputs else loss
 
     def _step_values(self, inputs: dict, mode: str) -> tuple[StepValues, Tensor | None]:
-        """The values of the micro-batch's window, and the micro-batch's scores under the reference."""
+        """The values of the micro-batch's window, and the reference's scores unless the policy's pass makes them."""
         window, windowed = self._window, self.args.kl_estimator != "microbatch"
         assert window is not None
         if mode == "eval":
@@ -229,7 +240,9 @@ class PreferenceTrainer(RecordedTrainer):
                 baselines = replace(values.baselines, reference_point=point.reference_point)
                 values = replace(values, baselines=baselines)
         ref_logps = values.ref_logps[position]
-        return values, self.scorer.known_ref_logps(inputs) if ref_logps is None else ref_logps
+        if ref_logps is None and self.args.kl_estimator != "exact":
+            ref_logps = self.scorer.known_ref_logps(inputs)
+        return values, ref_logps
 
     def estimate(self, rows: Sequences, mode: str) -> Baselines:
         """Shift and decision mean from all rows of a step, or of an evaluation batch."""
