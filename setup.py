@@ -29,7 +29,7 @@ EXPORT, QUANT = ["gguf>=0.19,<1"], ["bitsandbytes>=0.50,<1"]
 # older python-dateutil than the one pinned there.
 EVAL = ["lm-eval==0.4.13"]
 TEST = [
-    *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.8", "hypothesis>=6"),
+    *("pytest>=8", "pytest-xdist>=3.8", "hypothesis>=6"),
     *("trl==1.16.0", "liger-kernel==0.8.5", "kernels==0.17.2", "deepspeed==0.19.8"),
     *("pytorch-lightning>=2.6,<3", *EXPORT, *QUANT),
 ]

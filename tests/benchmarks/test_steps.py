@@ -41,5 +41,5 @@ def test_losses_that_differ_stop_the_benchmark(monkeypatch):
 
     monkeypatch.setattr(StepScores, "values", wrong)
     with pytest.raises(RuntimeError, match="the losses of the ways differ by .*: nothing is kept"):
-        steps.measure("kto", OPTIONS, {})
+        steps.measure("enhanced_kto", OPTIONS, {})
     assert seen
