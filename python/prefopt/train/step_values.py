@@ -108,8 +108,12 @@ class StepScores:
         """By length, or in the micro-batch of the prompt's row."""
         answers, collator = [one.answer for one in found], self.trainer.scorer.collator
         if not self.trainer.recuts:
-            places = [window.counted[one.row] for one in found]
-            return [[n for n, place in enumerate(places) if place in set(here)] for here in window.places]
+            counted = window.counted
+            batch_of = {place: number for number, here in enumerate(window.places) for place in here}
+            pieces: list[list[int]] = [[] for _ in window.places]
+            for n, one in enumerate(found):
+                pieces[batch_of[counted[one.row]]].append(n)
+            return pieces
         groups = by_prompt(answers) if collator.shared else [[n] for n in range(len(answers))]
         widths = [width(answers, group) for group in groups]
         pieces = cut(widths, len(window.batches), packed=collator.packed)

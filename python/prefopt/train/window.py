@@ -55,7 +55,8 @@ def make_window(batches: list[dict], accelerator: Accelerator, collator: PassCol
         cap = max(batch["input_ids"].numel() for batch in batches)
         chosen = _cut_rows([rows[place] for place in used], len(batches), cap, collator)
         places = [[used[index] for index in piece] for piece in chosen]
-        kept = [sum(place in set(counted) for place in piece) for piece in places]
+        spares = set(spare)
+        kept = [sum(place not in spares for place in piece) for piece in places]
         device = batches[0]["input_ids"].device
         batches = [to_device(collator([rows[place] for place in piece]), device) for piece in places]
     for place, (batch, mine) in enumerate(zip(batches, kept, strict=True)):
