@@ -58,7 +58,7 @@ def traceback_in(folder: Path) -> Iterator[None]:
     (folder / TRACEBACK_NAME).unlink(missing_ok=True)
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # marked for the command line, and raised again
         error.__dict__["traceback_folder"] = folder
         raise
 

@@ -27,8 +27,8 @@ from prefopt.paths import absolute, is_path
 from prefopt.pretrained import from_pretrained
 from prefopt.recipe.schema import Recipe
 
-# Turns as plain text, for a base model that has no template and whose chat tokens, if it has any, nobody trained. An
-# answer ends in the EOS token, with nothing behind it.
+# Turns as plain text, for a base model without a template, whose chat tokens, if any, are untrained. An answer ends in
+# the EOS token, with nothing after it.
 DIALOGUE = (
     "{% for message in messages %}"
     "{{ '' if loop.first else '\n\n' }}"
