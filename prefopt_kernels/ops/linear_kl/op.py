@@ -24,7 +24,7 @@ from prefopt_kernels.ops.linear_logprob.checks import (
     check_outputs,
     check_targets,
 )
-from prefopt_kernels.ops.linear_logprob.op import DIFFERENTIABLE, to_autocast
+from prefopt_kernels.ops.linear_logprob.op import DIFFERENTIABLE, empty_result, low_of, result_dtype, to_autocast
 from prefopt_kernels.ops.linear_logprob.operands import Operands
 from prefopt_kernels.ops.linear_logprob.operands import Saved as LogprobSaved
 from prefopt_kernels.ops.linear_logprob.operands import Upstream as LogprobUpstream
@@ -136,7 +136,7 @@ def linear_kl(
     A, B, lora_scale = check_lora(lora, hidden, weight, op="linear_kl")
     ref_head = weight if ref_weight is None else ref_weight
     ref_A, ref_B, ref_lora_scale = check_lora(ref_lora, ref_hidden, ref_head, op="linear_kl", prefix="ref_")
-    low_hidden, ref_low_hidden = _low_hidden(hidden, A, lora_scale), _low_hidden(ref_hidden, ref_A, ref_lora_scale)
+    low_hidden, ref_low_hidden = low_of(hidden, A, lora_scale), low_of(ref_hidden, ref_A, ref_lora_scale)
     backend = select_backend(BACKENDS, backend, hidden, weight)
     want = ["logp", "ref_logp", "lse", "ref_lse", "kl", *(name for name in OUTPUTS if name in outputs)]
     trainable_head = any(operand is not None and operand.requires_grad for operand in (weight, bias, low_hidden, B))
@@ -149,14 +149,6 @@ def linear_kl(
     found = dict(zip(RESULTS, _linear_kl(*policy, *ref, numbers, " ".join(want), backend), strict=True))
     always = (found[name] for name in RESULTS[:5])
     return TokenKL(*always, **{name: found[name] for name in OUTPUTS if name in outputs})
-
-
-def _low_hidden(hidden: Tensor, A: Tensor | None, scale: float) -> Tensor | None:
-    """(T, R) fp32, autograd's to differentiate."""
-    if A is None:
-        return None
-    with torch.autocast(hidden.device.type, enabled=False):
-        return scale * (hidden.float() @ A.float().T)
 
 
 RESULTS = (*TokenKL._fields, "unit")  # of the custom op, in order; the first five are always wanted
@@ -206,18 +198,9 @@ def _linear_kl(
     wanted = frozenset(want.split())
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
         out = BACKENDS[backend].forward(policy, ref, _transforms(numbers), wanted)
-    found = [out[name] if name in wanted else _empty(name, hidden) for name in RESULTS]
+    found = [out[name] if name in wanted else empty_result(name, hidden) for name in RESULTS]
     logp, ref_logp, lse, ref_lse, kl, entropy, mean_logit, is_top1, unit = found
     return logp, ref_logp, lse, ref_lse, kl, entropy, mean_logit, is_top1, unit
-
-
-def _dtype(name: str, hidden: Tensor) -> torch.dtype:
-    return {"is_top1": torch.bool, "unit": hidden.dtype}.get(name, torch.float32)
-
-
-def _empty(name: str, hidden: Tensor) -> Tensor:
-    """An unwanted result. Custom ops cannot return None or aliases, so these are distinct empty tensors."""
-    return hidden.new_empty(0, dtype=_dtype(name, hidden))
 
 
 @_linear_kl.register_fake
@@ -225,9 +208,9 @@ def _(hidden, weight, targets, bias, low_hidden, low_weight, *rest):
     want = rest[-2].split()
     shapes = {"unit": tuple(hidden.shape)}
     return tuple(
-        hidden.new_empty(shapes.get(name, hidden.shape[:1]), dtype=_dtype(name, hidden))
+        hidden.new_empty(shapes.get(name, hidden.shape[:1]), dtype=result_dtype(name, hidden))
         if name in want
-        else _empty(name, hidden)
+        else empty_result(name, hidden)
         for name in RESULTS
     )
 

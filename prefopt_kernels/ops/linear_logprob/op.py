@@ -120,10 +120,7 @@ def linear_logprob(
     check_call(hidden, weight, targets, bias, logit_scale, softcap, temperature, outputs)
     check_filters(grad_filter, head_grad_filter)
     A, B, lora_scale = check_lora(lora, hidden, weight)
-    low_hidden = None
-    if lora is not None:
-        with torch.autocast(device, enabled=False):
-            low_hidden = lora_scale * (hidden.float() @ A.float().T)  # (T, R), autograd's to differentiate
+    low_hidden = low_of(hidden, A, lora_scale)
     operands = Operands(hidden, weight, targets, bias, low_hidden, B)
     trainable_head = any(operand is not None and operand.requires_grad for operand in (weight, bias, low_hidden, B))
     backend = select_backend(BACKENDS, backend, hidden, weight)
@@ -158,6 +155,14 @@ Operand = TypeVar("Operand", Tensor, Tensor | None)
 def to_autocast(operand: Operand, dtype: torch.dtype) -> Operand:
     """What autocast makes of an operand of a linear layer."""
     return operand.to(dtype) if isinstance(operand, Tensor) and operand.is_floating_point() else operand
+
+
+def low_of(hidden: Tensor, A: Tensor | None, scale: float) -> Tensor | None:
+    """(T, R) fp32 ``scale A h``, differentiated by autograd; None without an adapter."""
+    if A is None:
+        return None
+    with torch.autocast(hidden.device.type, enabled=False):
+        return scale * (hidden.float() @ A.float().T)
 
 
 RESULTS = ("logp", "lse", *OUTPUTS, "unit", "tile_max")  # of the custom op, in order; the first two are always wanted
@@ -195,15 +200,15 @@ def _linear_logprob(
     given, wanted = Numbers(*numbers), frozenset(want.split())
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
         out = BACKENDS[backend].forward(operands, given.transform, wanted, given.grad_filter)
-    return tuple(out[name] if name in wanted else _empty(name, hidden) for name in RESULTS)
+    return tuple(out[name] if name in wanted else empty_result(name, hidden) for name in RESULTS)
 
 
-def _empty(name: str, hidden: Tensor) -> Tensor:
+def empty_result(name: str, hidden: Tensor) -> Tensor:
     """An unwanted result. Custom ops cannot return None or aliases, so these are distinct empty tensors."""
-    return hidden.new_empty(0, dtype=_dtype(name, hidden))
+    return hidden.new_empty(0, dtype=result_dtype(name, hidden))
 
 
-def _dtype(name: str, hidden: Tensor) -> torch.dtype:
+def result_dtype(name: str, hidden: Tensor) -> torch.dtype:
     return {"is_top1": torch.bool, "unit": hidden.dtype}.get(name, torch.float32)
 
 
@@ -213,7 +218,9 @@ def _(hidden, weight, targets, bias, low_hidden, low_weight, numbers, want, back
     wanted = want.split()
     shapes = {"unit": (T, H), "tile_max": (-(-weight.shape[0] // FILTER_TILE), T)}
     return tuple(
-        hidden.new_empty(shapes.get(name, (T,)), dtype=_dtype(name, hidden)) if name in wanted else _empty(name, hidden)
+        hidden.new_empty(shapes.get(name, (T,)), dtype=result_dtype(name, hidden))
+        if name in wanted
+        else empty_result(name, hidden)
         for name in RESULTS
     )
 

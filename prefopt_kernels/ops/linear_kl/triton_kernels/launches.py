@@ -8,7 +8,8 @@ from torch import Tensor
 
 from prefopt_kernels.ops._launch import launch
 from prefopt_kernels.ops.linear_kl.operands import Saved, Transforms, Upstream
-from prefopt_kernels.ops.linear_kl.triton_kernels.kernels import COEFFICIENTS, PARTIALS, kl_logit_gradients, kl_scan
+from prefopt_kernels.ops.linear_kl.triton_kernels.gradient import COEFFICIENTS, kl_logit_gradients
+from prefopt_kernels.ops.linear_kl.triton_kernels.scan import PARTIALS, kl_scan
 from prefopt_kernels.ops.linear_logprob.operands import Operands
 from prefopt_kernels.ops.linear_logprob.triton_kernels import config
 from prefopt_kernels.ops.linear_logprob.triton_kernels.inputs import LOG2_E, Call, tiled

@@ -1,8 +1,8 @@
 """The forward kernels: one pass over the vocabulary with running sums, and what makes the outputs of them.
 
 ``scan`` gives each program a block of rows and a part (split) of the vocabulary. It keeps, per row, the largest logit
-and the sum of exponentials, and where asked for the sums behind the entropy and the mean; nobody waits for anybody, so
-results repeat bit for bit. ``combine`` adds the splits in fp64.
+and the sum of exponentials, and where asked for the sums behind the entropy and the mean; no atomics, so results repeat
+bit for bit. ``combine`` adds the splits in fp64.
 
 With PRODUCT (a frozen head that wants its unit gradient) the exponentials are also written to a workspace, relative to
 a reference per row that is known beforehand: the target's own logit. fp32 and bf16 reach 2^127 above it; a row whose
@@ -15,6 +15,7 @@ import triton.language as tl
 
 from prefopt_kernels.ops.linear_logprob.triton_kernels.tiles import (
     LN_2,
+    final_logits,
     parts_of,
     raw_logits,
     store_tile,
@@ -55,9 +56,7 @@ def fold(
     largest, total, low, target, spread, logits = state
     cols = column + tl.arange(0, WIDTH)
     valid = (cols < V)[None, :]
-    if BIAS:
-        raw += tl.load(bias_ptr + cols, mask=cols < V, other=0.0)[None, :]
-    x, slope = transformed(raw, inner, outer, SOFTCAP)
+    x, slope = final_logits(raw, bias_ptr, cols, V, inner, outer, BIAS, SOFTCAP)
     x = tl.where(valid, x, float("-inf"))
     tile_max = tl.max(x, 1)
     above = tl.maximum(largest, tile_max)
@@ -182,9 +181,7 @@ def scan(
             PRECISION,
         )
         # Halves one after the other: a whole tile of exponentials beside the logits does not fit the registers.
-        parts = (raw,)
-        if PARTS > 1:
-            parts = parts_of(raw, BLOCK_T, BLOCK_V, PARTS)
+        parts = parts_of(raw, BLOCK_T, BLOCK_V, PARTS)
         for part in tl.static_range(PARTS):
             state = fold(
                 parts[part],

@@ -8,10 +8,10 @@ import triton.language as tl
 
 from prefopt_kernels.ops.linear_logprob.triton_kernels.tiles import (
     LN_2,
+    final_logits,
     parts_of,
     raw_logits,
     store_tile,
-    transformed,
 )
 
 COEFFICIENTS = 5  # per row: lse / log 2, factor of p, dlogp, dentropy, entropy
@@ -48,9 +48,7 @@ def part_gradients(
     lse, weight_of_p, dlogp, dentropy, entropy = coefficients
     cols = column + tl.arange(0, WIDTH)
     valid = (cols < V)[None, :]
-    if BIAS:
-        raw += tl.load(bias_ptr + cols, mask=cols < V, other=0.0)[None, :]
-    x, slope = transformed(raw, inner, outer, SOFTCAP)
+    x, slope = final_logits(raw, bias_ptr, cols, V, inner, outer, BIAS, SOFTCAP)
     log_p = tl.where(valid, x - lse[:, None], -10000.0)  # finite, and exp2 of it is 0
     p = tl.exp2(log_p)
     if THROUGH_ENTROPY:
@@ -176,9 +174,7 @@ def logit_gradients(
                 DESCRIPTOR,
                 PRECISION,
             )
-            parts = (raw,)
-            if PARTS > 1:
-                parts = parts_of(raw, BLOCK_T, BLOCK_V, PARTS)
+            parts = parts_of(raw, BLOCK_T, BLOCK_V, PARTS)
             for part in tl.static_range(PARTS):
                 part_gradients(
                     parts[part],

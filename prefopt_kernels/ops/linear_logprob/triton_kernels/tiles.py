@@ -83,9 +83,28 @@ def raw_logits(
         left = load_tile(hidden, row, k, rows, H, hidden_stride, BLOCK_T, BLOCK_H, DESCRIPTOR)
         right = load_tile(weight, column, k, V, H, weight_stride, BLOCK_V, BLOCK_H, DESCRIPTOR)
         z = tl.dot(left, right.T, z, input_precision=PRECISION)
+    return with_low(z, low_hidden, low_weight, row, column, rows, V, LOW, BLOCK_T, BLOCK_V, BLOCK_LOW, PRECISION)
+
+
+@triton.jit
+def with_low(
+    z,
+    low_hidden,
+    low_weight,
+    row,
+    column,
+    T,
+    V,
+    LOW: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_LOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``z + low_hidden low_weight^T``; LOW = 0 adds nothing."""
     if LOW > 0:
         for k in tl.range(0, LOW, BLOCK_LOW, num_stages=1):
-            left = load_tile(low_hidden, row, k, rows, LOW, LOW, BLOCK_T, BLOCK_LOW, False)
+            left = load_tile(low_hidden, row, k, T, LOW, LOW, BLOCK_T, BLOCK_LOW, False)
             right = load_tile(low_weight, column, k, V, LOW, LOW, BLOCK_V, BLOCK_LOW, False)
             z = tl.dot(left, right.T, z, input_precision=PRECISION)
     return z
@@ -124,14 +143,22 @@ def transformed(raw, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def final_logits(raw, bias_ptr, cols, V, inner, outer, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Transformed logits in units of log 2, and the softcap's slope."""
+    if BIAS:
+        raw += tl.load(bias_ptr + cols, mask=cols < V, other=0.0)[None, :]
+    return transformed(raw, inner, outer, SOFTCAP)
+
+
+@triton.jit
 def parts_of(tile, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
-    """The columns in 2 or 4 equal parts, from left to right."""
-    left, right = halves(tile, BLOCK_T, BLOCK_V)
-    if PARTS == 2:
-        parts = (left, right)
-    else:
-        a, b = halves(left, BLOCK_T, BLOCK_V // 2)
-        c, d = halves(right, BLOCK_T, BLOCK_V // 2)
+    """The columns in 1, 2 or 4 equal parts, from left to right."""
+    parts = (tile,)
+    if PARTS > 1:
+        parts = halves(tile, BLOCK_T, BLOCK_V)
+    if PARTS == 4:
+        a, b = halves(parts[0], BLOCK_T, BLOCK_V // 2)
+        c, d = halves(parts[1], BLOCK_T, BLOCK_V // 2)
         parts = (a, b, c, d)
     return parts
 
