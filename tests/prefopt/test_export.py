@@ -16,8 +16,8 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.export.merge import merged_model
 from prefopt.export.run import export_run
-from prefopt.four_bits import refuse_broken_blocks
-from prefopt.use.load import find_run, load_tokenizer
+from prefopt.models import refuse_partial_blocks
+from prefopt.runs import find_run, load_tokenizer
 from support.trained_runs import (
     EOS,
     assert_same_function,
@@ -266,8 +266,8 @@ def test_four_bits_without_the_package_are_one_sentence_and_exit_2(run, tmp_path
 
 
 def test_rows_that_bitsandbytes_loses_on_a_cpu_are_refused(run):
-    with pytest.raises(UserError, match="rows of .*down_proj have 96 weights, no multiple of 64"):
-        refuse_broken_blocks(
+    with pytest.raises(UserError, match="rows of .*down_proj have 96 weights, not a multiple of 64"):
+        refuse_partial_blocks(
             AutoModelForCausalLM.from_pretrained(run.base),
             "--format merged-4bit",
             "--format merged",

@@ -81,7 +81,7 @@ def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest)
             done = finished.get(unit)
             if done is None:
                 logger.warning("%s, %s", one.benchmark.title, who)
-                with subject.playing(who) as model:
+                with subject.running(who) as model:
                     done = ask(
                         model,
                         subject.tokenizer,

@@ -19,14 +19,11 @@ from prefopt.data.sources import open_rows
 from prefopt.data.tokenize import Encode
 from prefopt.errors import DataError
 from prefopt.evaluate.answers import name_in
-from prefopt.evaluate.generate import generate
-from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.scores import share, share_change
 from prefopt.evaluate.subject import Subject
 from prefopt.report.score import BASE, RUN, Score
-from prefopt.train.prepare import pad_token_id
 
 NAMES = CATEGORIES
 NONE = "no name"  # what a generated answer without a name is counted as
@@ -148,35 +145,14 @@ def _confusion(right: np.ndarray, said: np.ndarray) -> np.ndarray:
 
 
 def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest) -> dict[str, Any]:
-    encode = Encode(
-        subject.tokenizer,
-        questions.chat,
-        dict(subject.option("data", "chat_template_kwargs") or {}),
-    )
-    pad = pad_token_id(subject.tokenizer, subject.model)
+    encode, batch_size = subject.encode(questions.chat), request.batch_size
     options = _options(encode, questions)
     prompts = encode.ids([encode.texts(prompt, _said(questions, ""))[0] for prompt in questions.prompts])
     longest = max(len(row["completion_ids"]) for row in options)
-    with subject.playing(who) as model:
-        logps = answer_logps(
-            model,
-            options,
-            pad_token_id=pad,
-            max_length=None,  # a cut from the right would take the name
-            batch_size=request.batch_size,
-            backend=subject.option("training", "backend") or "auto",
-            desc=f"likelihoods, {who}",
-        )
-        answers = generate(
-            model,
-            prompts,
-            pad_token_id=pad,
-            eos_token_ids=subject.stop_ids(),
-            max_new_tokens=request.max_new_tokens or longest + ROOM,
-            batch_size=request.batch_size,
-            temperature=None,
-            desc=f"answers, {who}",
-        )
+    # max_length None: truncation would remove the name
+    logps = subject.logps(who, options, max_length=None, batch_size=batch_size, desc=f"likelihoods, {who}")
+    most = request.max_new_tokens or longest + ROOM
+    answers = subject.generate(who, prompts, max_new_tokens=most, batch_size=batch_size, temperature=None)
     texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
     named = [name_in(text, NAMES) for text in texts]
     return {

@@ -12,7 +12,7 @@ from prefopt.errors import UserError
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.subject import Subject
 from prefopt.paths import is_missing
-from prefopt.use.load import Source, section
+from prefopt.runs import Source, section
 
 MAX_LENGTH = 1024  # where the run does not say another
 
@@ -99,7 +99,7 @@ def _named(run: Source, request: EvalRequest) -> tuple[str, str | None, str | No
     """Path, split and revision of the rows, and the share of the prompts that is theirs, where they are not all."""
     if request.data is not None:
         return request.data, request.split, None, None
-    data = run.data
+    data = run.section("data")
     if data.get("eval_path"):
         split = request.split or data.get("eval_split")
         return data["eval_path"], split, data.get("eval_revision"), None

@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 
 from prefopt.data.collate import pair_mismatched
-from prefopt.data.tokenize import Encode
 from prefopt.errors import UserError
-from prefopt.evaluate.generate import generate
 from prefopt.evaluate.held_out import HeldOut, trained_on
-from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.rules import make_rule
@@ -27,7 +24,6 @@ from prefopt.evaluate.scores import (
 )
 from prefopt.evaluate.subject import Subject
 from prefopt.report.score import BASE, CHANGE, RUN, Score
-from prefopt.train.prepare import pad_token_id
 
 BETA, MAX_NEW_TOKENS = 0.1, 128  # where neither run nor request say another
 REWARDS, LIKELIHOOD, ANSWERS = "rewards", "likelihood", "sampled answers"
@@ -80,7 +76,6 @@ class _Judge:
         self.rows = list(held_out.rows)
         self.labels = np.array([row["label"] for row in self.rows], dtype=bool)
         self.groups = [row["group"] for row in self.rows]
-        self.pad = pad_token_id(subject.tokenizer, subject.model)
         self.temperature = 1.0 if request.temperature is None else request.temperature
         self.max_new_tokens = request.max_new_tokens or MAX_NEW_TOKENS
         self.warnings = subject.other_format(held_out.tokens.conversational)
@@ -96,20 +91,12 @@ class _Judge:
             self.warnings.append(f"{lost} answers are longer than max_length and were scored cut.")
 
     def logps(self, rows: list[dict], what: str, limit: int | None) -> dict[str, np.ndarray]:
-        """(n,) of base and of run."""
-        found = {}
-        for who in (BASE, RUN):
-            with self.subject.playing(who) as model:
-                found[who] = answer_logps(
-                    model,
-                    rows,
-                    pad_token_id=self.pad,
-                    max_length=limit,
-                    batch_size=self.request.batch_size,
-                    backend=self.subject.option("training", "backend") or "auto",
-                    desc=f"{what}, {who}",
-                )
-        return found
+        """(n,) nats of base and run."""
+        size = self.request.batch_size
+        return {
+            who: self.subject.logps(who, rows, max_length=limit, batch_size=size, desc=f"{what}, {who}")
+            for who in (BASE, RUN)
+        }
 
     def rewards(self, beta: float) -> tuple[list[Score], dict[str, Any]]:
         """Margin, accuracies, KL on mismatched answers and likelihoods."""
@@ -219,20 +206,13 @@ class _Judge:
     def sampled(self, rule) -> tuple[list[Score], list[dict]]:
         """An answer of base and of run to each different prompt, judged by the rule."""
         prompts, questions = self._prompts()
-        answers = {}
-        for who in (BASE, RUN):
-            with self.subject.playing(who) as model:
-                answers[who] = generate(
-                    model,
-                    prompts,
-                    pad_token_id=self.pad,
-                    eos_token_ids=self.subject.stop_ids(),
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=self.request.batch_size,
-                    temperature=self.temperature,
-                    seed=self.request.seed,
-                    desc=f"answers, {who}",
-                )
+        settings = {
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.request.batch_size,
+            "temperature": self.temperature,
+            "seed": self.request.seed,
+        }
+        answers = {who: self.subject.generate(who, prompts, **settings) for who in (BASE, RUN)}
         texts = {
             who: [text.strip() for text in self.subject.tokenizer.batch_decode(made, skip_special_tokens=True)]
             for who, made in answers.items()
@@ -273,11 +253,7 @@ class _Judge:
 
     def _prompts(self) -> tuple[list[list[int]], list[str]]:
         """Each different prompt once: its tokens as for generation, and what the user asked last."""
-        encode = Encode(
-            self.subject.tokenizer,
-            self.held_out.loaded.conversational,
-            dict(self.subject.option("data", "chat_template_kwargs") or {}),
-        )
+        encode = self.subject.encode(self.held_out.loaded.conversational)
         texts, questions = [], []
         for place in {row["group"]: row["row"] for row in reversed(self.rows)}.values():
             row = self.held_out.loaded.rows[place]

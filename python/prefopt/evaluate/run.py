@@ -25,8 +25,8 @@ from prefopt.report import write_report
 from prefopt.report.charts import draw_suite
 from prefopt.report.figures import placed
 from prefopt.report.score import Suite
+from prefopt.runs import Source
 from prefopt.train.run_folder import versions
-from prefopt.use.load import Source
 
 
 def run(request: EvalRequest) -> Path:

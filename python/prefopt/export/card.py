@@ -9,7 +9,7 @@ import yaml
 from prefopt.export.folder import RECORD
 from prefopt.report.facts import hub_id
 from prefopt.report.markdown import code, plain
-from prefopt.use.load import Source
+from prefopt.runs import Source
 
 RELATIONS = {
     "adapter": "adapter",

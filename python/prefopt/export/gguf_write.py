@@ -16,7 +16,8 @@ from prefopt.export.gguf_model import (
 )
 from prefopt.export.gguf_tokenizer import Vocabulary, read_tokenizer
 from prefopt.export.merge import config_of
-from prefopt.use.load import Source, end_of_turn
+from prefopt.generation import end_of_turn
+from prefopt.runs import Source
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 

@@ -2,13 +2,13 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,12 +23,10 @@ from prefopt.export.readback import (
     read_back,
     snapshot,
 )
-from prefopt.four_bits import check_blocks, quantization_options
-from prefopt.generation_config import make_savable
+from prefopt.generation import make_savable, stop_ids
+from prefopt.models import choose_device, four_bit_options, from_pretrained, load_weights, merge_adapter
 from prefopt.options import WHOLE
-from prefopt.pretrained import from_pretrained
-from prefopt.use.adapter import merge_adapter
-from prefopt.use.load import Source, load_model, stop_ids
+from prefopt.runs import Source, load_model
 
 
 def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -82,25 +80,21 @@ def _write(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dty
 
 def save_four_bit(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
     """The merged weights in bitsandbytes' NF4 with doubly quantised scales; head and embedding are not quantised."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        check_blocks(
-            source.weights,
-            "--format merged-4bit",
-            "--format merged",
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-        )
     kind = _stored_dtype(source, dtype)
     compute = torch.bfloat16 if kind == torch.float32 else kind
+    code: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    options = four_bit_options(
+        source.weights,
+        compute,
+        choose_device("auto"),
+        "--format merged-4bit",
+        "--format merged",
+        revision=source.revision,
+        **code,
+    )
     with tempfile.TemporaryDirectory(dir=folder, prefix="merged-") as scratch:
         save_merged(source, tokenizer, Path(scratch), dtype)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            scratch,
-            dtype=compute,
-            trust_remote_code=source.trust_remote_code,
-            **quantization_options(compute, device),
-        )
+        quantised = load_weights(scratch, str(compute).removeprefix("torch."), **code, **options)
         _save(quantised, tokenizer, folder)
         del quantised
         check_four_bits(folder, Path(scratch), compute, source.trust_remote_code)

@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from prefopt.errors import UserError
+from prefopt.models import apply_adapter, load_weights
 from prefopt.train.reference import weights_fingerprint
-from prefopt.use.load import apply_adapter, load_weights
 
 NF4_GAP = 0.304  # between the two most distant neighbours among NF4's levels, whose largest is 1
 # How far values are off that went through 4 bits, relative to the largest of their block: half a gap, and 1/50 for the
@@ -95,7 +95,7 @@ def read_back(folder: Path, expected: Snapshot, trust_remote_code: bool = False)
     Raises:
         UserError: it cannot be loaded, or is another one.
     """
-    model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
+    model = load_weights(str(folder), "auto", trust_remote_code=trust_remote_code)
     found = snapshot(model)
     check_logits(model, found.logits, expected.logits, "the export, loaded again,")
     if found.fingerprint != expected.fingerprint:
@@ -167,8 +167,8 @@ def check_four_bits(folder: Path, merged: Path, compute: torch.dtype, trust_remo
     """
     import bitsandbytes
 
-    model = load_weights(str(folder), None, "auto", trust_remote_code=trust_remote_code)
-    whole = load_weights(str(merged), None, "float32", trust_remote_code=trust_remote_code)
+    model = load_weights(str(folder), "auto", trust_remote_code=trust_remote_code)
+    whole = load_weights(str(merged), "float32", trust_remote_code=trust_remote_code)
     originals = dict(whole.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         quantised = isinstance(module, bitsandbytes.nn.Linear4bit)

@@ -18,8 +18,7 @@ from prefopt.export.merge import merged_model, save_four_bit, save_merged
 from prefopt.export.readback import read_back_adapter
 from prefopt.options import WHOLE
 from prefopt.report.facts import hub_id
-from prefopt.train.run_folder import versions
-from prefopt.use.load import (
+from prefopt.runs import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Source,
@@ -29,6 +28,7 @@ from prefopt.use.load import (
     read_object,
     stored_recipe,
 )
+from prefopt.train.run_folder import versions
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def export_run(
     folder = source.folder / "export" / format if out is None else Path(out).expanduser()
     with export_folder(folder, force) as partial:
         notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
-        if source.quantization != WHOLE:  # an adapter's recipe is not read, and its base stays as it is
+        if format != "adapter" and source.quantization != WHOLE:
             notes.append(
                 f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole "
                 "weights, on which it computes something else: evaluate the result before you rely on it"

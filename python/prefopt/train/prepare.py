@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from prefopt.generation_config import make_savable
-from prefopt.pretrained import from_pretrained
+from prefopt.generation import make_savable
+from prefopt.models import from_pretrained
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.vocabulary import check_token_indices
 from prefopt_kernels.integrations.transformers import lm_head_of

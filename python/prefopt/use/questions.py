@@ -8,12 +8,12 @@ from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
 from prefopt.errors import DataError
 
-PLACE = "{text}"  # where a text goes in --ask
+PLACE = "{text}"  # placeholder in --ask
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (text or chat messages), where it stands, and its label if the file says one."""
+    """A prompt (text or chat messages), its line in the file, and its label if the file has one."""
 
     line: int
     prompt: str | list[dict[str, str]]
@@ -23,14 +23,14 @@ class Question:
 def read_questions(
     file: str | Path, split: str | None = None, ask: str | None = None, chat: bool = True
 ) -> list[Question]:
-    """The prompts of a file, in order.
+    """Read the prompts of a file.
 
     Args:
-        file, split, ask: of ``classify``.
-        chat: make a user's message of a text.
+        file, split, ask: as for ``classify``.
+        chat: turn text into a user's message.
 
     Raises:
-        DataError: it cannot be read, has no prompts, or a row without one.
+        DataError: it cannot be read, has no prompts, or has a row without one.
     """
     path = Path(file).expanduser()
     if path.suffix.lower() == ".txt":
@@ -93,7 +93,7 @@ def _is_prompt(prompt: object) -> bool:
 
 
 def answer_text(completion: object) -> str | None:
-    """An answer's text, from text or from one chat message."""
+    """The text of an answer, which is text or one chat message."""
     if isinstance(completion, list) and len(completion) == 1 and _is_prompt(completion):
         completion = completion[0]["content"]
     return completion.strip() if isinstance(completion, str) else None
