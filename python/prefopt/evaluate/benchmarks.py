@@ -72,7 +72,7 @@ def prepare_questions(request: EvalRequest) -> dict[str, Asked]:
 
 def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest) -> Results:
     """Ask base and run, benchmark by benchmark; an interrupted evaluation goes on behind its last finished one."""
-    finished = Finished(request.out / PARTIAL_NAME, _key(subject, asked, request))
+    finished = Finished(request.folder / PARTIAL_NAME, _key(subject, asked, request))
     answers: dict[str, dict[str, Answers]] = {}
     for name, one in asked.items():
         answers[name] = {}

@@ -4,6 +4,7 @@ Two ways of asking the same model: the likelihood of each name as the whole answ
 largest wins; and the answer it generates, read by ``name_in``. A generated answer that gives no name is wrong.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -60,6 +61,7 @@ def read_questions(request: EvalRequest, row_options: dict | None = None) -> Que
         DataError: neither, or rows that cannot be used.
     """
     source, split = request.data, request.split
+    assert source is not None
     if _is_published(source):
         loaded = load_rows(_converted(source, request))
     else:
@@ -210,7 +212,7 @@ def _converted(source: str, request: EvalRequest) -> list[dict]:
     raws = open_rows(source, request.split, None, needs=NEEDS)[1]
     good = []
 
-    def present():
+    def present() -> Iterator[tuple[int, Mapping]]:
         for line, raw in raws:
             if isinstance(raw, RowError):
                 raise DataError(f"{source}:{line}: {raw}")

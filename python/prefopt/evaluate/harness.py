@@ -250,10 +250,11 @@ def _check(path: Path, columns: tuple[str, ...]) -> None:
     for line, raw in open_rows(path, None, None, needs=columns)[1]:
         if raw is None:
             continue
-        problem = str(raw) if isinstance(raw, RowError) else ""
-        missing = [] if problem else [name for name in columns if raw.get(name) is None]
-        if problem or missing:
-            raise UserError(f"{path}:{line}: {problem or f'field {missing[0]!r} is missing'}")
+        if isinstance(raw, RowError):
+            raise UserError(f"{path}:{line}: {raw}")
+        missing = [name for name in columns if raw.get(name) is None]
+        if missing:
+            raise UserError(f"{path}:{line}: field {missing[0]!r} is missing")
         rows += 1
     if not rows:
         raise UserError(f"{path} has no rows")
@@ -266,7 +267,7 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.cut += "Truncating" in record.getMessage()
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR and logging.lastResort is not None:
             logging.lastResort.handle(record)
 
 

@@ -3,6 +3,7 @@
 Rewards are ``beta * (log p_run - log p_base)`` of a completion, as in training.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from prefopt.errors import UserError
 from prefopt.evaluate.held_out import HeldOut, trained_on
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
-from prefopt.evaluate.rules import make_rule
+from prefopt.evaluate.rules import Rule, make_rule
 from prefopt.evaluate.scores import (
     auc_of,
     bootstrap,
@@ -124,7 +125,7 @@ class _Judge:
         }
         return scores, details
 
-    def _boot(self, statistic, metric: str, unit: str, chance: float | None) -> Score:
+    def _boot(self, statistic: Callable[[np.ndarray], float], metric: str, unit: str, chance: float | None) -> Score:
         # The variance of an AUC is at most A (1 - A) / min(desirable, undesirable) (Birnbaum and Klose 1957), that of a
         # share of so many.
         sides = (set(np.asarray(self.groups)[side]) for side in (self.labels, ~self.labels))
@@ -149,9 +150,9 @@ class _Judge:
         better = rewards[first] - rewards[first + 1]
         outcomes = np.where(better > 0, 1.0, np.where(better == 0, 0.5, 0.0))
         groups = [self.groups[place] for place in first]
-        labels = {"task": REWARDS, "metric": "accuracy, pairs", "model": RUN, "chance": 0.5}
+        labels: dict[str, Any] = {"task": REWARDS, "metric": "accuracy, pairs", "model": RUN, "chance": 0.5}
         if len(set(groups)) == len(groups):  # every pair has a prompt of its own
-            return [share(outcomes, **labels)]
+            return [share(outcomes.tolist(), **labels)]
         return [bootstrap(mean_of(outcomes), groups, seed=self.request.seed, **labels)]
 
     def _kl(self, limit: int | None) -> list[Score]:
@@ -203,7 +204,7 @@ class _Judge:
                     scores.append(score)
         return scores
 
-    def sampled(self, rule) -> tuple[list[Score], list[dict]]:
+    def sampled(self, rule: Rule) -> tuple[list[Score], list[dict]]:
         """An answer of base and of run to each different prompt, judged by the rule."""
         prompts, questions = self._prompts()
         settings = {
@@ -220,7 +221,7 @@ class _Judge:
         passed = {
             who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)] for who, made in texts.items()
         }
-        labels = {"task": ANSWERS, "temperature": self.temperature}
+        labels: dict[str, Any] = {"task": ANSWERS, "temperature": self.temperature}
         named = labels | {"metric": "pass the rule"}
         scores = [share(one, model=who, **named) for who, one in passed.items()]
         scores.append(share_change(passed[BASE], passed[RUN], **named))

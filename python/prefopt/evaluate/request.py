@@ -31,7 +31,7 @@ class EvalRequest:
         UserError: no such suite, an option that is not of the suite, a number out of range.
 
     Example:
-        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks").out
+        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks").folder
         PosixPath('runs/kto')
         >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks", rule="demo")
         Traceback (most recent call last):
@@ -53,7 +53,7 @@ class EvalRequest:
     batch_size: int = 8
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.suite == "thesis":
             raise UserError("--suite is 'thesis', which is now called benchmarks")
         if self.suite not in SUITES:
@@ -74,8 +74,11 @@ class EvalRequest:
             raise UserError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature is {self.temperature}; expected a number above 0")
-        if self.out is None:
-            object.__setattr__(self, "out", self.run)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results are written: ``out``, by default the run folder."""
+        return self.out or self.run
 
     def settings(self) -> dict:
         """What was asked, for eval.json; paths as text."""

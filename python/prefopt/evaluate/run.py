@@ -1,6 +1,7 @@
 """One evaluation from request to files: what can fail early does, and nothing is written before it is complete."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,11 @@ def run(request: EvalRequest) -> Path:
         UserError: another process writes into the folder for the results.
     """
     source = find_subject(request.run, request.base)
-    check_writable(request.out)
+    check_writable(request.folder)
     if request.rule is not None:
         make_rule(request.rule)
     asked = _asked(source, request)
-    with only_writer(request.out, "--out"):
+    with only_writer(request.folder, "--out"):
         return _run(asked, request)
 
 
@@ -67,14 +68,14 @@ def _run(asked: Any, request: EvalRequest) -> Path:
         "pictures": _draw(request, results),
         "details": results.details,
     }
-    path = write_results(request.out, request.suite, plain(entry))
+    path = write_results(request.folder, request.suite, plain(entry))
     print(text_table(results.scores))
     if request.suite == "classify":
         print("\n" + _category_table(results))
     for sentence in [*results.how, *warnings]:
         print(f"\n{sentence}" if sentence is results.how[0] else sentence)
-    if is_run(request.out):
-        print(f"\n{write_report(request.out)}")
+    if is_run(request.folder):
+        print(f"\n{write_report(request.folder)}")
     return path
 
 
@@ -96,13 +97,17 @@ def _preference(subject: Subject, texts: Texts, request: EvalRequest) -> Results
     return preference.evaluate(subject, tokenized(texts, subject), request)
 
 
-_SUITES = {"benchmarks": benchmarks.evaluate, "preference": _preference, "classify": classify.evaluate}
+_SUITES: dict[str, Callable[[Subject, Any, EvalRequest], Results]] = {
+    "benchmarks": benchmarks.evaluate,
+    "preference": _preference,
+    "classify": classify.evaluate,
+}
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:
     """Draw into plots/; the files' names."""
     suite = Suite(request.suite, results.scores, details=results.details)
-    with placed(request.out / "plots") as folder:
+    with placed(request.folder / "plots") as folder:
         drawn = draw_suite(suite, folder)
     return [f"plots/{one.name}.{end}" for one in drawn for end in ("png", "svg")]
 

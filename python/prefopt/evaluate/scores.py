@@ -7,8 +7,10 @@ of anything else unknown (infinite): an interval of width 0 would claim certaint
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from prefopt.report.score import CHANGE, RUN, Score
 from prefopt.report.statistics import paired_difference, wilson
@@ -16,7 +18,7 @@ from prefopt.report.statistics import paired_difference, wilson
 RESAMPLES = 2000
 
 
-def share(outcomes: Sequence[float], **labels) -> Score:
+def share(outcomes: Sequence[float], **labels: Any) -> Score:
     """The share of successes among independent outcomes of 0, 1/2 (a tie) or 1, with Wilson's interval.
 
     The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as
@@ -32,14 +34,14 @@ def share(outcomes: Sequence[float], **labels) -> Score:
     return Score(value=ups / n, stderr=_error(outcomes), low=low, high=high, n=n, **labels)
 
 
-def share_change(before: Sequence[float], after: Sequence[float], **labels) -> Score:
+def share_change(before: Sequence[float], after: Sequence[float], **labels: Any) -> Score:
     """Difference of two shares on the same items, with Newcombe's paired interval; the chance line is no change."""
     change, low, high = paired_difference([x > 0 for x in before], [x > 0 for x in after])
     stderr, n = _error(np.subtract(after, before)), len(after)
     return Score(model=CHANGE, value=change, stderr=stderr, low=low, high=high, n=n, chance=0.0, **labels)
 
 
-def wins(before: Sequence[float], after: Sequence[float], **labels) -> Score:
+def wins(before: Sequence[float], after: Sequence[float], **labels: Any) -> Score:
     """The share of items on which ``after`` succeeds and ``before`` does not, both alike counting half.
 
     It is ``(1 + change) / 2`` of ``share_change``, and so are its error and interval; the chance line is 0.5.
@@ -56,7 +58,7 @@ def bootstrap(
     *,
     seed: int,
     independent: int | None = None,
-    **labels,
+    **labels: Any,
 ) -> Score:
     """A statistic of weighted rows, with standard error and 95 % percentile interval from resampling whole groups.
 
@@ -97,12 +99,12 @@ def bootstrap(
     return Score(value=value, stderr=stderr, low=low, high=high, n=len(places), **labels)
 
 
-def _error(values: Sequence[float], of_mean: bool = True) -> float | None:
+def _error(values: ArrayLike, of_mean: bool = True) -> float | None:
     """The standard deviation of the values, or of their mean; None for fewer than two, or if all are equal."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2 or np.ptp(array) <= 1e-12 * np.abs(array).max():
         return None
-    return float(values.std(ddof=1) / math.sqrt(len(values) if of_mean else 1))
+    return float(array.std(ddof=1) / math.sqrt(len(array) if of_mean else 1))
 
 
 def mean_of(values: np.ndarray, sizes: np.ndarray | None = None) -> Callable[[np.ndarray], float]:

@@ -147,9 +147,9 @@ def load_subject(folder: Path, base: str | None = None, quantization: str | None
     name, started = base or source.started, None
     if source.base is None and name is not None:
         revision = None if base else source.started_revision
-        options = {"revision": revision, "trust_remote_code": source.trust_remote_code}
+        path, trust = str(Path(name).expanduser()), source.trust_remote_code
         try:
-            started = load_weights(str(Path(name).expanduser()), source.dtype, **options)
+            started = load_weights(path, source.dtype, revision=revision, trust_remote_code=trust)
         except UserError as error:
             raise UserError(f"the model before training: {error}; name it with --base") from None
         nn.Module.to(started, device)

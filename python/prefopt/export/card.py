@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,7 +32,7 @@ def write_card(folder: Path, source: Source, format: str) -> None:
     """Write README.md beside what was exported. No license is guessed, and no local path is written."""
     made = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     base = hub_id(source.base)
-    block = {"base_model": base, "base_model_relation": RELATIONS[format]} if base else {}
+    block: dict[str, Any] = {"base_model": base, "base_model_relation": RELATIONS[format]} if base else {}
     block |= {
         "library_name": LIBRARIES.get(format, "transformers"),
         "pipeline_tag": "text-generation",

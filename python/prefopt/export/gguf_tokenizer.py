@@ -95,7 +95,7 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: i
 
 def _pre(rule: dict | None, whole_words: bool) -> str:
     """The name of the rule by which text is split before merging."""
-    steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule]
+    steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule or {}]
     named = _named(steps)
     if named is None:
         raise UserError(
@@ -112,8 +112,8 @@ def _pre(rule: dict | None, whole_words: bool) -> str:
     return name
 
 
-def _named(steps: list[dict | None]) -> tuple[str, bool] | None:
-    kinds = [step["type"] if step else None for step in steps]
+def _named(steps: list[dict]) -> tuple[str, bool] | None:
+    kinds = [step.get("type") for step in steps]
     if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     by_itself = steps[-1].get("use_regex", True)

@@ -1,8 +1,10 @@
 """A GGUF file of a merged model: checked before the weights are read, written a tensor at a time."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,7 +64,7 @@ def write_gguf(
     import gguf
 
     check_config(model.config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     vocabulary = read_tokenizer(tokenizer, rows, end_of_turn(tokenizer, template_kwargs))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(model.config.model_type)])
     try:
@@ -79,7 +81,7 @@ def write_gguf(
     return vocabulary.notes + odd
 
 
-def _add_tokenizer(writer: object, vocabulary: Vocabulary) -> None:
+def _add_tokenizer(writer: Any, vocabulary: Vocabulary) -> None:
     import gguf
 
     writer.add_tokenizer_model("gpt2")
@@ -96,7 +98,7 @@ def _add_tokenizer(writer: object, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _write_tensors(writer: object, model: PreTrainedModel, quant: str) -> list[str]:
+def _write_tensors(writer: Any, model: PreTrainedModel, quant: str) -> list[str]:
     """Names and places of all tensors first, then the values one by one, so that only one is in memory twice."""
     import gguf
 

@@ -2,9 +2,10 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -44,17 +45,17 @@ def merged_model(source: Source, tokenizer: PreTrainedTokenizerBase) -> PreTrain
         expected = probe_logits(model)
         failed = f"the adapter in {source.folder} cannot be merged"
         try:
-            model = merge_adapter(model)
+            model = merge_adapter(cast(PeftModel, model))
         except (ValueError, AttributeError, NotImplementedError, KeyError, RuntimeError) as error:
             raise UserError(f"{failed}: {str(error).strip()}") from None
     _check_finite(model, f"{source.folder} has weights")
     if source.base is not None:
         check_logits(model, probe_logits(model), expected, f"{failed}: the merged model")
-    settled = model.generation_config
-    stops = stop_ids(model, tokenizer, source.template_kwargs)
-    settled.eos_token_id = stops[0] if len(stops) == 1 else stops
-    make_savable(model, source.weights)
-    return model
+    merged = cast(PreTrainedModel, model)
+    stops = stop_ids(merged, tokenizer, source.template_kwargs)
+    cast(Any, merged).generation_config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    make_savable(merged, source.weights)
+    return merged
 
 
 def save_merged(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str) -> None:
@@ -102,7 +103,7 @@ def save_four_bit(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 def _stored_dtype(source: Source, dtype: str) -> torch.dtype:
     """The dtype of the weights that are written."""
-    return getattr(torch, dtype) if dtype != "auto" else config_of(source).dtype or torch.float32
+    return getattr(torch, dtype) if dtype != "auto" else cast(Any, config_of(source)).dtype or torch.float32
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, load_peft_weights
@@ -42,7 +42,7 @@ def probe_ids(rows: int) -> Tensor:
 
 def probe_logits(model: nn.Module) -> Tensor:
     """(L, V) fp32 logits of the probe."""
-    weight = model.get_input_embeddings().weight
+    weight = cast(Any, model).get_input_embeddings().weight
     ids = probe_ids(len(weight))[None].to(weight.device)
     with torch.no_grad():
         return model.eval()(input_ids=ids, use_cache=False).logits[0].float().cpu()
@@ -73,7 +73,7 @@ def check_logits(model: nn.Module, found: Tensor, expected: Tensor, what: str) -
         raise UserError(f"{what} has logits of shape {tuple(found.shape)}; expected {tuple(expected.shape)}")
     differences = torch.where(found == expected, 0.0, (found - expected).abs()).amax(1)  # (L,)
     # A router may send a token to another of two experts that are equal up to rounding; not so many tokens.
-    config = model.config.get_text_config()
+    config = cast(Any, model.config).get_text_config()
     routed = any(getattr(config, name, None) for name in EXPERTS)
     difference = (differences.median() if routed else differences.max()).item()
     allowed = rounding(model, expected)
@@ -125,24 +125,25 @@ def read_back_adapter(
     Raises:
         UserError: it cannot be loaded, or is another adapter.
     """
-    found, expected = load_peft_weights(folder, "cpu"), load_peft_weights(trained, "cpu")
-    if found.keys() != expected.keys() or not all(torch.equal(found[name], expected[name]) for name in expected):
+    found, own = load_peft_weights(str(folder), "cpu"), load_peft_weights(str(trained), "cpu")
+    if found.keys() != own.keys() or not all(torch.equal(found[name], own[name]) for name in own):
         raise UserError("the adapter, loaded again, has other tensors; nothing was exported")
     for path, revision in bases:
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if path and (model := _adapted(trained, path, **options)) is not None:
             expected = probe_logits(model)
             del model
             model = _adapted(folder, path, **options)
+            assert model is not None
             check_logits(model, probe_logits(model), expected, f"the adapter, loaded again on {path},")
             return True
     return False
 
 
-def _adapted(folder: Path, base: str, **options: object) -> PeftModel | None:
+def _adapted(folder: Path, base: str, **options: Any) -> PeftModel | None:
     """A base model with the adapter of a folder, fp32; None if the base is not on this machine."""
     try:
-        model = load_weights(base, dtype="float32", local_files_only=True, **options)
+        model = load_weights(base, "float32", local_files_only=True, **options)
     except UserError:
         if Path(base).is_dir():
             raise

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -186,7 +187,7 @@ _WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], 
 
 def _record(folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]) -> None:
     base = _public_name(source.base)
-    made = {"format": format, "run": source.folder.resolve().name, "base": base}
+    made: dict[str, Any] = {"format": format, "run": source.folder.resolve().name, "base": base}
     if format == "gguf":
         made["quant"] = quant
     elif format != "adapter":

@@ -1,7 +1,7 @@
 """The model, tokenizer, chat template and adapter of a recipe."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -94,7 +94,7 @@ def adapter_config(lora: Lora) -> LoraConfig:
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=cast(int, lora.alpha),  # a float, which peft takes as well
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
@@ -112,7 +112,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
     linear = {name.rpartition(".")[2] for name, one in layers.items() if isinstance(one, nn.Linear)}
     expected = f"expected {ALL_LINEAR} or a list of some of {', '.join(sorted(linear))}"
     is_pattern = isinstance(targets, str)
-    for target in [targets] if is_pattern else targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         config = LoraConfig(target_modules=target if is_pattern else [target])
         matched = [name for name in layers if check_target_module_exists(config, name)]
         if not matched:
@@ -150,7 +150,7 @@ def chat_template(recipe: Recipe) -> str | None:
     """
     named, key = recipe.data.chat_template, f"{recipe.name}: data.chat_template"
     if named is None or named in TEMPLATES:
-        return TEMPLATES.get(named)
+        return named and TEMPLATES[named]
     try:
         return Path(named).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:

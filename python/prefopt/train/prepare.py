@@ -291,7 +291,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: Any) -> int:  # a model, perhaps with an adapter
     """The padding id; padding is masked, so the end-of-sequence id serves if there is no other."""
     config = model.config.get_text_config()
     for source in (tokenizer, config):
