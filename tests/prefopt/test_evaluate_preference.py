@@ -199,7 +199,7 @@ def test_rows_of_one_label_have_no_margin(run, tmp_path):
         "desirable, per answer",
         "desirable, per token",
     }
-    assert any("one label alone" in sentence for sentence in suite["warnings"])
+    assert any("All rows have the same label" in sentence for sentence in suite["warnings"])
 
 
 def spoiled(run, tmp_path):
@@ -246,7 +246,7 @@ def test_rows_that_cannot_be_used(run, tmp_path):
         evaluate_run(EvalRequest(run=run, suite="preference", data=str(data), out=tmp_path))
     copy = spoiled(run, tmp_path)
     (copy / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match="set no rows aside; name a file"):
+    with pytest.raises(UserError, match="held out no rows; name a file"):
         evaluate_run(EvalRequest(run=copy, suite="preference", base=str(run.parent / "base")))
     assert not (copy / "eval.json").exists() and not (tmp_path / "eval.json").exists()
 

@@ -152,7 +152,7 @@ def test_an_export_is_not_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "out"
     export_run(run.folder, "adapter", out=out)
     (out / "old").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="has an export in it; choose another folder, or .*--force"):
+    with pytest.raises(UserError, match="has an export; choose another folder, or .*--force"):
         export_run(run.folder, "adapter", out=out)
     assert (out / "old").exists()
     export_run(run.folder, "adapter", out=out, force=True)

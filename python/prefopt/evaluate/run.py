@@ -1,4 +1,4 @@
-"""One evaluation from request to files: what can fail early does, and nothing is written before it is complete."""
+"""Run one evaluation: inputs are checked first, and results are written when they are complete."""
 
 import time
 from collections.abc import Callable
@@ -31,15 +31,14 @@ from prefopt.train.run_folder import versions
 
 
 def run(request: EvalRequest) -> Path:
-    """Evaluate, print the table, and write eval.json, eval_summary.csv and pictures; in a run folder the report again.
+    """Evaluate, print the table, write eval.json, eval_summary.csv and plots, and update the report of a run folder.
 
     Returns:
         Path of eval.json.
 
     Raises:
-        UserError: the run folder, the request or the questions are not as needed.
+        UserError: the run, the request or the questions are not usable, or another process writes into the folder.
         DataError: rows that cannot be used.
-        UserError: another process writes into the folder for the results.
     """
     source = find_subject(request.run, request.base)
     check_writable(request.folder)
@@ -80,7 +79,7 @@ def _run(asked: Any, request: EvalRequest) -> Path:
 
 
 def _asked(source: Source, request: EvalRequest) -> Any:
-    """What the suite asks: everything about it that can be missing or wrong."""
+    """Read the questions or rows of the suite, before a model is loaded."""
     if request.suite == "benchmarks":
         return benchmarks.prepare_questions(request)
     if request.suite == "preference":
@@ -105,7 +104,7 @@ _SUITES: dict[str, Callable[[Subject, Any, EvalRequest], Results]] = {
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:
-    """Draw into plots/; the files' names."""
+    """Draw into plots/ and return the names of the files."""
     suite = Suite(request.suite, results.scores, details=results.details)
     with placed(request.folder / "plots") as folder:
         drawn = draw_suite(suite, folder)

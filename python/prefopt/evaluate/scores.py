@@ -1,7 +1,7 @@
 """Scores with their uncertainty: shares by Wilson, everything else by a seeded bootstrap over questions or prompts.
 
-Values that are all equal show no spread. They get no standard error, and the interval of a share is then Wilson's, that
-of anything else unknown (infinite): an interval of width 0 would claim certainty.
+Values that are all equal have no standard error. The interval of a share is then Wilson's, and any other interval is
+infinite: one of width 0 would claim certainty.
 """
 
 import math
@@ -22,7 +22,7 @@ def share(outcomes: Sequence[float], **labels: Any) -> Score:
     """The share of successes among independent outcomes of 0, 1/2 (a tie) or 1, with Wilson's interval.
 
     The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as
-    lm-evaluation-harness has it; None where all outcomes are equal.
+    lm-evaluation-harness computes it; None if all outcomes are equal.
 
     Example:
         >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model="run", chance=0.25)
@@ -42,7 +42,7 @@ def share_change(before: Sequence[float], after: Sequence[float], **labels: Any)
 
 
 def wins(before: Sequence[float], after: Sequence[float], **labels: Any) -> Score:
-    """The share of items on which ``after`` succeeds and ``before`` does not, both alike counting half.
+    """The share of items on which ``after`` succeeds and ``before`` does not, ties counting half.
 
     It is ``(1 + change) / 2`` of ``share_change``, and so are its error and interval; the chance line is 0.5.
     """
@@ -65,11 +65,11 @@ def bootstrap(
     Rows of one group (the answers to one prompt) are not independent, so they are drawn together.
 
     Args:
-        statistic: (n,) int64 weights, how often each row was drawn -> value; may give NaN where the draw has none.
+        statistic: (n,) int64 weights (how often each row was drawn) -> value, or NaN if it is undefined.
         groups: (n,) group of each row.
         seed: of the ``RESAMPLES`` draws.
-        independent: how many independent outcomes a share rests on, for Wilson's interval where all draws are equal;
-            the number of groups if not given.
+        independent: number of independent outcomes of a share, for Wilson's interval if all draws are equal (default:
+            the number of groups).
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 4.0])
