@@ -91,6 +91,8 @@ def test_a_run_on_four_bits_is_merged_into_whole_weights_with_a_note(run, tmp_pa
     whole = load_file(export_run(run.folder, "merged", out=tmp_path / "out") / "model.safetensors")
     found = load_file(out / "model.safetensors")
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+    notes = read_json(export_run(folder, "adapter") / "export.json")["notes"]
+    assert not any("merged" in one for one in notes)  # only the adapter is written
 
 
 def test_generation_stops_where_the_template_ends_a_turn(run, tmp_path):
