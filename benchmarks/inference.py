@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 
 from prefopt.errors import UserError
 from prefopt.files import write_whole
+from prefopt.models import check_length, choose_device, device_name, merge_adapter
 from prefopt.options import QUANTIZATIONS, WHOLE
+from prefopt.runs import find_run, load_model
 from prefopt.train.run_folder import versions
-from prefopt.use.adapter import merge_adapter
-from prefopt.use.load import check_length, choose_device, device_name, find_run, load_model
 
 PERCENTILES = (5, 50, 95, 99)
 OUT = "inference.json"

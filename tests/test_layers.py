@@ -30,8 +30,9 @@ KERNELS_MAY = {
 FLOORS = (
     {"errors", "option_values"},
     {"files", "options", "paths", "read_yaml", "redact", ""},  # "": __init__.py, with the version
-    {"models", "generation", "pretrained", "generation_config", "four_bits"},
-    {"data"},
+    {"models"},
+    {"runs", "data"},
+    {"generation"},  # renders prompts with data.template
     {"train"},
     {"report"},
     {"recipe"},
@@ -43,11 +44,7 @@ FLOORS = (
 FLOOR = {part: number for number, floor in enumerate(FLOORS) for part in floor}
 PUBLIC = {"data", "train"}  # `prefopt/__init__.py` imports their public names on first use
 # Exceptions as (importing part, imported part), with the reason.
-EXCEPTIONS = {
-    ("four_bits", "pretrained"): "both load models",
-    ("evaluate", "use"): "generation and scoring are the same as in chat and classify",
-    ("export", "use"): "a run is loaded for export as it is for chat",
-}
+EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 
 def module_name(path: Path, root: Path) -> str:
@@ -178,7 +175,7 @@ def test_every_exception_is_needed():
         ("prefopt_kernels", "from prefopt_kernels.integrations import trl"),
         ("prefopt.errors", "from prefopt.files import temporary"),
         ("prefopt.files", "from prefopt import paths"),
-        ("prefopt.pretrained", "from prefopt.data import load_rows"),
+        ("prefopt.models", "from prefopt.data import load_rows"),
         ("prefopt.data.read", "def f():\n    from prefopt.recipe.load import load_recipe"),
         ("prefopt.data.read", "import prefopt.train"),
         ("prefopt.train.trainer", "from prefopt.report.write import write"),

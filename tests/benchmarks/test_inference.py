@@ -10,7 +10,7 @@ import yaml
 from benchmarks import inference
 from benchmarks.inference import Timing, bench_inference, distribution, main, summary, time_runs
 from prefopt.errors import UserError
-from prefopt.use.load import find_run, load_model
+from prefopt.runs import find_run, load_model
 from support.trained_runs import make_run
 
 
@@ -147,7 +147,7 @@ def test_without_bitsandbytes_a_run_can_be_loaded_whole(run, tmp_path, monkeypat
     copy = shutil.copytree(run.folder, tmp_path / "run")
     recipe = {"model": {"path": str(run.base), "quantization": "nf4"}}
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    monkeypatch.setattr("prefopt.four_bits.find_spec", lambda name: None)
+    monkeypatch.setattr("prefopt.models.find_spec", lambda name: None)
     with pytest.raises(
         UserError,
         match="trained on a base in nf4, .* bitsandbytes: .*; or give --quantization none",

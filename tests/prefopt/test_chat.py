@@ -9,8 +9,10 @@ import torch
 import prefopt.use.chat as module
 from prefopt.cli import main
 from prefopt.errors import UserError
+from prefopt.generation import end_of_turn, prompt_ids, stop_ids
+from prefopt.models import choose_device
+from prefopt.runs import find_run, load_model, load_tokenizer
 from prefopt.use.chat import Conversation, Stream, chat, talk
-from prefopt.use.load import end_of_turn, find_run, load_model, load_tokenizer, stop_ids
 from support.trained_runs import EOS, make_run
 
 TEMPLATE = (  # that of Qwen3 in small: an empty thought in front of an answer, unless thinking is asked for
@@ -79,7 +81,8 @@ def test_turns_are_rendered_by_the_runs_template_with_its_arguments(make_convers
 def test_the_answer_is_what_generate_gives_and_is_written_once(make_conversation):
     conversation, out = make_conversation(), io.StringIO()
     answer = conversation.answer("Hello", out)
-    ids = conversation._ids([{"role": "user", "content": "Hello"}], "Hello")
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = torch.tensor([prompt_ids(conversation.tokenizer, messages, conversation.template_kwargs)])
     whole = conversation.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **conversation.generation)
     expected = conversation.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
     assert answer == expected and out.getvalue() == f"{expected}\n"
@@ -114,7 +117,7 @@ def test_commands_of_the_conversation(make_conversation, monkeypatch, capsys):
     talk(conversation, iter(["", "Hello\n", "/reste\n", "/help\n"]), out)
     assert len(conversation.turns) == 2
     said = capsys.readouterr().err
-    assert "/reste is no command; did you mean /reset?" in said and "/quit" in said
+    assert "/reste is not a command; did you mean /reset?" in said and "/quit" in said
     talk(conversation, iter(["/reset\n", "/quit\n", "Hello\n"]), out)
     assert conversation.turns == [] and len(seen) == 1
 
@@ -122,7 +125,7 @@ def test_commands_of_the_conversation(make_conversation, monkeypatch, capsys):
 def test_a_conversation_that_is_too_long_is_said_and_goes_on(make_conversation, capsys):
     conversation, out = make_conversation(), io.StringIO()
     talk(conversation, iter(["many words " * 200, "Hello"]), out)
-    assert "tokens, and the model takes 256; this turn is forgotten" in capsys.readouterr().err
+    assert "tokens, and the model takes 256; this turn is discarded" in capsys.readouterr().err
     assert [turn["content"] for turn in conversation.turns][0] == "Hello"
 
 
@@ -134,7 +137,7 @@ def test_an_interrupted_answer_is_forgotten(make_conversation, monkeypatch, caps
 
     monkeypatch.setattr(conversation.model, "generate", stop)
     talk(conversation, iter(["Hello"]), io.StringIO())
-    assert conversation.turns == [] and "this turn is forgotten" in capsys.readouterr().err
+    assert conversation.turns == [] and "this turn is discarded" in capsys.readouterr().err
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(run):
@@ -158,7 +161,7 @@ def test_without_a_template_a_line_is_gone_on_with(run, tmp_path, capsys):
     (plain / "chat_template.jinja").unlink()
     out = io.StringIO()
     chat(plain, max_new_tokens=3, temperature=0, source=io.StringIO("Once\n"), output=out)
-    assert "each line is text that the model goes on with" in capsys.readouterr().err
+    assert "each line is text that the model continues" in capsys.readouterr().err
     with pytest.raises(UserError, match="--system is given, but .* no chat template"):
         chat(plain, system="Be brief.", source=io.StringIO(""))
 
@@ -217,4 +220,4 @@ def test_a_closed_input_and_one_that_is_no_text_are_refused(run, monkeypatch, ca
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="torch sees no GPU"):
-        module.choose_device("cuda")
+        choose_device("cuda")

@@ -10,8 +10,8 @@ import torch
 
 from prefopt.cli import main
 from prefopt.errors import DataError, UserError
-from prefopt.use.classify import LabelScorer, classify
-from prefopt.use.load import find_run, load_model, load_tokenizer
+from prefopt.runs import find_run, load_model, load_tokenizer
+from prefopt.use.classify import classify, label_logps, label_rows
 from prefopt.use.questions import Question, read_questions
 from support.trained_runs import EOS, make_run
 
@@ -66,7 +66,7 @@ def exact_logp(model, tokenizer, prompt, label):
 def test_scores_are_the_log_likelihoods_of_label_and_end_of_turn(parts, batch_size):
     model, tokenizer = parts
     questions = [Question(line, [{"role": "user", "content": text}]) for line, text in enumerate(QUESTIONS, start=1)]
-    scores = LabelScorer(model, tokenizer, LABELS, batch_size=batch_size).score(questions)
+    scores = torch.from_numpy(label_logps(model, tokenizer, questions, LABELS, batch_size=batch_size))
 
     def by_hand(model):
         return torch.tensor(
@@ -77,15 +77,14 @@ def test_scores_are_the_log_likelihoods_of_label_and_end_of_turn(parts, batch_si
     exact = by_hand(copy.deepcopy(model).double())
     # rounding differs with the batch's shape: as good as the same model one by one, up to a factor and a few roundings
     allowed = 4 * (by_hand(model) - exact).abs().max() + 2.0**-20 * exact.abs().max()
-    assert (scores.double() - exact).abs().max() <= allowed < 1e-2
+    assert (scores - exact).abs().max() <= allowed < 1e-2
     assert (exact[:, 0] - exact[:, 1]).abs().min() > 1  # a token more or less would be seen
 
 
 def test_what_the_template_writes_behind_the_end_of_turn_is_not_scored(parts):
     model, tokenizer = parts
-    scorer = LabelScorer(model, tokenizer, LABELS)
     question = Question(1, [{"role": "user", "content": "Why?"}])
-    ends = {answer[-1] for _, answer in scorer._encoded(question)}
+    ends = {row["completion_ids"][-1] for row in label_rows(model, tokenizer, [question], LABELS, {})}
     assert ends == {tokenizer.convert_tokens_to_ids(EOS)}
 
 
@@ -136,9 +135,8 @@ def test_texts_become_what_the_run_was_trained_on(tmp_path):
 
 def test_plain_texts_end_in_the_eos_token(parts):
     model, tokenizer = parts
-    scorer = LabelScorer(model, tokenizer, LABELS)
-    prompt, answer = next(scorer._encoded(Question(1, "Why?")))
-    assert tokenizer.decode(prompt + answer) == f"Why?computer{EOS}"
+    row = label_rows(model, tokenizer, [Question(1, "Why?")], LABELS, {})[0]
+    assert tokenizer.decode(row["prompt_ids"] + row["completion_ids"]) == f"Why?computer{EOS}"
 
 
 @pytest.mark.parametrize(
@@ -171,9 +169,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_a_prompt_that_is_too_long_is_named(parts):
     model, tokenizer = parts
-    scorer = LabelScorer(model, tokenizer, LABELS)
+    question = Question(7, [{"role": "user", "content": "word " * 300}])
     with pytest.raises(UserError, match="line 7 has .* tokens, and the model takes 256"):
-        scorer.score([Question(7, [{"role": "user", "content": "word " * 300}])])
+        label_logps(model, tokenizer, [question], LABELS)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +182,7 @@ def test_a_prompt_that_is_too_long_is_named(parts):
         ({"labels": ["a", ""]}, "--labels has an empty name"),
         ({"labels": LABELS, "ask": "no place"}, "--ask is 'no place'; expected {text} in it"),
         ({"labels": LABELS, "batch_size": 0}, "--batch-size is 0; expected at least 1"),
-        ({"labels": LABELS, "out": "there.csv"}, "there.csv is there already"),
+        ({"labels": LABELS, "out": "there.csv"}, "there.csv exists"),
     ],
 )
 def test_bad_arguments_are_named(world, options, said, tmp_path):

@@ -55,7 +55,7 @@ def test_rules():
     [
         ("demmo", "did you mean demo"),
         ("contains:", "expected demo, language, contains:TEXT or regex:PATTERN"),
-        ("regex:(", "is no regular expression"),
+        ("regex:(", "is not a regular expression"),
     ],
 )
 def test_a_rule_that_is_none(rule, message):
@@ -64,7 +64,7 @@ def test_a_rule_that_is_none(rule, message):
 
 
 def test_the_demo_rule_refuses_other_questions():
-    with pytest.raises(UserError, match="judges the demo's questions only"):
+    with pytest.raises(UserError, match="applies to the demo's questions only"):
         make_rule("demo")("What is the capital of Mali?", "Gladly! It is Bamako.")
 
 

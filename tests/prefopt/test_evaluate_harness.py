@@ -110,7 +110,7 @@ def test_values_and_errors_are_those_of_lm_evaluation_harness(suite, run, tasks)
         ("hellaswag", "HellaSwag", ("acc", "acc_norm")),
         ("truthfulqa_mc", "TruthfulQA MC2", ("acc",)),
     ):
-        with subject.playing("run") as model:
+        with subject.running("run") as model:
             own = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=subject.tokenizer, batch_size=4, device="cpu"),
                 tasks=list(asked[name].tasks.values()),
@@ -130,7 +130,7 @@ def test_base_and_run_are_shown_the_same_prompts(run, tasks):
     subject, asked = load_subject(run), prepare(tasks, None)
     shown = []
     for who in ("base", "run", "base"):
-        with subject.playing(who) as model:
+        with subject.running(who) as model:
             answers = ask(model, subject.tokenizer, asked["hellaswag"], limit=3, batch_size=4)
         shown.append([(one["question"], one["prompt"]) for one in answers.questions["hellaswag"]])
     assert shown[0] == shown[1] == shown[2] and len(shown[0]) == 3

@@ -14,8 +14,8 @@ from prefopt.data import DataError, load_rows, split_by_group
 from prefopt.data.collate import pair_mismatched
 from prefopt.errors import UserError
 from prefopt.evaluate import EvalRequest, evaluate_run
-from prefopt.evaluate.generate import generate
 from prefopt.evaluate.subject import load_subject
+from prefopt.generation import generate
 from support.evaluate import BETA, make_run, write_lines
 from support.tiny_models import CHATML, ROWS, make_rows, make_tokenizer
 
@@ -118,7 +118,7 @@ def test_sampled_answers_are_judged_and_their_kl_is_that_of_their_tokens(found, 
     assert value(suite, "wins") == pytest.approx(wins)
     subject = load_subject(run)
     prompts = [ids(subject.tokenizer, one["prompt"], "")[0] for one in samples]
-    with subject.playing("run") as model:
+    with subject.running("run") as model:
         made = generate(
             model, prompts, pad_token_id=0, eos_token_ids=[3], max_new_tokens=6, batch_size=8,
             temperature=1.0, seed=0,
@@ -134,7 +134,7 @@ def test_generation_samples_the_whole_distribution_and_ends(run):
     subject = load_subject(run)
     prompts = [[5, 6, 7], [8]]
     shared = {"pad_token_id": 0, "max_new_tokens": 5, "batch_size": 2}
-    with subject.playing("base") as model:
+    with subject.running("base") as model:
         model.generation_config.top_k = 1  # a model's own settings must not decide
         greedy = generate(model, prompts, eos_token_ids=[], temperature=None, **shared)
         sampled = generate(model, prompts, eos_token_ids=[], temperature=1.0, seed=1, **shared)
@@ -199,7 +199,7 @@ def test_rows_of_one_label_have_no_margin(run, tmp_path):
         "desirable, per answer",
         "desirable, per token",
     }
-    assert any("one label alone" in sentence for sentence in suite["warnings"])
+    assert any("All rows have the same label" in sentence for sentence in suite["warnings"])
 
 
 def spoiled(run, tmp_path):
@@ -246,7 +246,7 @@ def test_rows_that_cannot_be_used(run, tmp_path):
         evaluate_run(EvalRequest(run=run, suite="preference", data=str(data), out=tmp_path))
     copy = spoiled(run, tmp_path)
     (copy / "recipe.yaml").unlink()
-    with pytest.raises(UserError, match="set no rows aside; name a file"):
+    with pytest.raises(UserError, match="held out no rows; name a file"):
         evaluate_run(EvalRequest(run=copy, suite="preference", base=str(run.parent / "base")))
     assert not (copy / "eval.json").exists() and not (tmp_path / "eval.json").exists()
 

@@ -220,7 +220,7 @@ def test_suites_stand_beside_each_other_and_replace_themselves(tmp_path):
 
 def test_a_strange_eval_json_is_left_alone(tmp_path):
     (tmp_path / "eval.json").write_text('{"mine": 1}', encoding="utf-8")
-    with pytest.raises(UserError, match="is not what `prefopt eval` writes"):
+    with pytest.raises(UserError, match="is not a file of `prefopt eval`"):
         write_results(tmp_path, "benchmarks", entry(score()))
     assert (tmp_path / "eval.json").read_text(encoding="utf-8") == '{"mine": 1}'
 

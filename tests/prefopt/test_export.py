@@ -16,8 +16,8 @@ from prefopt.cli import main
 from prefopt.errors import UserError
 from prefopt.export.merge import merged_model
 from prefopt.export.run import export_run
-from prefopt.four_bits import refuse_broken_blocks
-from prefopt.use.load import find_run, load_tokenizer
+from prefopt.models import refuse_partial_blocks
+from prefopt.runs import find_run, load_tokenizer
 from support.trained_runs import (
     EOS,
     assert_same_function,
@@ -91,6 +91,8 @@ def test_a_run_on_four_bits_is_merged_into_whole_weights_with_a_note(run, tmp_pa
     whole = load_file(export_run(run.folder, "merged", out=tmp_path / "out") / "model.safetensors")
     found = load_file(out / "model.safetensors")
     assert all(torch.equal(found[name], whole[name]) for name in whole)
+    notes = read_json(export_run(folder, "adapter") / "export.json")["notes"]
+    assert not any("merged" in one for one in notes)  # only the adapter is written
 
 
 def test_generation_stops_where_the_template_ends_a_turn(run, tmp_path):
@@ -152,7 +154,7 @@ def test_an_export_is_not_overwritten_unless_forced(run, tmp_path):
     out = tmp_path / "out"
     export_run(run.folder, "adapter", out=out)
     (out / "old").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match="has an export in it; choose another folder, or .*--force"):
+    with pytest.raises(UserError, match="has an export; choose another folder, or .*--force"):
         export_run(run.folder, "adapter", out=out)
     assert (out / "old").exists()
     export_run(run.folder, "adapter", out=out, force=True)
@@ -266,8 +268,8 @@ def test_four_bits_without_the_package_are_one_sentence_and_exit_2(run, tmp_path
 
 
 def test_rows_that_bitsandbytes_loses_on_a_cpu_are_refused(run):
-    with pytest.raises(UserError, match="rows of .*down_proj have 96 weights, no multiple of 64"):
-        refuse_broken_blocks(
+    with pytest.raises(UserError, match="rows of .*down_proj have 96 weights, not a multiple of 64"):
+        refuse_partial_blocks(
             AutoModelForCausalLM.from_pretrained(run.base),
             "--format merged-4bit",
             "--format merged",

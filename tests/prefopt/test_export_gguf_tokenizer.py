@@ -69,8 +69,8 @@ def lower_case(core):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (other_split, "another one, so that the file would give other tokens"),
-        (space_in_front, "another one, so that the file would give other tokens"),
+        (other_split, "another one, so the file would give other tokens"),
+        (space_in_front, "another one, so the file would give other tokens"),
         (llama_split_without_whole_words, "splits text as llama-bpe does, but does not take"),
         (lower_case, "normaliser (Lowercase, NFC)"),
     ],

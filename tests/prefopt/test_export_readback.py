@@ -16,8 +16,8 @@ import prefopt.export.run as export
 from prefopt.errors import UserError
 from prefopt.export.readback import check_logits, probe_ids, within_nf4
 from prefopt.export.run import export_run
-from prefopt.use.adapter import merge_adapter
-from prefopt.use.load import Source, find_run, load_model
+from prefopt.models import merge_adapter
+from prefopt.runs import Source, find_run, load_model
 from support.trained_runs import (
     adapt,
     assert_same_function,

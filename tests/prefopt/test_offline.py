@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from prefopt.cli import main
 from prefopt.errors import UserError
-from prefopt.pretrained import from_pretrained
-from prefopt.use.load import find_run, load_model
+from prefopt.models import from_pretrained
+from prefopt.runs import find_run, load_model
 from support.tiny_models import make_model, make_rows, make_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from prefopt.cli import main
 from prefopt.paths import absolute_paths, path_from, paths_from
 from prefopt.recipe import load_recipe
-from prefopt.use.load import find_run
+from prefopt.runs import find_run
 from support.evaluate import write_lines
 from support.tiny_models import make_model, make_rows, make_tokenizer
 

@@ -11,7 +11,7 @@ from prefopt.errors import UserError
 from prefopt.read_yaml import MAX_CHARACTERS, MAX_DEPTH, MAX_VALUES, parse_yaml, read_yaml
 from prefopt.recipe import load_recipe
 from prefopt.report.read import sections
-from prefopt.use.load import find_run
+from prefopt.runs import find_run
 
 # Nine lists of nine: 9 ** 10 values with the aliases expanded.
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11))

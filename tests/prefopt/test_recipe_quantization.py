@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import prefopt.four_bits as packing
+import prefopt.models
 from prefopt.cli import main
 from prefopt.demo.tiny.families import family_of, save_tiny
 from prefopt.errors import UserError
@@ -38,7 +38,7 @@ def tiny(tmp_path_factory):
 
 
 def four_bits(path):
-    return load_model(path, None, "float32", "r.yaml: model.path", quantize_for="float32")
+    return load_model(make_recipe(CONTENT, {"model.path": path, "model.dtype": "float32"}))
 
 
 def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
@@ -48,8 +48,8 @@ def test_four_bits_without_an_adapter_are_refused_with_both_ways_out():
 
 @pytest.mark.parametrize("overrides", [{}, {"model.quantization": None, "training.optim": "adamw_bnb_8bit"}])
 def test_without_bitsandbytes_it_says_how_to_get_it(overrides, monkeypatch):
-    find = packing.find_spec
-    monkeypatch.setattr(packing, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    find = prefopt.models.find_spec
+    monkeypatch.setattr(prefopt.models, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     with pytest.raises(UserError, match=r"needs the package bitsandbytes: pip install bitsandbytes$"):
         preference_config(make_recipe(CONTENT, overrides))
 
@@ -86,7 +86,7 @@ def test_rows_that_are_no_whole_blocks_are_refused_on_a_cpu_before_loading(tmp_p
     (tmp_path / "model.safetensors").unlink()  # the shapes alone decide
     with pytest.raises(
         UserError,
-        match=r"model.path: rows of model.layers.0.*q_proj have 48 weights, no multiple",
+        match=r"model.path: rows of model.layers.0.*q_proj have 48 weights, not a multiple",
     ):
         four_bits(str(tmp_path))
 

@@ -13,9 +13,9 @@ from prefopt.errors import UserError
 from prefopt.evaluate.request import EvalRequest
 from prefopt.recipe import load_recipe, make_recipe
 from prefopt.recipe.run import preference_config
+from prefopt.runs import find_run
 from prefopt.train import TrainingWarning
 from prefopt.use.chat import chat
-from prefopt.use.load import find_run
 from support.tiny_models import ROWS, make_model, make_rows, make_tokenizer
 
 

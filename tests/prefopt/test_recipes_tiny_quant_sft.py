@@ -39,7 +39,7 @@ def test_s3_kto_on_a_base_in_four_bits(capsys):
         margin, evaluated = margin_of(run.folder, quantization)
         # bitsandbytes multiplies in bf16 in evaluation on some CPUs: 3e-4 here, and 7e-3 for whole weights
         assert (abs(margin - in_training) < 1e-3) == same
-        assert any("weights that were not quantised" in one for one in evaluated["warnings"]) != same
+        assert any("weights without quantization" in one for one in evaluated["warnings"]) != same
     assert main(["export", str(run.folder), "--format", "merged-4bit"]) == 0
     config = json.loads((run.folder / "export" / "merged-4bit" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"

@@ -9,7 +9,7 @@ import pytest
 from prefopt.compare.report import markdown
 from prefopt.export.card import write_card
 from prefopt.report.markdown import code, csv_text, plain, table
-from prefopt.use.load import Source
+from prefopt.runs import Source
 
 EVIL = "a|b [x](javascript:y) <img src=x> *b* `c` ~~d~~ $e$ #\n# f"
 PLAIN = r"a\|b \[x\](javascript:y) &lt;img src=x&gt; \*b\* \`c\` \~\~d\~\~ \$e\$ \# \# f"

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prefopt.errors import UserError
-from prefopt.use.load import find_run, load_model
+from prefopt.runs import find_run, load_model
 from support.trained_runs import make_base, make_split_tokenizer
 from support.trainer import World, make_trainer, make_world, train
 

@@ -53,13 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     # imported here so that a missing package is reported like any other failure
     from prefopt.cli.arguments import add_traceback_option, command_group
+    from prefopt.cli.chat import add_chat_command
+    from prefopt.cli.classify import add_classify_command
     from prefopt.cli.compare import add_compare_command
     from prefopt.cli.data import add_data_commands
     from prefopt.cli.demo import add_demo_command
     from prefopt.cli.evaluate import add_eval_command
+    from prefopt.cli.export import add_export_command
     from prefopt.cli.report import add_report_command
     from prefopt.cli.train import add_train_command
-    from prefopt.cli.use import add_use_commands
 
     parser = argparse.ArgumentParser(
         prog="prefopt",
@@ -75,7 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_command(commands)
     add_data_commands(commands)
     add_report_command(commands)
-    add_use_commands(commands)
+    add_export_command(commands)
+    add_chat_command(commands)
+    add_classify_command(commands)
     return parser
 
 

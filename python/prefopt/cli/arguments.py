@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt.errors import UserError
+from prefopt.options import QUANTIZATIONS
 
 BNB_KERNEL = "kernels-community/quantization-bitsandbytes"
 
@@ -101,6 +102,27 @@ def utf8_argument(text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python decodes invalid UTF-8
         raise argparse.ArgumentTypeError(f"expected text in UTF-8, got {text!r}")
     return text
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add RUN and --base."""
+    parser.add_argument("run", type=path_argument, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--base", type=text_argument, metavar="MODEL", help="base model (default: the one that the adapter names)"
+    )
+
+
+def add_quantization_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --quantization."""
+    help = "of the base's weights under an adapter (default: as in training)"
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help=help)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="device of the model (default: auto)"
+    )
 
 
 def at_least(least: int) -> Callable[[str], int]:

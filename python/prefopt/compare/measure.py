@@ -17,6 +17,7 @@ from prefopt.evaluate.preference import evaluate
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import plain
 from prefopt.evaluate.subject import Subject
+from prefopt.models import device_name
 from prefopt.recipe.memory import NAME as MEMORY
 from prefopt.recipe.memory import measured
 from prefopt.recipe.models import load_model, load_tokenizer
@@ -24,7 +25,6 @@ from prefopt.recipe.run import make_trainer, preference_config
 from prefopt.train import NonFiniteError, PreferenceTrainer
 from prefopt.train.methods import METHODS, PAIRS
 from prefopt.train.run_folder import versions
-from prefopt.use.load import device_name
 
 
 @dataclass(frozen=True)
@@ -121,22 +121,16 @@ def _subject(job: Job, trainer: PreferenceTrainer, tokenizer: PreTrainedTokenize
     recipe = job.plan.recipe
     # without the wrapper of mixed precision, which the base model does not have either
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    base, options = None, recipe.model
+    base = None
     if recipe.lora is None:
-        base = load_model(
-            options.path,
-            options.revision,
-            options.dtype,
-            f"{recipe.name}: model.path",
-            trust_remote_code=options.trust_remote_code,
-        )
+        base = load_model(recipe)
         torch.nn.Module.to(base, trainer.args.device)
     return Subject(
         folder=job.folder,
         kind="weights" if base is not None else "adapter",
         model=model,
         tokenizer=tokenizer,
-        base_name=options.path,
+        base_name=recipe.model.path,
         base=base,
         recipe={"loss": asdict(recipe.loss), "training": {"backend": recipe.training.backend}},
     )

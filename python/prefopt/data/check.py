@@ -13,7 +13,7 @@ from prefopt.data.scored import not_in_row, scored_tokens, template_notes
 from prefopt.data.tokenize import Tokenized, token_lengths, tokenize_rows
 from prefopt.data.vocabulary import padding_beyond, remedy, rows_beyond
 from prefopt.errors import BadRow, DataError
-from prefopt.pretrained import from_pretrained
+from prefopt.models import from_pretrained
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Judge a finished run beside the model it started from: benchmarks, held-out preferences, classification."""
+"""Evaluate a run against its base model: benchmarks, held-out preferences, classification."""
 
 from pathlib import Path
 
@@ -9,8 +9,6 @@ __all__ = ["SUITES", "EvalRequest", "evaluate_run"]
 
 def evaluate_run(request: EvalRequest) -> Path:
     """Evaluate and write the results; see ``prefopt.evaluate.run.run``."""
-    from prefopt.evaluate.run import (
-        run,  # the model's stack takes seconds to import, a wrong request should not
-    )
+    from prefopt.evaluate.run import run  # slow to import: an invalid request is refused before
 
     return run(request)

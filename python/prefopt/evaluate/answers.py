@@ -1,11 +1,11 @@
-"""Which of some names an answer gives: the longest one that it begins with, not its first word."""
+"""Find which of several names an answer gives: the longest one that it begins with, not its first word."""
 
 import re
 from collections.abc import Sequence
 
 from prefopt.data.rows import folded
 
-# What may stand before the name in an answer that means nothing but the name.
+# What may precede the name in an answer.
 LEAD = re.compile(
     r"^(?:<think>.*?</think>|(?:the\s+)?(?:answer|category|field|subject)(?:\s+is)?\b|[\s:\-*_`\"'#.،؛«(\[]+|is\b)+",
     re.DOTALL,
@@ -13,9 +13,9 @@ LEAD = re.compile(
 
 
 def name_in(answer: str, names: Sequence[str]) -> str | None:
-    """The longest name that ``answer`` begins with, at the end of a word; None if it begins with none.
+    """The longest name that ``answer`` begins with, up to a word boundary, or None.
 
-    Case, spacing and Unicode forms do not matter, nor do marks, a closed think block or "The answer is" before it.
+    Case, spacing and Unicode forms are ignored, as are punctuation, a closed think block and "The answer is" before it.
 
     Args:
         answer: generated text.

@@ -1,4 +1,4 @@
-"""The suite of three benchmarks: base and run on the same questions, each score with its error and its chance line."""
+"""The suite benchmarks: base and run on the same questions, with errors and chance levels."""
 
 import hashlib
 import json
@@ -34,12 +34,12 @@ HOW = (
     "Through lm-evaluation-harness and its own task definitions, without a chat template. HellaSwag's usual number is "
     "acc_norm (likelihood per byte); MC2 is the probability mass on the true answers, not normalised by their length; "
     "MMLU-mini is ten fixed questions of each subject, with the five examples of the split dev before each. Chance is "
-    "what a model scores to which all answers to a question are alike."
+    "the score of a model that prefers no answer."
 )
 
 
 class Finished:
-    """What an interrupted evaluation had finished, so that the same one goes on behind it."""
+    """Finished benchmarks of an interrupted evaluation, which the same evaluation reuses."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
@@ -61,18 +61,18 @@ class Finished:
         return Answers(**self.units[unit]) if unit in self.units else None
 
     def remove(self) -> None:
-        """Nothing is left to be resumed."""
+        """Remove the file: the evaluation is complete."""
         self.path.unlink(missing_ok=True)
 
 
 def prepare_questions(request: EvalRequest) -> dict[str, Asked]:
-    """Everything that can be missing, before the models are loaded."""
+    """Read the questions, before the models are loaded."""
     return prepare(request.tasks_dir, request.limit)
 
 
 def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest) -> Results:
-    """Ask base and run, benchmark by benchmark; an interrupted evaluation goes on behind its last finished one."""
-    finished = Finished(request.out / PARTIAL_NAME, _key(subject, asked, request))
+    """Run each benchmark on base and run; an interrupted evaluation continues after its last finished one."""
+    finished = Finished(request.folder / PARTIAL_NAME, _key(subject, asked, request))
     answers: dict[str, dict[str, Answers]] = {}
     for name, one in asked.items():
         answers[name] = {}
@@ -81,7 +81,7 @@ def evaluate(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest)
             done = finished.get(unit)
             if done is None:
                 logger.warning("%s, %s", one.benchmark.title, who)
-                with subject.playing(who) as model:
+                with subject.running(who) as model:
                     done = ask(
                         model,
                         subject.tokenizer,
@@ -127,15 +127,15 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
         cut = max(found.cut for found in by_model.values())
         if cut:
             warnings.append(
-                f"{title}: {cut} prompts with their answers are longer than the model's context and lost their "
-                "beginning."
+                f"{title}: {cut} prompts with their answers are longer than the model's context; their beginning was "
+                "truncated."
             )
         found = _details(by_model, benchmark.metrics)
         details["benchmarks"][name] = {"title": title} | found
     if limit is not None:
         warnings.append(
-            f"Only the first {limit} questions of each task were asked, so these are not the numbers that others "
-            "publish."
+            f"Only the first {limit} questions of each task were asked, so these are not "
+            "comparable to published numbers."
         )
     missing = [one.title for name, one in BENCHMARKS.items() if name not in answers]
     if missing:
@@ -144,14 +144,14 @@ def judged(answers: Mapping[str, Mapping[str, Answers]], limit: int | None, seed
 
 
 def _asked_on(benchmark: Benchmark, tasks_dir: Path | None) -> dict[str, str | None]:
-    """The hub's set, or files in its schema, which may be anything."""
+    """The dataset on the hub, or local files of its schema."""
     name = benchmark.title if tasks_dir is None else f"{benchmark.title}, from local files"
     hub = benchmark.hub if tasks_dir is None else None
     return {"name": name, "hub": hub, "split": benchmark.splits[-1], "revision": None}
 
 
 def _scores(values: dict[str, list[float]], labels: dict, chance: float, seed: int) -> list[Score]:
-    """A score of each model and, of two, the change between them."""
+    """The score of each model and, if there are two, their difference."""
     binary = all(value in (0.0, 1.0) for one in values.values() for value in one)
     found = []
     for who, one in values.items():
@@ -172,7 +172,7 @@ def _mean(values: np.ndarray, seed: int, **labels) -> Score:
 
 
 def _details(by_model: Mapping[str, Answers], metrics: tuple[str, ...]) -> dict[str, Any]:
-    """Which questions they were, and the first metric of each task."""
+    """The questions, and the first metric of each task."""
     questions = [row["question"] for task in by_model[RUN].questions.values() for row in task]
     tasks = {
         task: {
@@ -190,7 +190,7 @@ def _details(by_model: Mapping[str, Answers], metrics: tuple[str, ...]) -> dict[
 
 
 def _key(subject: Subject, asked: Mapping[str, Asked], request: EvalRequest) -> str:
-    """Changes with the model, the questions and the settings."""
+    """A hash of the model, the questions and the settings."""
     weights = [
         (file.name, file.stat().st_size, file.stat().st_mtime_ns)
         for pattern in ("*.safetensors", "*.bin")

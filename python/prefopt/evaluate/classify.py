@@ -1,9 +1,10 @@
-"""The suite of classification: which of 14 fields a question belongs to.
+"""The suite classify: which of 14 fields a question belongs to.
 
-Two ways of asking the same model: the likelihood of each name as the whole answer, end of turn included, of which the
-largest wins; and the answer it generates, read by ``name_in``. A generated answer that gives no name is wrong.
+Two predictions of each model: the likeliest name as the whole answer, including the end of turn; and the name in the
+greedy answer, found by ``name_in``. A generated answer without a name is wrong.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,29 +20,26 @@ from prefopt.data.sources import open_rows
 from prefopt.data.tokenize import Encode
 from prefopt.errors import DataError
 from prefopt.evaluate.answers import name_in
-from prefopt.evaluate.generate import generate
-from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
 from prefopt.evaluate.scores import share, share_change
 from prefopt.evaluate.subject import Subject
 from prefopt.report.score import BASE, RUN, Score
-from prefopt.train.prepare import pad_token_id
 
 NAMES = CATEGORIES
-NONE = "no name"  # what a generated answer without a name is counted as
+NONE = "no name"  # class of a generated answer without a name
 TASK = "classification"
 LIKELIHOOD, GENERATED = "likelihood", "generated"
-SPLIT = "test"  # of a built folder, where nothing else was said
+SPLIT = "test"  # default of a built folder
 ROOM = 8  # tokens to generate beyond the longest name
-SAMPLES = 20  # of generated answers, kept to look at
+SAMPLES = 20  # generated answers in eval.json
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts, text or chat messages, and the right name of each as a place in ``NAMES``.
+    """Prompts (text or chat messages), and the index in ``NAMES`` of the correct name of each.
 
-    ``lead`` is the space that completions of text begin with, if they do.
+    ``lead`` is the whitespace that completions of text begin with.
     """
 
     prompts: list
@@ -60,9 +58,10 @@ def read_questions(request: EvalRequest, row_options: dict | None = None) -> Que
         row_options: arguments of ``load_rows`` for rows that are not of the published schema.
 
     Raises:
-        DataError: neither, or rows that cannot be used.
+        DataError: rows of another schema, or that cannot be used.
     """
     source, split = request.data, request.split
+    assert source is not None
     if _is_published(source):
         loaded = load_rows(_converted(source, request))
     else:
@@ -79,8 +78,8 @@ def read_questions(request: EvalRequest, row_options: dict | None = None) -> Que
 
 
 def evaluate(subject: Subject, questions: Questions, request: EvalRequest) -> Results:
-    """Both ways of asking, for base and run; accuracies, a table by field and confusion matrices in ``details``."""
-    found = {who: _ask(subject, who, questions, request) for who in subject.models}
+    """Accuracies of base and run; ``details`` has a table by field and confusion matrices."""
+    found = {who: _predictions(subject, who, questions, request) for who in subject.models}
     data = {TASK: asked_on(questions.name, questions.split)}
     results = replace(judged(questions.right, found), data=data)
     results.warnings[:0] = subject.other_format(questions.chat)
@@ -127,7 +126,7 @@ def judged(right: np.ndarray, found: dict[str, dict[str, Any]]) -> Results:
 
 
 def _by_category(right: np.ndarray, found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each field that occurs: its questions, and the share that each model gets right in each way."""
+    """A row for each field that occurs: its number of questions, and each accuracy."""
     table = []
     for place, name in enumerate(NAMES):
         here = right == place
@@ -141,42 +140,21 @@ def _by_category(right: np.ndarray, found: dict[str, dict[str, Any]]) -> list[di
     return table
 
 
-def _confusion(right: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """(14, 15) counts, the right name by what was said; the last column is no name."""
+def _confusion(right: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """(14, 15) counts, correct name by predicted name; the last column is no name."""
     width = len(NAMES) + 1
-    return np.bincount(right * width + said, minlength=len(NAMES) * width).reshape(-1, width)
+    return np.bincount(right * width + predicted, minlength=len(NAMES) * width).reshape(-1, width)
 
 
-def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest) -> dict[str, Any]:
-    encode = Encode(
-        subject.tokenizer,
-        questions.chat,
-        dict(subject.option("data", "chat_template_kwargs") or {}),
-    )
-    pad = pad_token_id(subject.tokenizer, subject.model)
+def _predictions(subject: Subject, who: str, questions: Questions, request: EvalRequest) -> dict[str, Any]:
+    encode, batch_size = subject.encode(questions.chat), request.batch_size
     options = _options(encode, questions)
-    prompts = encode.ids([encode.texts(prompt, _said(questions, ""))[0] for prompt in questions.prompts])
+    prompts = encode.ids([encode.texts(prompt, _completion(questions, ""))[0] for prompt in questions.prompts])
     longest = max(len(row["completion_ids"]) for row in options)
-    with subject.playing(who) as model:
-        logps = answer_logps(
-            model,
-            options,
-            pad_token_id=pad,
-            max_length=None,  # a cut from the right would take the name
-            batch_size=request.batch_size,
-            backend=subject.option("training", "backend") or "auto",
-            desc=f"likelihoods, {who}",
-        )
-        answers = generate(
-            model,
-            prompts,
-            pad_token_id=pad,
-            eos_token_ids=subject.stop_ids(),
-            max_new_tokens=request.max_new_tokens or longest + ROOM,
-            batch_size=request.batch_size,
-            temperature=None,
-            desc=f"answers, {who}",
-        )
+    # max_length None: truncation would remove the name
+    logps = subject.logps(who, options, max_length=None, batch_size=batch_size, desc=f"likelihoods, {who}")
+    most = request.max_new_tokens or longest + ROOM
+    answers = subject.generate(who, prompts, max_new_tokens=most, batch_size=batch_size, temperature=None)
     texts = subject.tokenizer.batch_decode(answers, skip_special_tokens=True)
     named = [name_in(text, NAMES) for text in texts]
     return {
@@ -187,12 +165,12 @@ def _ask(subject: Subject, who: str, questions: Questions, request: EvalRequest)
 
 
 def _options(encode: Encode, questions: Questions) -> list[dict]:
-    """Every question with every name as its answer, question by question."""
+    """Every question with every name as its answer."""
     batch: dict[str, list] = {"prompt": [], "completion": []}
     for prompt in questions.prompts:
         for name in NAMES:
             batch["prompt"].append(prompt)
-            batch["completion"].append(_said(questions, name))
+            batch["completion"].append(_completion(questions, name))
     encoded = encode(batch)
     problem = next((problem for problem in encoded["problem"] if problem), None)
     if problem:
@@ -201,7 +179,7 @@ def _options(encode: Encode, questions: Questions) -> list[dict]:
     return [{"prompt_ids": prompt, "completion_ids": answer} for prompt, answer in pairs]
 
 
-def _said(questions: Questions, name: str) -> Any:
+def _completion(questions: Questions, name: str) -> Any:
     """A name as a completion."""
     if questions.chat:
         return [{"role": "assistant", "content": name}]
@@ -230,11 +208,11 @@ def _is_published(source: str) -> bool:
 
 
 def _converted(source: str, request: EvalRequest) -> list[dict]:
-    """MMLU-Pro's rows as prompts with a name; repeated questions are asked once."""
+    """MMLU-Pro's rows as prompts with a name, without repeated questions."""
     raws = open_rows(source, request.split, None, needs=NEEDS)[1]
     good = []
 
-    def present():
+    def present() -> Iterator[tuple[int, Mapping]]:
         for line, raw in raws:
             if isinstance(raw, RowError):
                 raise DataError(f"{source}:{line}: {raw}")

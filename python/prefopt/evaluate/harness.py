@@ -1,8 +1,7 @@
-"""The three benchmarks through lm-evaluation-harness: the only module that imports it.
+"""The three benchmarks through lm-evaluation-harness; no other module imports it.
 
-Its own task definitions are used (prompts, few-shot examples, scoring); only where the questions come from can be
-changed, from the hub to files of the same schema. Task data is read when a task is built, so what is missing shows
-before a model is loaded.
+Its task definitions are used (prompts, few-shot examples, scoring); the questions come from the hub, or from files of
+the same schema. Task data is read when a task is built, so missing data is reported before a model is loaded.
 """
 
 import json
@@ -27,20 +26,20 @@ MMLU_MINI: dict[str, list[int]] = json.loads((Path(__file__).parent / "mmlu_mini
 ]
 SUFFIXES = (".jsonl", ".parquet")
 MC2_COLUMNS = ("question", "mc2_targets")
-FEWSHOT_SEED = 1234  # lm-evaluation-harness's own, so that prompts are those of published numbers
+FEWSHOT_SEED = 1234  # the default of lm-evaluation-harness, for the prompts of published numbers
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is asked: its task of lm-evaluation-harness, and where its files and columns are."""
+    """A benchmark: its task in lm-evaluation-harness, and its files and columns."""
 
     title: str
     task: str
     folder: str  # of the task's definition within lm_eval/tasks
     n_shot: int
-    metrics: tuple[str, ...]  # the one that is usually quoted first
+    metrics: tuple[str, ...]  # the usual one first
     columns: tuple[str, ...]
-    splits: tuple[str, ...]  # the questions' last
+    splits: tuple[str, ...]  # the questions are in the last one
     hub: str
 
 
@@ -80,7 +79,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Asked:
-    """A benchmark ready to be asked: its tasks by name, and which questions of each (None for all)."""
+    """A prepared benchmark: its tasks by name, and the questions of each (None: all)."""
 
     benchmark: Benchmark
     tasks: dict[str, Any]
@@ -89,14 +88,14 @@ class Asked:
 
 @dataclass
 class Answers:
-    """What a model answered: {task: [{metrics, chance, question, prompt}]}, and prompts that had to be cut."""
+    """Results of a model: {task: [{metrics, chance, question, prompt}]}, and the number of truncated prompts."""
 
     questions: dict[str, list[dict]]
     cut: int
 
 
 def version() -> str:
-    """Of lm-evaluation-harness; an ``UserError`` where it is not installed."""
+    """Of lm-evaluation-harness; raises ``UserError`` if it is not installed."""
     return _lm_eval().__version__
 
 
@@ -105,11 +104,11 @@ def prepare(tasks_dir: Path | None, limit: int | None) -> dict[str, Asked]:
 
     Args:
         tasks_dir: folder with ``hellaswag_train.jsonl`` and so on (docs/evaluation.md has the list); a benchmark, or a
-            subject of MMLU, without files there is left out.
-        limit: questions of each task at most, the first of the list.
+            subject of MMLU, without files is omitted.
+        limit: number of questions of each task, from the first.
 
     Raises:
-        UserError: lm-evaluation-harness or the questions are not there, or a file has the wrong columns.
+        UserError: lm-evaluation-harness or the questions are missing, or a file has the wrong columns.
     """
     tasks_of = _found(tasks_dir) if tasks_dir else {name: None for name in BENCHMARKS}
     return {name: _asked(name, files, limit) for name, files in tasks_of.items()}
@@ -123,13 +122,13 @@ def ask(
     limit: int | None,
     batch_size: int,
 ) -> Answers:
-    """Put the questions to a model, without a chat template, as base models are benchmarked."""
+    """Run a benchmark without a chat template, as is usual for base models."""
     lm_eval = _lm_eval()
     from lm_eval.models.huggingface import HFLM
 
     device = next(model.parameters()).device
     for task in asked.tasks.values():
-        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # base and run are shown the same examples
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples for base and run
     with _quiet() as log:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(device))
         found = lm_eval.evaluate(
@@ -137,7 +136,7 @@ def ask(
             task_dict={"tasks": asked.tasks, "groups": {}, "group_map": {}},
             limit=limit if asked.questions is None else None,
             samples=asked.questions,
-            bootstrap_iters=0,  # uncertainty is computed here, from the questions
+            bootstrap_iters=0,  # computed here, from the questions
             log_samples=True,
         )
     questions = {
@@ -156,7 +155,7 @@ def _question(sample: Mapping[str, Any], benchmark: Benchmark) -> dict[str, Any]
 
 
 def _chance(sample: Mapping[str, Any]) -> float:
-    """What a model scores to which all answers are alike."""
+    """The score of a model that prefers no answer."""
     targets = sample["doc"].get("mc2_targets")
     if targets is not None:
         return sum(targets["labels"]) / len(targets["labels"])
@@ -194,7 +193,7 @@ def _asked(name: str, files: dict[str, dict[str, str]] | None, limit: int | None
 
 
 def _build(benchmark: Benchmark, members: list[dict]) -> dict[str, Any]:
-    """Members of a group, because only there a task's own definition is kept beside what is changed."""
+    """Build the tasks as members of a group, where changes keep the rest of a task's definition."""
     root = Path(_lm_eval().__file__).parent / "tasks"
     from lm_eval.tasks import TaskManager
 
@@ -211,7 +210,7 @@ def _build(benchmark: Benchmark, members: list[dict]) -> dict[str, Any]:
 
 
 def _found(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """{benchmark: {subject or "": {split: file}}} of the files in a folder, every one of them checked."""
+    """{benchmark: {subject or "": {split: file}}} of the files in a folder, checked."""
     if not folder.is_dir():
         raise UserError(f"--tasks-dir {folder} is not a folder")
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -245,34 +244,35 @@ def _file(folder: Path, stem: str) -> Path | None:
 
 
 def _check(path: Path, columns: tuple[str, ...]) -> None:
-    """Every row has the columns; a ``DataError`` or ``UserError`` with file and line otherwise."""
+    """Raise ``DataError`` or ``UserError`` with file and line for a row without the columns."""
     rows = 0
     for line, raw in open_rows(path, None, None, needs=columns)[1]:
         if raw is None:
             continue
-        problem = str(raw) if isinstance(raw, RowError) else ""
-        missing = [] if problem else [name for name in columns if raw.get(name) is None]
-        if problem or missing:
-            raise UserError(f"{path}:{line}: {problem or f'field {missing[0]!r} is missing'}")
+        if isinstance(raw, RowError):
+            raise UserError(f"{path}:{line}: {raw}")
+        missing = [name for name in columns if raw.get(name) is None]
+        if missing:
+            raise UserError(f"{path}:{line}: field {missing[0]!r} is missing")
         rows += 1
     if not rows:
         raise UserError(f"{path} has no rows")
 
 
 class _Log(logging.Handler):
-    """Lets errors through, and counts the prompts that were too long for the model instead of a line for each."""
+    """Passes errors on, and counts the prompts that were truncated."""
 
     cut = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self.cut += "Truncating" in record.getMessage()
-        if record.levelno >= logging.ERROR:
+        if record.levelno >= logging.ERROR and logging.lastResort is not None:
             logging.lastResort.handle(record)
 
 
 @contextmanager
 def _quiet() -> Iterator[_Log]:
-    """Only errors from lm-evaluation-harness, which says a lot."""
+    """Suppress log messages of lm-evaluation-harness except errors."""
     log, logger = _Log(), logging.getLogger("lm_eval")
     propagates, logger.propagate = logger.propagate, False
     logger.addHandler(log)

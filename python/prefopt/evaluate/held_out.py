@@ -1,4 +1,4 @@
-"""The rows that a run is judged on: those that it is given, or else those that its recipe set aside."""
+"""The rows of an evaluation: those of --data, or else those that the recipe held out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,14 @@ from prefopt.errors import UserError
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.subject import Subject
 from prefopt.paths import is_missing
-from prefopt.use.load import Source, section
+from prefopt.runs import Source, section
 
-MAX_LENGTH = 1024  # where the run does not say another
+MAX_LENGTH = 1024  # of a run that does not record it
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows to be judged on, in text and in tokens; and what they were asked for as, where they were."""
+    """Evaluation rows as text and as tokens, and where they are from, if known."""
 
     loaded: LoadedRows
     tokens: Tokenized
@@ -34,7 +34,7 @@ class HeldOut:
 
 
 class Texts(NamedTuple):
-    """Rows in text, and what they were asked for as."""
+    """Evaluation rows as text, and where they are from."""
 
     loaded: LoadedRows
     source: str
@@ -43,16 +43,16 @@ class Texts(NamedTuple):
 
 
 def read_rows(run: Source, request: EvalRequest) -> Texts:
-    """The rows of ``--data``, or else those that the run's recipe set aside; the first ``--limit`` of them.
+    """The first ``--limit`` rows of ``--data``, or of those that the recipe held out.
 
     Raises:
-        UserError: neither names rows.
+        UserError: there are no such rows.
         DataError: they cannot be read.
     """
     path, split, revision, fraction = _named(run, request)
     if request.data is None and is_missing(path):
         raise UserError(
-            f"{run.folder} sets aside rows of {path}, and there is no file or folder {path}; name the rows by --data"
+            f"{run.folder} held out rows of {path}, and there is no file or folder {path}; name the rows by --data"
         )
     loaded = load_rows(path, split=split, revision=revision, **run.row_options)
     if fraction:
@@ -63,10 +63,10 @@ def read_rows(run: Source, request: EvalRequest) -> Texts:
 
 
 def tokenized(texts: Texts, subject: Subject) -> HeldOut:
-    """The rows as the run was trained to read them.
+    """Tokenize the rows as in training.
 
     Raises:
-        DataError: none of them can be used.
+        DataError: no row can be used.
     """
     tokens = tokenize_rows(
         texts.loaded,
@@ -78,7 +78,7 @@ def tokenized(texts: Texts, subject: Subject) -> HeldOut:
 
 
 def trained_on(recipe: dict) -> set[int]:
-    """Groups of the rows that a run's recipe trained on, as far as they are files here; empty where not."""
+    """Groups of the training rows; empty if they are not local files."""
     data = section(recipe, "data")
     path = data.get("path")
     if not path or not Path(path).expanduser().exists():
@@ -96,16 +96,16 @@ def trained_on(recipe: dict) -> set[int]:
 
 
 def _named(run: Source, request: EvalRequest) -> tuple[str, str | None, str | None, float | None]:
-    """Path, split and revision of the rows, and the share of the prompts that is theirs, where they are not all."""
+    """Path, split and revision of the rows, and the fraction of the prompts if it is not all of them."""
     if request.data is not None:
         return request.data, request.split, None, None
-    data = run.data
+    data = run.section("data")
     if data.get("eval_path"):
         split = request.split or data.get("eval_split")
         return data["eval_path"], split, data.get("eval_revision"), None
     if data.get("eval_fraction"):
         return data["path"], data.get("split"), data.get("revision"), data["eval_fraction"]
-    raise UserError(f"{run.folder} set no rows aside; name a file of rows that were not trained on with --data")
+    raise UserError(f"{run.folder} held out no rows; name a file of rows that were not trained on with --data")
 
 
 def _seed(recipe: dict) -> int:
@@ -113,7 +113,7 @@ def _seed(recipe: dict) -> int:
 
 
 def _first(loaded: LoadedRows, limit: int) -> LoadedRows:
-    """The first rows, of which the last pair stays whole."""
+    """The first rows; the last pair is kept whole."""
     lines = loaded.rows["line"][: limit + 1]
     limit += len(lines) > limit and lines[limit] == lines[limit - 1]
     return LoadedRows(

@@ -1,21 +1,19 @@
-"""The suite of held-out preferences: scores of given answers, and generated ones.
+"""The suite preference: scores of held-out answers and of sampled ones.
 
 Rewards are ``beta * (log p_run - log p_base)`` of a completion, as in training.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from prefopt.data.collate import pair_mismatched
-from prefopt.data.tokenize import Encode
 from prefopt.errors import UserError
-from prefopt.evaluate.generate import generate
 from prefopt.evaluate.held_out import HeldOut, trained_on
-from prefopt.evaluate.logprobs import answer_logps
 from prefopt.evaluate.request import EvalRequest
 from prefopt.evaluate.results import Results, asked_on
-from prefopt.evaluate.rules import make_rule
+from prefopt.evaluate.rules import Rule, make_rule
 from prefopt.evaluate.scores import (
     auc_of,
     bootstrap,
@@ -27,17 +25,16 @@ from prefopt.evaluate.scores import (
 )
 from prefopt.evaluate.subject import Subject
 from prefopt.report.score import BASE, CHANGE, RUN, Score
-from prefopt.train.prepare import pad_token_id
 
-BETA, MAX_NEW_TOKENS = 0.1, 128  # where neither run nor request say another
+BETA, MAX_NEW_TOKENS = 0.1, 128  # defaults
 REWARDS, LIKELIHOOD, ANSWERS = "rewards", "likelihood", "sampled answers"
 
 
 def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Results:
-    """Score the rows under base and run and, with a rule, sample answers of both.
+    """Score the rows under base and run; with a rule, also sample answers of both.
 
     Raises:
-        UserError: there is no base to compare with.
+        UserError: the base is unknown.
     """
     if BASE not in subject.models:
         raise UserError(
@@ -46,46 +43,45 @@ def evaluate(subject: Subject, held_out: HeldOut, request: EvalRequest) -> Resul
         )
     rule = None if request.rule is None else make_rule(request.rule)
     beta = float(subject.option("loss", "beta") or BETA)
-    judge = _Judge(subject, held_out, request)
-    scores, details = judge.rewards(beta)
+    measured = _Measurement(subject, held_out, request)
+    scores, details = measured.rewards(beta)
     how = [
         f"Rewards are {beta:g} times the log-ratio of run to base, in nats; intervals draw whole prompts. Accuracy, "
         "pairs: the "
-        "desirable answer of a pair has the higher reward (Wilson's interval where each pair has a prompt of its own). "
+        "desirable answer of a pair has the higher reward (Wilson's interval if each pair has its own prompt). "
         "Accuracy, all: any desirable answer has a higher reward than any undesirable one (area under the ROC curve). "
         "KL, "
         "mismatched: mean log-ratio of answers to other prompts, which is KTO's reference point before it is cut at 0."
     ]
     if rule is not None:
-        found, samples = judge.sampled(rule)
+        found, samples = measured.sampled(rule)
         scores += found
         details["samples"] = samples
         how.append(
-            f"One answer to each prompt from base and from run, sampled at temperature {judge.temperature:g} up to "
-            f"{judge.max_new_tokens} tokens, and judged by the rule {request.rule}. Wins: the run's answer passes and "
-            "the base's does not, both alike counting half. KL, own answers: mean log-ratio of the run's own answers, "
+            f"One answer to each prompt from base and from run, sampled at temperature {measured.temperature:g} up to "
+            f"{measured.max_new_tokens} tokens, and checked by the rule {request.rule}. Wins: the run's answer passes "
+            "and the base's does not, ties counting half. KL, own answers: mean log-ratio of the run's own answers, "
             "which estimates KL(run || base) of the first so many tokens without bias, at temperature 1."
         )
     source = held_out.source or held_out.loaded.name
     on = asked_on(source, held_out.split, held_out.revision)
     data = dict.fromkeys((REWARDS, LIKELIHOOD, ANSWERS), on)
-    return Results(scores, how, judge.warnings, details, data)
+    return Results(scores, how, measured.warnings, details, data)
 
 
-class _Judge:
-    """The measurements on one set of rows."""
+class _Measurement:
+    """Measures base and run on one set of rows."""
 
     def __init__(self, subject: Subject, held_out: HeldOut, request: EvalRequest):
         self.subject, self.held_out, self.request = subject, held_out, request
         self.rows = list(held_out.rows)
         self.labels = np.array([row["label"] for row in self.rows], dtype=bool)
         self.groups = [row["group"] for row in self.rows]
-        self.pad = pad_token_id(subject.tokenizer, subject.model)
         self.temperature = 1.0 if request.temperature is None else request.temperature
         self.max_new_tokens = request.max_new_tokens or MAX_NEW_TOKENS
         self.warnings = subject.other_format(held_out.tokens.conversational)
         if len(set(self.labels.tolist())) == 1:
-            self.warnings.append("The rows have one label alone, so there is neither a margin nor an accuracy of all.")
+            self.warnings.append("All rows have the same label, so there is neither a margin nor an accuracy of all.")
         seen = len(set(self.groups) & trained_on(subject.recipe))
         if seen:
             self.warnings.append(
@@ -93,23 +89,15 @@ class _Judge:
             )
         lost = held_out.tokens.counts["truncated"]
         if lost:
-            self.warnings.append(f"{lost} answers are longer than max_length and were scored cut.")
+            self.warnings.append(f"{lost} answers are longer than max_length and were scored truncated.")
 
     def logps(self, rows: list[dict], what: str, limit: int | None) -> dict[str, np.ndarray]:
-        """(n,) of base and of run."""
-        found = {}
-        for who in (BASE, RUN):
-            with self.subject.playing(who) as model:
-                found[who] = answer_logps(
-                    model,
-                    rows,
-                    pad_token_id=self.pad,
-                    max_length=limit,
-                    batch_size=self.request.batch_size,
-                    backend=self.subject.option("training", "backend") or "auto",
-                    desc=f"{what}, {who}",
-                )
-        return found
+        """(n,) nats of base and run."""
+        size = self.request.batch_size
+        return {
+            who: self.subject.logps(who, rows, max_length=limit, batch_size=size, desc=f"{what}, {who}")
+            for who in (BASE, RUN)
+        }
 
     def rewards(self, beta: float) -> tuple[list[Score], dict[str, Any]]:
         """Margin, accuracies, KL on mismatched answers and likelihoods."""
@@ -137,7 +125,7 @@ class _Judge:
         }
         return scores, details
 
-    def _boot(self, statistic, metric: str, unit: str, chance: float | None) -> Score:
+    def _boot(self, statistic: Callable[[np.ndarray], float], metric: str, unit: str, chance: float | None) -> Score:
         # The variance of an AUC is at most A (1 - A) / min(desirable, undesirable) (Birnbaum and Klose 1957), that of a
         # share of so many.
         sides = (set(np.asarray(self.groups)[side]) for side in (self.labels, ~self.labels))
@@ -154,7 +142,7 @@ class _Judge:
         )
 
     def _pair_accuracy(self, rewards: np.ndarray) -> list[Score]:
-        """Of rows that came as pairs, which stand one after the other and come from one line."""
+        """Of rows that came as pairs: consecutive rows of one line."""
         lines = np.asarray(self.held_out.loaded.rows["line"][:])[[row["row"] for row in self.rows]]
         first = np.flatnonzero((lines[:-1] == lines[1:]) & self.labels[:-1] & ~self.labels[1:])
         if not len(first):
@@ -162,13 +150,13 @@ class _Judge:
         better = rewards[first] - rewards[first + 1]
         outcomes = np.where(better > 0, 1.0, np.where(better == 0, 0.5, 0.0))
         groups = [self.groups[place] for place in first]
-        labels = {"task": REWARDS, "metric": "accuracy, pairs", "model": RUN, "chance": 0.5}
-        if len(set(groups)) == len(groups):  # every pair has a prompt of its own
-            return [share(outcomes, **labels)]
+        labels: dict[str, Any] = {"task": REWARDS, "metric": "accuracy, pairs", "model": RUN, "chance": 0.5}
+        if len(set(groups)) == len(groups):  # one pair per prompt
+            return [share(outcomes.tolist(), **labels)]
         return [bootstrap(mean_of(outcomes), groups, seed=self.request.seed, **labels)]
 
     def _kl(self, limit: int | None) -> list[Score]:
-        """On each prompt with the answer to another one, where there is room for it."""
+        """On each prompt with the answer to another prompt, if there is room for it."""
         partners = pair_mismatched(self.groups)
         mixed = [
             {"prompt_ids": row["prompt_ids"], "completion_ids": self.rows[other]["completion_ids"]}
@@ -201,7 +189,7 @@ class _Judge:
                 continue
             groups = [group for group, kept in zip(self.groups, side, strict=True) if kept]
             for metric, sizes in (("per answer", None), ("per token", tokens[side])):
-                told = name == "desirable" and metric == "per token"  # the change that should be seen
+                compared = name == "desirable" and metric == "per token"  # its change is reported against 0
                 for who, values in (*logps.items(), (CHANGE, logps[RUN] - logps[BASE])):
                     score = bootstrap(
                         mean_of(values[side], sizes),
@@ -211,28 +199,21 @@ class _Judge:
                         metric=f"{name}, {metric}",
                         model=who,
                         unit="nats",
-                        chance=0.0 if told and who == CHANGE else None,
+                        chance=0.0 if compared and who == CHANGE else None,
                     )
                     scores.append(score)
         return scores
 
-    def sampled(self, rule) -> tuple[list[Score], list[dict]]:
-        """An answer of base and of run to each different prompt, judged by the rule."""
+    def sampled(self, rule: Rule) -> tuple[list[Score], list[dict]]:
+        """Sample an answer of base and run to each distinct prompt, and apply the rule."""
         prompts, questions = self._prompts()
-        answers = {}
-        for who in (BASE, RUN):
-            with self.subject.playing(who) as model:
-                answers[who] = generate(
-                    model,
-                    prompts,
-                    pad_token_id=self.pad,
-                    eos_token_ids=self.subject.stop_ids(),
-                    max_new_tokens=self.max_new_tokens,
-                    batch_size=self.request.batch_size,
-                    temperature=self.temperature,
-                    seed=self.request.seed,
-                    desc=f"answers, {who}",
-                )
+        settings = {
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.request.batch_size,
+            "temperature": self.temperature,
+            "seed": self.request.seed,
+        }
+        answers = {who: self.subject.generate(who, prompts, **settings) for who in (BASE, RUN)}
         texts = {
             who: [text.strip() for text in self.subject.tokenizer.batch_decode(made, skip_special_tokens=True)]
             for who, made in answers.items()
@@ -240,7 +221,7 @@ class _Judge:
         passed = {
             who: [float(rule(*pair)) for pair in zip(questions, made, strict=True)] for who, made in texts.items()
         }
-        labels = {"task": ANSWERS, "temperature": self.temperature}
+        labels: dict[str, Any] = {"task": ANSWERS, "temperature": self.temperature}
         named = labels | {"metric": "pass the rule"}
         scores = [share(one, model=who, **named) for who, one in passed.items()]
         scores.append(share_change(passed[BASE], passed[RUN], **named))
@@ -272,12 +253,8 @@ class _Judge:
         return scores, samples
 
     def _prompts(self) -> tuple[list[list[int]], list[str]]:
-        """Each different prompt once: its tokens as for generation, and what the user asked last."""
-        encode = Encode(
-            self.subject.tokenizer,
-            self.held_out.loaded.conversational,
-            dict(self.subject.option("data", "chat_template_kwargs") or {}),
-        )
+        """The token ids and the last user message of each distinct prompt."""
+        encode = self.subject.encode(self.held_out.loaded.conversational)
         texts, questions = [], []
         for place in {row["group"]: row["row"] for row in reversed(self.rows)}.values():
             row = self.held_out.loaded.rows[place]

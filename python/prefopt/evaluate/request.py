@@ -1,4 +1,4 @@
-"""What `prefopt eval` is asked for, checked before anything heavy is imported."""
+"""The options of `prefopt eval`, checked before anything heavy is imported."""
 
 import difflib
 from dataclasses import dataclass, fields
@@ -9,10 +9,10 @@ from prefopt.options import QUANTIZATIONS
 
 SUITES = {
     "benchmarks": "HellaSwag 10-shot, TruthfulQA MC2 0-shot and MMLU-mini 5-shot",
-    "preference": "margin, accuracy, KL and likelihoods on held-out rows, and wins of sampled answers by a rule",
+    "preference": "margin, accuracy, KL and likelihoods on held-out rows, and win rate of sampled answers by a rule",
     "classify": "one of 14 fields for each question: by likelihood, and by what is generated",
 }
-# The suites of an option; the others refuse it.
+# The suites that accept an option.
 OPTIONS = {
     "data": ("preference", "classify"),
     "split": ("preference", "classify"),
@@ -25,13 +25,13 @@ OPTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """One evaluation of one run; None for an option that is not given.
+    """One evaluation of one run; an option that is not given is None.
 
     Raises:
-        UserError: no such suite, an option that is not of the suite, a number out of range.
+        UserError: an unknown suite, an option of another suite, or a number out of range.
 
     Example:
-        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks").out
+        >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks").folder
         PosixPath('runs/kto')
         >>> EvalRequest(run=Path("runs/kto"), suite="benchmarks", rule="demo")
         Traceback (most recent call last):
@@ -53,7 +53,7 @@ class EvalRequest:
     batch_size: int = 8
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.suite == "thesis":
             raise UserError("--suite is 'thesis', which is now called benchmarks")
         if self.suite not in SUITES:
@@ -74,11 +74,14 @@ class EvalRequest:
             raise UserError(f"--seed is {self.seed}; expected a number from 0 to {2**32 - 1}")
         if self.temperature is not None and not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature is {self.temperature}; expected a number above 0")
-        if self.out is None:
-            object.__setattr__(self, "out", self.run)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results are written: ``out``, by default the run folder."""
+        return self.out or self.run
 
     def settings(self) -> dict:
-        """What was asked, for eval.json; paths as text."""
+        """The given options, for eval.json; paths as text."""
         given = {one.name: getattr(self, one.name) for one in fields(self)}
         return {
             name: str(value) if isinstance(value, Path) else value

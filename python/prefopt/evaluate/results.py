@@ -1,4 +1,4 @@
-"""eval.json and eval_summary.csv, each put in place in one step, and the table for the terminal."""
+"""Write eval.json and eval_summary.csv atomically, and format the table for the terminal."""
 
 import json
 import math
@@ -23,18 +23,18 @@ COLUMNS = (
 
 @dataclass
 class Results:
-    """What a suite found: scores, sentences about them, and anything else it wants kept, as JSON can hold it."""
+    """Results of a suite: scores, sentences about them, and further details as JSON values."""
 
     scores: list[Score]
-    how: list[str] = field(default_factory=list)  # what was measured, in words
+    how: list[str] = field(default_factory=list)  # description of the measurement
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
-    # of each task of the scores, what it was asked on: name, and hub, split and revision where they are known
+    # the data of each task: name, and hub, split and revision if they are known
     data: dict[str, dict[str, str | None]] = field(default_factory=dict)
 
 
 def chance_sentences(scores: Sequence[Score]) -> list[str]:
-    """One sentence for each score of the run, or change, that cannot be told from its chance line or is below it."""
+    """One sentence for each score of the run, or change, at or below chance."""
     said = []
     for score in scores:
         if score.model == RUN and score.at_chance and score.chance:
@@ -56,8 +56,7 @@ def chance_sentences(scores: Sequence[Score]) -> list[str]:
 
 
 def asked_on(source: str, split: str | None, revision: str | None = None) -> dict[str, str | None]:
-    """What rows are called on a page: the hub's id, or the last part of a path, which is all that means something
-    elsewhere.
+    """The published description of rows: the hub id, or the last part of a path.
 
     Example:
         >>> asked_on("/home/me/rows.jsonl", None)["name"], asked_on("TIGER-Lab/MMLU-Pro", "test")["hub"]
@@ -69,15 +68,15 @@ def asked_on(source: str, split: str | None, revision: str | None = None) -> dic
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is the folder of a training run, which has a report."""
+    """Whether it is the folder of a training run."""
     return (folder / "run.json").is_file()
 
 
 def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
-    """Put a suite's results beside those of the others in eval.json, and all of them into eval_summary.csv.
+    """Add a suite's results to eval.json, and write all of them to eval_summary.csv.
 
     Args:
-        out: folder, made if it is not there.
+        out: folder, created if it is missing.
         suite: whose earlier results are replaced.
         entry: with ``scores``, a list of ``Score.as_dict()``.
 
@@ -85,7 +84,7 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
         Path of eval.json, which is written last.
 
     Raises:
-        UserError: there is an eval.json that is not of ours.
+        UserError: there is an eval.json of another program or format.
     """
     out.mkdir(parents=True, exist_ok=True)
     suites = _known(out / JSON_NAME) | {suite: entry}
@@ -102,7 +101,7 @@ def write_results(out: Path, suite: str, entry: dict[str, Any]) -> Path:
 
 
 def check_writable(out: Path) -> None:
-    """What would stop ``write_results`` at the end, said before any work."""
+    """Raise ``UserError`` if ``write_results`` would fail."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; expected a folder")
     there = next(one for one in (out, *out.absolute().parents) if one.exists())
@@ -112,7 +111,7 @@ def check_writable(out: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON: a number that is not finite becomes null."""
+    """Replace non-finite numbers by None, for JSON."""
     if isinstance(value, dict):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,7 +122,7 @@ def plain(value: Any) -> Any:
 
 
 def text_table(scores: Sequence[Score]) -> str:
-    """The scores for a terminal, one a line."""
+    """A table of the scores for the terminal."""
     rows = [("task", "metric", "model", "value", "std. error", "95 % interval", "chance", "n")]
     for score in scores:
         rows.append(
@@ -144,7 +143,7 @@ def text_table(scores: Sequence[Score]) -> str:
 
 
 def _known(path: Path) -> dict[str, dict]:
-    """The suites of an eval.json that is there already."""
+    """The suites of an existing eval.json."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -154,6 +153,6 @@ def _known(path: Path) -> dict[str, dict]:
     suites = content.get("suites") if isinstance(content, dict) else None
     if not isinstance(suites, dict) or content.get("format") != FORMAT:
         raise UserError(
-            f"{path} is not what `prefopt eval` writes (format {FORMAT}); move it away, or choose another --out"
+            f"{path} is not a file of `prefopt eval` (format {FORMAT}); move it away, or choose another --out"
         )
     return suites

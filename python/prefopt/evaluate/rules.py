@@ -1,4 +1,4 @@
-"""Rules that judge a generated answer: thumbs up or down, the same for the same two texts."""
+"""Deterministic rules that accept or reject a generated answer."""
 
 import difflib
 import re
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from prefopt.data.toy.rule import judge, language
 from prefopt.errors import UserError
 
-Rule = Callable[[str, str], bool]  # (question, answer) -> thumbs up?
+Rule = Callable[[str, str], bool]  # (question, answer) -> accepted
 
 NAMED = {
     "demo": "the demo's rule: courteous, on its topics, in the question's language (questions of the demo only)",
     "language": "an answer in the script of the question, Arabic or Latin",
 }
 PREFIXES = {
-    "contains": "the answer contains TEXT, whatever its case",
+    "contains": "the answer contains TEXT, ignoring case",
     "regex": "PATTERN is found in the answer",
 }
 
@@ -23,7 +23,7 @@ def make_rule(text: str) -> Rule:
     """A rule by name, or ``contains:TEXT``, or ``regex:PATTERN``.
 
     Raises:
-        UserError: there is no such rule, or the pattern is none.
+        UserError: an unknown rule, or an invalid pattern.
 
     Example:
         >>> make_rule("contains:yes")("Is it?", "Yes, it is."), make_rule("regex:^No")("Is it?", "Yes.")
@@ -38,7 +38,7 @@ def make_rule(text: str) -> Rule:
         try:
             pattern = re.compile(rest)
         except re.error as error:
-            raise UserError(f"--rule {text!r} is no regular expression: {error}") from None
+            raise UserError(f"--rule {text!r} is not a regular expression: {error}") from None
         return lambda question, answer: pattern.search(answer) is not None
     near = difflib.get_close_matches(text, NAMED, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
@@ -49,7 +49,7 @@ def _demo(question: str, answer: str) -> bool:
     try:
         return judge(question, answer).ok
     except ValueError as error:
-        raise UserError(f"the rule demo judges the demo's questions only: {error}") from None
+        raise UserError(f"the rule demo applies to the demo's questions only: {error}") from None
 
 
 def _language(question: str, answer: str) -> bool:

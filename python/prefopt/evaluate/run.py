@@ -1,6 +1,7 @@
-"""One evaluation from request to files: what can fail early does, and nothing is written before it is complete."""
+"""Run one evaluation: inputs are checked first, and results are written when they are complete."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,26 @@ from prefopt.report import write_report
 from prefopt.report.charts import draw_suite
 from prefopt.report.figures import placed
 from prefopt.report.score import Suite
+from prefopt.runs import Source
 from prefopt.train.run_folder import versions
-from prefopt.use.load import Source
 
 
 def run(request: EvalRequest) -> Path:
-    """Evaluate, print the table, and write eval.json, eval_summary.csv and pictures; in a run folder the report again.
+    """Evaluate, print the table, write eval.json, eval_summary.csv and plots, and update the report of a run folder.
 
     Returns:
         Path of eval.json.
 
     Raises:
-        UserError: the run folder, the request or the questions are not as needed.
+        UserError: the run, the request or the questions are not usable, or another process writes into the folder.
         DataError: rows that cannot be used.
-        UserError: another process writes into the folder for the results.
     """
     source = find_subject(request.run, request.base)
-    check_writable(request.out)
+    check_writable(request.folder)
     if request.rule is not None:
         make_rule(request.rule)
     asked = _asked(source, request)
-    with only_writer(request.out, "--out"):
+    with only_writer(request.folder, "--out"):
         return _run(asked, request)
 
 
@@ -67,19 +67,19 @@ def _run(asked: Any, request: EvalRequest) -> Path:
         "pictures": _draw(request, results),
         "details": results.details,
     }
-    path = write_results(request.out, request.suite, plain(entry))
+    path = write_results(request.folder, request.suite, plain(entry))
     print(text_table(results.scores))
     if request.suite == "classify":
         print("\n" + _category_table(results))
     for sentence in [*results.how, *warnings]:
         print(f"\n{sentence}" if sentence is results.how[0] else sentence)
-    if is_run(request.out):
-        print(f"\n{write_report(request.out)}")
+    if is_run(request.folder):
+        print(f"\n{write_report(request.folder)}")
     return path
 
 
 def _asked(source: Source, request: EvalRequest) -> Any:
-    """What the suite asks: everything about it that can be missing or wrong."""
+    """Read the questions or rows of the suite, before a model is loaded."""
     if request.suite == "benchmarks":
         return benchmarks.prepare_questions(request)
     if request.suite == "preference":
@@ -96,13 +96,17 @@ def _preference(subject: Subject, texts: Texts, request: EvalRequest) -> Results
     return preference.evaluate(subject, tokenized(texts, subject), request)
 
 
-_SUITES = {"benchmarks": benchmarks.evaluate, "preference": _preference, "classify": classify.evaluate}
+_SUITES: dict[str, Callable[[Subject, Any, EvalRequest], Results]] = {
+    "benchmarks": benchmarks.evaluate,
+    "preference": _preference,
+    "classify": classify.evaluate,
+}
 
 
 def _draw(request: EvalRequest, results: Results) -> list[str]:
-    """Draw into plots/; the files' names."""
+    """Draw into plots/ and return the names of the files."""
     suite = Suite(request.suite, results.scores, details=results.details)
-    with placed(request.out / "plots") as folder:
+    with placed(request.folder / "plots") as folder:
         drawn = draw_suite(suite, folder)
     return [f"plots/{one.name}.{end}" for one in drawn for end in ("png", "svg")]
 

@@ -1,14 +1,16 @@
 """Scores with their uncertainty: shares by Wilson, everything else by a seeded bootstrap over questions or prompts.
 
-Values that are all equal show no spread. They get no standard error, and the interval of a share is then Wilson's, that
-of anything else unknown (infinite): an interval of width 0 would claim certainty.
+Values that are all equal have no standard error. The interval of a share is then Wilson's, and any other interval is
+infinite: one of width 0 would claim certainty.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from prefopt.report.score import CHANGE, RUN, Score
 from prefopt.report.statistics import paired_difference, wilson
@@ -16,11 +18,11 @@ from prefopt.report.statistics import paired_difference, wilson
 RESAMPLES = 2000
 
 
-def share(outcomes: Sequence[float], **labels) -> Score:
+def share(outcomes: Sequence[float], **labels: Any) -> Score:
     """The share of successes among independent outcomes of 0, 1/2 (a tie) or 1, with Wilson's interval.
 
     The standard error is that of the mean, for outcomes of 0 and 1 ``sqrt(p (1 - p) / (n - 1))``, as
-    lm-evaluation-harness has it; None where all outcomes are equal.
+    lm-evaluation-harness computes it; None if all outcomes are equal.
 
     Example:
         >>> score = share([1, 0, 0, 0, 0], task="t", metric="acc", model="run", chance=0.25)
@@ -32,15 +34,15 @@ def share(outcomes: Sequence[float], **labels) -> Score:
     return Score(value=ups / n, stderr=_error(outcomes), low=low, high=high, n=n, **labels)
 
 
-def share_change(before: Sequence[float], after: Sequence[float], **labels) -> Score:
+def share_change(before: Sequence[float], after: Sequence[float], **labels: Any) -> Score:
     """Difference of two shares on the same items, with Newcombe's paired interval; the chance line is no change."""
     change, low, high = paired_difference([x > 0 for x in before], [x > 0 for x in after])
     stderr, n = _error(np.subtract(after, before)), len(after)
     return Score(model=CHANGE, value=change, stderr=stderr, low=low, high=high, n=n, chance=0.0, **labels)
 
 
-def wins(before: Sequence[float], after: Sequence[float], **labels) -> Score:
-    """The share of items on which ``after`` succeeds and ``before`` does not, both alike counting half.
+def wins(before: Sequence[float], after: Sequence[float], **labels: Any) -> Score:
+    """The share of items on which ``after`` succeeds and ``before`` does not, ties counting half.
 
     It is ``(1 + change) / 2`` of ``share_change``, and so are its error and interval; the chance line is 0.5.
     """
@@ -56,18 +58,18 @@ def bootstrap(
     *,
     seed: int,
     independent: int | None = None,
-    **labels,
+    **labels: Any,
 ) -> Score:
     """A statistic of weighted rows, with standard error and 95 % percentile interval from resampling whole groups.
 
     Rows of one group (the answers to one prompt) are not independent, so they are drawn together.
 
     Args:
-        statistic: (n,) int64 weights, how often each row was drawn -> value; may give NaN where the draw has none.
+        statistic: (n,) int64 weights (how often each row was drawn) -> value, or NaN if it is undefined.
         groups: (n,) group of each row.
         seed: of the ``RESAMPLES`` draws.
-        independent: how many independent outcomes a share rests on, for Wilson's interval where all draws are equal;
-            the number of groups if not given.
+        independent: number of independent outcomes of a share, for Wilson's interval if all draws are equal (default:
+            the number of groups).
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 4.0])
@@ -97,12 +99,12 @@ def bootstrap(
     return Score(value=value, stderr=stderr, low=low, high=high, n=len(places), **labels)
 
 
-def _error(values: Sequence[float], of_mean: bool = True) -> float | None:
+def _error(values: ArrayLike, of_mean: bool = True) -> float | None:
     """The standard deviation of the values, or of their mean; None for fewer than two, or if all are equal."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
+    array = np.asarray(values, dtype=float)
+    if len(array) < 2 or np.ptp(array) <= 1e-12 * np.abs(array).max():
         return None
-    return float(values.std(ddof=1) / math.sqrt(len(values) if of_mean else 1))
+    return float(array.std(ddof=1) / math.sqrt(len(array) if of_mean else 1))
 
 
 def mean_of(values: np.ndarray, sizes: np.ndarray | None = None) -> Callable[[np.ndarray], float]:

@@ -1,15 +1,16 @@
-"""README.md of an export: the metadata that the hub reads, and how to load what is in the folder."""
+"""README.md of an export: metadata for the hub, and how to load the model."""
 
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from prefopt.export.folder import RECORD
 from prefopt.report.facts import hub_id
 from prefopt.report.markdown import code, plain
-from prefopt.use.load import Source
+from prefopt.runs import Source
 
 RELATIONS = {
     "adapter": "adapter",
@@ -19,19 +20,19 @@ RELATIONS = {
 }
 LIBRARIES = {"adapter": "peft", "gguf": "gguf"}
 TAGS = {"adapter": ["lora"], "gguf": ["llama.cpp"]}
-WHAT = {
-    "adapter": "The adapter alone: it needs its base model.",
+DESCRIPTIONS = {
+    "adapter": "The adapter only; it needs its base model.",
     "merged": "The adapter merged into its base model's weights in fp32, then rounded to the dtype that is stored.",
     "merged-4bit": "The merged weights, rounded to 4 bits (bitsandbytes, NF4).",
-    "gguf": "One file for llama.cpp and the programs built on it.",
+    "gguf": "One file for llama.cpp and programs built on it.",
 }
 
 
 def write_card(folder: Path, source: Source, format: str) -> None:
-    """Write README.md beside what was exported. No license is guessed, and no local path is written."""
+    """Write README.md into the export, without a license and without local paths."""
     made = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     base = hub_id(source.base)
-    block = {"base_model": base, "base_model_relation": RELATIONS[format]} if base else {}
+    block: dict[str, Any] = {"base_model": base, "base_model_relation": RELATIONS[format]} if base else {}
     block |= {
         "library_name": LIBRARIES.get(format, "transformers"),
         "pipeline_tag": "text-generation",
@@ -40,7 +41,7 @@ def write_card(folder: Path, source: Source, format: str) -> None:
     parts = [
         f"---\n{yaml.safe_dump(block, sort_keys=False, allow_unicode=True)}---",
         f"# {plain(made['run'])}, {format}",
-        WHAT[format],
+        DESCRIPTIONS[format],
         _use(folder, format, base),
     ]
     if made["notes"]:

@@ -1,4 +1,4 @@
-"""The folder of an export: whole or not there, and never over something that is not an export."""
+"""The folder of an export: complete or absent, and never in place of other files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ RECORD = "export.json"
 
 @contextmanager
 def export_folder(out: Path, force: bool) -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``out`` when the block has ended well.
+    """A folder to write into, which replaces ``out`` if the block succeeds.
 
-    Until then an earlier export stays where it is.
+    Until then an earlier export is kept.
 
     Raises:
-        UserError: ``out`` is in use, and ``force`` is not given or what is there is no export.
+        UserError: ``out`` has files that are not an export, or an export and ``force`` is not set.
     """
     out = out.absolute()
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -27,6 +27,6 @@ def export_folder(out: Path, force: bool) -> Iterator[Path]:
     if not (out / RECORD).is_file():
         raise UserError(f"--out {out} has files that are not part of an export; choose another folder")
     if not force:
-        raise UserError(f"--out {out} has an export in it; choose another folder, or replace it by --force")
+        raise UserError(f"--out {out} has an export; choose another folder, or replace it by --force")
     with whole_folder(out, replace=True) as folder:
         yield folder

@@ -1,10 +1,10 @@
-"""Architecture, metadata and tensors of a GGUF file, for the models whose layout is known here.
+"""Architecture, metadata and tensors of a GGUF file.
 
-What differs between the two worlds, and would give wrong answers without a word:
+Differences from Hugging Face's layout:
 
-- The llama of llama.cpp rotates neighbouring pairs of a head's values, Hugging Face's rotates the two halves: the rows
-  of q and k change places (and their biases). Qwen's does as Hugging Face.
-- A head that is tied to the embedding is not stored.
+- llama: llama.cpp rotates adjacent pairs of a head's values and Hugging Face its two halves, so the rows (and biases)
+  of q and k are permuted. Qwen needs no permutation.
+- A tied head is not stored.
 - Llama 3.1's scaling of the rotary frequencies is a tensor of divisors.
 """
 
@@ -23,7 +23,7 @@ BLOCK = 32  # values that share a scale in q8_0
 
 
 class Stored(NamedTuple):
-    """A tensor on its way into the file: its name there, its values (fp32), and how they are kept."""
+    """A tensor to be written: its name in the file, its values (fp32), and its type."""
 
     name: str
     values: torch.Tensor
@@ -31,14 +31,10 @@ class Stored(NamedTuple):
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Refuse a model that the file could not describe.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Raise ``UserError`` for a model that the file cannot describe."""
     if config.model_type not in ARCHITECTURES:
         raise UserError(
-            f"--format gguf is written for {', '.join(ARCHITECTURES)}; this model is {config.model_type}: use --format "
+            f"--format gguf supports {', '.join(ARCHITECTURES)}; this model is {config.model_type}: use --format "
             "merged, and llama.cpp's own converter if it knows the model"
         )
     rope = _rope(config)
@@ -48,17 +44,17 @@ def check_config(config: PretrainedConfig) -> None:
     elif rope["rope_type"] == "llama3" and config.model_type != "llama":
         reasons.append(f"rotary scaling 'llama3' in a {config.model_type}")
     if rope.get("partial_rotary_factor", 1) != 1:
-        reasons.append("a rotary embedding of a part of each head")
+        reasons.append("a partial rotary embedding")
     if getattr(config, "use_sliding_window", False):
         reasons.append("sliding-window attention")
     if config.hidden_act != "silu":
         reasons.append(f"the activation {config.hidden_act!r}")
     if reasons:
-        raise UserError(f"--format gguf cannot describe what this model has: {'; '.join(reasons)}. Use --format merged")
+        raise UserError(f"--format gguf does not support this model's {'; '.join(reasons)}. Use --format merged")
 
 
 def add_metadata(writer: Any, config: PretrainedConfig) -> None:
-    """Sizes and constants of the architecture, into a ``gguf.GGUFWriter``."""
+    """Write the sizes and constants of the architecture to a ``gguf.GGUFWriter``."""
     import gguf
 
     rope, head = _rope(config), _head_size(config)
@@ -79,10 +75,10 @@ def add_metadata(writer: Any, config: PretrainedConfig) -> None:
 
 
 def tensors(model: PreTrainedModel, quant: str) -> Iterator[Stored]:
-    """Every tensor of the file, in its order there.
+    """Every tensor of the file, in order.
 
     Raises:
-        UserError: a weight without a place in the file.
+        UserError: a weight that the file cannot store.
     """
     import gguf
 
@@ -105,7 +101,7 @@ def tensors(model: PreTrainedModel, quant: str) -> Iterator[Stored]:
 
 
 def kind_of(shape: tuple[int, ...], quant: str) -> str:
-    """How a tensor is kept: vectors in F32, matrices as asked for, but F16 where q8_0's blocks do not fill a row.
+    """Type of a tensor: F32 for vectors, ``quant`` for matrices, but F16 instead of q8_0 for rows of partial blocks.
 
     Example:
         >>> kind_of((64,), "q8_0"), kind_of((64, 96), "q8_0"), kind_of((64, 48), "q8_0")
@@ -119,7 +115,7 @@ def kind_of(shape: tuple[int, ...], quant: str) -> str:
 
 
 def interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
-    """(heads * D, ...) rows of each head from two halves to neighbouring pairs: 0, D/2, 1, D/2 + 1, ...
+    """(heads * D, ...) rows of each head, permuted from two halves to adjacent pairs: 0, D/2, 1, D/2 + 1, ...
 
     Example:
         >>> interleaved(torch.arange(8), heads=2).tolist()
@@ -130,7 +126,7 @@ def interleaved(values: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def rope_divisors(model: PreTrainedModel) -> torch.Tensor:
-    """(D / 2,) fp32: by what the rotary frequencies ``theta ** (-2 i / D)`` are divided to give the model's own."""
+    """(D / 2,) fp32: quotient of ``theta ** (-2 i / D)`` and the model's rotary frequencies."""
     half = _head_size(model.config) // 2
     theta = float(_rope(model.config)["rope_theta"])
     plain = theta ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -138,25 +134,21 @@ def rope_divisors(model: PreTrainedModel) -> torch.Tensor:
 
 
 def encoded(tensor: Stored) -> np.ndarray:
-    """The values as they are written.
-
-    Raises:
-        UserError: values that F16 cannot hold.
-    """
+    """The bytes to write; raises ``UserError`` for values beyond F16."""
     import gguf
 
     values = tensor.values.float().cpu().contiguous().numpy()
     if tensor.kind == "F32":
         return values
     largest = float(np.abs(values).max(initial=0))
-    scale = largest / 127 if tensor.kind == "Q8_0" else largest  # what is kept in F16
+    scale = largest / 127 if tensor.kind == "Q8_0" else largest  # stored in F16
     if scale > float(np.finfo(np.float16).max):
         raise UserError(f"{tensor.name} has a weight of {largest:.3g}, too large for {tensor.kind}; use --quant f32")
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[tensor.kind])
 
 
 def stored_bytes(tensor: Stored) -> int:
-    """Bytes that ``encoded`` gives."""
+    """Number of bytes of ``encoded``."""
     count = tensor.values.numel()
     if tensor.kind == "Q8_0":
         return count // BLOCK * (BLOCK + 2)  # int8 each, and an F16 scale for the block

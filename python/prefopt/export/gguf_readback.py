@@ -1,4 +1,4 @@
-"""A GGUF file read again: every tensor against the weights it came from, the sizes through transformers."""
+"""Read a GGUF file back: compare every tensor with the model's weights, and the sizes with its configuration."""
 
 from pathlib import Path
 
@@ -26,12 +26,11 @@ def read_back_gguf(path: Path, model: PreTrainedModel, quant: str) -> None:
 
     Args:
         path: the file.
-        model: what it was written from, fp32.
+        model: the written model, fp32.
         quant: of its matrices.
 
     Raises:
-        UserError: a tensor is missing or off by more than its type rounds, a tensor has no place in the model, or a
-            size is another one.
+        UserError: a tensor is missing, unknown or off by more than the rounding of its type, or a size differs.
     """
     import gguf
 
@@ -58,7 +57,7 @@ def read_back_gguf(path: Path, model: PreTrainedModel, quant: str) -> None:
 
 
 def rounding_of(values: Tensor, kind: str) -> Tensor:
-    """How far each stored value may be from ``values`` (fp32), by the definition of its type.
+    """Largest error of each stored value of ``values`` (fp32), by the definition of its type.
 
     Example:
         >>> rounding_of(torch.tensor([[1.0, -3.0]]), "F16").tolist()
@@ -69,8 +68,8 @@ def rounding_of(values: Tensor, kind: str) -> Tensor:
     if kind == "F16":  # to nearest; below 2**-14 the numbers are 2**-24 apart
         return (2.0**-11 * values.abs()).clamp_min(2.0**-25)
     largest = values.view(-1, BLOCK).abs().amax(1, keepdim=True)
-    # To the nearest multiple of the scale, largest / 127. The scale is an F16 number, and computed in fp32. Where it is
-    # below 2**-14 it is off by up to 2**-25, times a multiple of up to 127.
+    # To the nearest multiple of the scale, largest / 127, which is computed in fp32 and stored in F16. Below 2**-14 the
+    # scale is off by up to 2**-25, times a multiple of up to 127.
     scale = (largest * 2.0**-11).clamp_min(127 * 2.0**-25)
     error = (largest / 254 + scale) * (1 + 2.0**-20)
     return error.expand(-1, BLOCK).reshape(values.shape)

@@ -1,7 +1,7 @@
-"""The tokenizer in a GGUF file: a byte-level BPE as vocabulary, merges, and the name of the rule that splits text.
+"""The tokenizer of a GGUF file: vocabulary and merges of a byte-level BPE, and the name of its pre-tokenizer.
 
-The file cannot hold the rule itself, only its name among those that llama.cpp knows. A wrong name gives other tokens
-for the same text without a word, so a rule that is not known by its exact expression is refused.
+The file stores only the name of a pre-tokenizer of llama.cpp. A wrong name would silently give other tokens, so a
+pre-tokenizer whose exact expression is not known is refused.
 """
 
 import json
@@ -14,7 +14,7 @@ from prefopt.errors import UserError
 LETTERS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-# by expression: the rule's name, and whether a word that is a token as a whole is not merged step by step
+# by expression: the name, and whether words that are tokens skip merging
 SPLITS = {
     rf"{ENDINGS}|{LETTERS}|\p{{N}}|{REST}": ("qwen2", False),
     rf"{ENDINGS}|{LETTERS}|\p{{N}}{{1,3}}|{REST}": ("llama-bpe", True),
@@ -26,7 +26,7 @@ PROBE = "a"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says about the tokenizer; ``types`` are names of ``gguf.TokenType``, an id may be None."""
+    """The tokenizer as stored in the file; ``types`` are names of ``gguf.TokenType``."""
 
     pre: str
     tokens: list[str]
@@ -40,24 +40,24 @@ class Vocabulary:
 
 
 def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: int | None = None) -> Vocabulary:
-    """The tokenizer in the file's terms.
+    """Convert a tokenizer.
 
     Args:
         tokenizer: a fast byte-level BPE.
-        rows: of the embedding; ids without a token are filled up to there.
+        rows: of the embedding; ids without a token are padded.
         end_of_turn: token with which the chat template ends a turn.
 
     Raises:
-        UserError: it is another kind of tokenizer, or has a rule for splitting text that has no name here.
+        UserError: the tokenizer is of another kind, or its pre-tokenizer is unknown.
     """
     if not tokenizer.is_fast:
-        raise UserError(f"--format gguf needs a fast tokenizer; this is {_name(tokenizer)}")
+        raise UserError(f"--format gguf needs a fast tokenizer; this is {type(tokenizer).__name__}")
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     model = core["model"]
     if model["type"] != "BPE" or model.get("byte_fallback"):
         kind = "BPE with byte fallback" if model["type"] == "BPE" else model["type"]
         raise UserError(
-            f"--format gguf is written for byte-level BPE tokenizers; this one is {kind}: use --format merged, and "
+            f"--format gguf supports byte-level BPE tokenizers; this one is {kind}: use --format merged, and "
             "llama.cpp's own converter"
         )
     pre = _pre(core["pre_tokenizer"], bool(model.get("ignore_merges")))
@@ -94,14 +94,13 @@ def read_tokenizer(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: i
 
 
 def _pre(rule: dict | None, whole_words: bool) -> str:
-    """The name of the rule by which text is split before merging."""
-    steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule]
+    """The name of the pre-tokenizer."""
+    steps = rule["pretokenizers"] if rule and rule["type"] == "Sequence" else [rule or {}]
     named = _named(steps)
     if named is None:
         raise UserError(
-            "--format gguf knows the rules by which Qwen, Llama 3, SmolLM and GPT-2 tokenizers split text; this "
-            "tokenizer has "
-            "another one, so that the file would give other tokens: use --format merged, and llama.cpp's own converter"
+            "--format gguf supports the pre-tokenizers of Qwen, Llama 3, SmolLM and GPT-2; this tokenizer has another "
+            "one, so the file would give other tokens: use --format merged, and llama.cpp's own converter"
         )
     name, expected = named
     if whole_words != expected:
@@ -112,8 +111,8 @@ def _pre(rule: dict | None, whole_words: bool) -> str:
     return name
 
 
-def _named(steps: list[dict | None]) -> tuple[str, bool] | None:
-    kinds = [step["type"] if step else None for step in steps]
+def _named(steps: list[dict]) -> tuple[str, bool] | None:
+    kinds = [step.get("type") for step in steps]
     if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     by_itself = steps[-1].get("use_regex", True)
@@ -152,7 +151,7 @@ def _type(token_id: int, spelled: dict[int, str], added: dict[int, dict]) -> str
 
 
 def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
-    """The special tokens that the tokenizer puts before and behind a text, by trying."""
+    """The special tokens that the tokenizer adds before and after a text."""
     bare = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(PROBE)["input_ids"]
     if len(whole) == len(bare):
@@ -161,7 +160,3 @@ def _added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int |
         whole[0] if whole[0] != bare[0] else None,
         whole[-1] if whole[-1] != bare[-1] else None,
     )
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return type(tokenizer).__name__

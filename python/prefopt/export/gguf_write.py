@@ -1,8 +1,10 @@
-"""A GGUF file of a merged model: checked before the weights are read, written a tensor at a time."""
+"""Write a GGUF file of a merged model, one tensor at a time."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,17 +18,14 @@ from prefopt.export.gguf_model import (
 )
 from prefopt.export.gguf_tokenizer import Vocabulary, read_tokenizer
 from prefopt.export.merge import config_of
-from prefopt.use.load import Source, end_of_turn
+from prefopt.generation import end_of_turn
+from prefopt.runs import Source
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
 
 
 def check_gguf(source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse, without reading a weight, what the file cannot hold.
-
-    Raises:
-        UserError: with the reason.
-    """
+    """Raise ``UserError`` for a model or tokenizer that the file cannot store, before its weights are loaded."""
     config = config_of(source)
     check_config(config)
     read_tokenizer(tokenizer, config.vocab_size)
@@ -41,9 +40,9 @@ def write_gguf(
 ) -> list[str]:
     """Write model and tokenizer into one file.
 
-    Matrices are kept as ``quant`` says: f32 as they are; f16 rounded to nearest, ``|error| <= 2**-11 |w|``; q8_0 in
-    blocks of 32 along a row, each value a whole multiple of ``d = max|w| / 127`` with ``d`` kept in f16, so that
-    ``|error| <= max|w| (1 / 254 + 2**-11)`` over the block. Vectors (norms, biases) are always f32.
+    ``quant`` is the type of matrices: f32; f16, rounded to nearest, ``|error| <= 2**-11 |w|``; or q8_0, blocks of 32
+    along a row in which each value is a multiple of ``d = max|w| / 127``, stored in f16, so ``|error| <= max|w| (1 /
+    254 + 2**-11)``. Vectors (norms, biases) are always f32.
 
     Args:
         model: of a checked configuration, without adapter.
@@ -53,15 +52,15 @@ def write_gguf(
         template_kwargs: arguments of the chat template, as in training.
 
     Returns:
-        what whoever uses the file should know.
+        Notes for the user of the file.
 
     Raises:
-        UserError: a weight that has no place in the file or does not fit its type; a tokenizer it cannot hold.
+        UserError: a weight or tokenizer that the file cannot store.
     """
     import gguf
 
     check_config(model.config)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     vocabulary = read_tokenizer(tokenizer, rows, end_of_turn(tokenizer, template_kwargs))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture(model.config.model_type)])
     try:
@@ -78,7 +77,7 @@ def write_gguf(
     return vocabulary.notes + odd
 
 
-def _add_tokenizer(writer: object, vocabulary: Vocabulary) -> None:
+def _add_tokenizer(writer: Any, vocabulary: Vocabulary) -> None:
     import gguf
 
     writer.add_tokenizer_model("gpt2")
@@ -95,8 +94,8 @@ def _add_tokenizer(writer: object, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _write_tensors(writer: object, model: PreTrainedModel, quant: str) -> list[str]:
-    """Names and places of all tensors first, then the values one by one, so that only one is in memory twice."""
+def _write_tensors(writer: Any, model: PreTrainedModel, quant: str) -> list[str]:
+    """Write the header of all tensors, then the values one by one, so that only one is in memory twice."""
     import gguf
 
     found = list(tensors(model, quant))  # views of the weights, save for llama's q and k

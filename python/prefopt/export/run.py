@@ -1,13 +1,13 @@
-"""``prefopt export``: one run folder in, one finished folder out."""
+"""`prefopt export`: write the model of a run folder in another format."""
 
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +18,7 @@ from prefopt.export.merge import merged_model, save_four_bit, save_merged
 from prefopt.export.readback import read_back_adapter
 from prefopt.options import WHOLE
 from prefopt.report.facts import hub_id
-from prefopt.train.run_folder import versions
-from prefopt.use.load import (
+from prefopt.runs import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Source,
@@ -29,6 +28,7 @@ from prefopt.use.load import (
     read_object,
     stored_recipe,
 )
+from prefopt.train.run_folder import versions
 
 logger = logging.getLogger(__name__)
 
@@ -48,24 +48,24 @@ def export_run(
     base: str | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a run's model in another form, into a folder that appears when it is complete and was read back.
+    """Write a run's model in another format, read it back, and move it into place.
 
     Args:
         run: run folder.
-        format: "adapter" (the adapter alone, to be used with its base), "merged" (safetensors that need no adapter),
-            "merged-4bit" (the same in bitsandbytes' NF4) or "gguf" (one file for llama.cpp and its relatives).
+        format: "adapter" (only the adapter), "merged" (safetensors), "merged-4bit" (the same in NF4 of bitsandbytes) or
+            "gguf" (one file for llama.cpp).
         quant: of gguf's matrices, "q8_0", "f16" or "f32".
-        dtype: of merged weights; "auto" is that of the base. The merge itself is done in fp32.
-        out: the folder; RUN/export/FORMAT if not given.
-        base: the base model, instead of the one that the adapter names; with "adapter" the name that is written.
+        dtype: of merged weights; "auto" is that of the base. The merge is computed in fp32.
+        out: the folder (default: RUN/export/FORMAT).
+        base: base model (default: the one that the adapter names); with "adapter", the name to write.
         force: replace an earlier export.
 
     Returns:
-        the folder, which has the weights, the tokenizer, a model card and export.json (what it was made of).
+        The folder, with weights, tokenizer, model card and export.json.
 
     Raises:
-        UserError: the run, the format and the model do not go together, a package is missing, ``out`` is in use, or
-            what was written is another model when it is loaded again.
+        UserError: the format does not support the model, a package is missing, ``out`` is in use, or the export
+            differs when it is loaded again.
         OSError: it cannot be written.
     """
     if format not in FORMATS:
@@ -81,11 +81,11 @@ def export_run(
     tokenizer = load_tokenizer(source)
     folder = source.folder / "export" / format if out is None else Path(out).expanduser()
     with export_folder(folder, force) as partial:
-        notes = _WRITERS[format](source, tokenizer, partial, quant, dtype)
-        if source.quantization != WHOLE:  # an adapter's recipe is not read, and its base stays as it is
+        notes = _write(source, tokenizer, partial, format, quant, dtype)
+        if format != "adapter" and source.quantization != WHOLE:
             notes.append(
-                f"the adapter was trained on a base in {source.quantization} and is merged into the base's whole "
-                "weights, on which it computes something else: evaluate the result before you rely on it"
+                f"the adapter was trained on a base in {source.quantization} and is merged into the base's "
+                "unquantised weights, which changes its outputs: evaluate the result before you rely on it"
             )
         _record(partial, source, format, quant, dtype, notes)
         write_card(partial, source, format)
@@ -95,10 +95,10 @@ def export_run(
 
 
 def _published(run: str | Path, base: str | None) -> Source:
-    """A run whose adapter is to be written; its base need not be here, since only its name matters."""
+    """The source of an adapter export, whose base need not be available: only its name is written."""
     folder = Path(run).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
-        source = find_run(run)  # says what is wrong with the folder, if anything
+        source = find_run(run)  # raises if there is no model
         raise UserError(f"{source.folder} holds all the weights and no adapter; expected --format merged or gguf")
     adapter = read_object(folder / ADAPTER_CONFIG)
     if base is not None:
@@ -108,9 +108,7 @@ def _published(run: str | Path, base: str | None) -> Source:
     return Source(folder, named, adapter.get("revision"), adapter, recipe=stored)
 
 
-def _write_adapter(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
-) -> list[str]:
+def _write_adapter(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     weights = [source.folder / name for name in ADAPTER_WEIGHTS]
     found = [path for path in weights if path.is_file()]
     if not found:
@@ -129,7 +127,7 @@ def _write_adapter(
     notes = []
     if not read_back_adapter(folder, source.folder, bases, source.trust_remote_code):
         notes.append(
-            "the base model is not on this machine: the adapter's tensors were compared with the run's, its logits "
+            "the base model is not available locally: the adapter's tensors were compared with the run's, its logits "
             "were not"
         )
     if hub_id(source.base) is None:
@@ -141,29 +139,15 @@ def _write_adapter(
 
 
 def _public_name(base: str | None) -> str | None:
-    """The base's hub id, or the last part of its path: what is published names no path of this machine."""
+    """The base's hub id, or the last part of its path: no local path is published."""
     return Path(base).name if base and hub_id(base) is None else base
 
 
-def _write_merged(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
-) -> list[str]:
-    save_merged(source, tokenizer, folder, dtype)
-    return []
-
-
-def _write_four_bit(
-    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str
-) -> list[str]:
-    save_four_bit(source, tokenizer, folder, dtype)
-    return ["the weights were rounded to 4 bits after the merge: evaluate them before you rely on them"]
-
-
-def _write_gguf(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str, dtype: str) -> list[str]:
+def _write_gguf(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, quant: str) -> list[str]:
     from prefopt.export.gguf_readback import read_back_gguf
     from prefopt.export.gguf_write import check_gguf, write_gguf
 
-    check_gguf(source, tokenizer)  # before the weights are read
+    check_gguf(source, tokenizer)  # before the weights are loaded
     model = merged_model(source, tokenizer)
     path = folder / f"{source.folder.resolve().name}-{quant}.gguf"
     notes = write_gguf(model, tokenizer, path, quant, source.template_kwargs)
@@ -176,17 +160,24 @@ def _write_gguf(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path
     return notes
 
 
-_WRITERS: dict[str, Callable[[Source, PreTrainedTokenizerBase, Path, str, str], list[str]]] = {
-    "adapter": _write_adapter,
-    "merged": _write_merged,
-    "merged-4bit": _write_four_bit,
-    "gguf": _write_gguf,
-}
+def _write(
+    source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path, format: str, quant: str, dtype: str
+) -> list[str]:
+    """Write one format and return notes for the user."""
+    if format == "adapter":
+        return _write_adapter(source, tokenizer, folder)
+    if format == "gguf":
+        return _write_gguf(source, tokenizer, folder, quant)
+    if format == "merged":
+        save_merged(source, tokenizer, folder, dtype)
+        return []
+    save_four_bit(source, tokenizer, folder, dtype)
+    return ["the weights were rounded to 4 bits after the merge: evaluate them before you rely on them"]
 
 
 def _record(folder: Path, source: Source, format: str, quant: str, dtype: str, notes: list[str]) -> None:
     base = _public_name(source.base)
-    made = {"format": format, "run": source.folder.resolve().name, "base": base}
+    made: dict[str, Any] = {"format": format, "run": source.folder.resolve().name, "base": base}
     if format == "gguf":
         made["quant"] = quant
     elif format != "adapter":

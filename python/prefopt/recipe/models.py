@@ -1,30 +1,20 @@
-"""A recipe's model, tokenizer and adapter, from a folder or the hub."""
+"""The model, tokenizer, chat template and adapter of a recipe."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from prefopt.errors import UserError
-from prefopt.four_bits import (
-    check_blocks,
-    compute_dtype,
-    quantization_options,
-    refuse_without_bitsandbytes,
-)
+from prefopt.models import compute_dtype, four_bit_options, from_pretrained, load_weights, require_bitsandbytes
 from prefopt.option_values import show
 from prefopt.options import Lora
 from prefopt.paths import absolute, is_path
-from prefopt.pretrained import from_pretrained
 from prefopt.recipe.schema import Recipe
 
 # Turns as plain text, for a base model without a template, whose chat tokens, if any, are untrained. An answer ends in
@@ -42,44 +32,30 @@ TEMPLATES = {"dialogue": DIALOGUE}
 ALL_LINEAR = "all-linear"
 
 
-def load_model(
-    path: str,
-    revision: str | None,
-    dtype: str,
-    key: str,
-    *,
-    quantize_for: str | None = None,
-    use_cpu: bool = False,
-    trust_remote_code: bool = False,
-) -> PreTrainedModel:
-    """A causal language model from a folder or the hub.
-
-    Args:
-        path, revision: where it is.
-        dtype: of the weights, or "auto".
-        key: names the option in messages.
-        quantize_for: the dtype in which matrices of NF4 are multiplied; None leaves the weights as they are. Head and
-            embedding are not quantised.
-        use_cpu: quantise on the CPU even where there is a GPU.
-        trust_remote_code: run Python code that comes with the model.
+def load_model(recipe: Recipe, *, reference: bool = False) -> PreTrainedModel:
+    """Load the recipe's model, or its reference model ``model.ref_path``, which is never quantised.
 
     Raises:
         UserError: it cannot be loaded, or not in 4 bits.
     """
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    path = located(path, key)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if quantize_for is not None:
-        device = _device(use_cpu)
-        if device == "cpu":
-            check_blocks(path, key, "model.quantization null", **options)
-        options |= quantization_options(getattr(torch, quantize_for), device)
-    failure = f"{key}: cannot load a causal language model from {path}"
-    return from_pretrained(AutoModelForCausalLM, path, failure, dtype=kind, **options)
+    chosen = recipe.model
+    key = f"{recipe.name}: model.{'ref_path' if reference else 'path'}"
+    code: dict[str, Any] = {"trust_remote_code": chosen.trust_remote_code}
+    if reference:
+        assert chosen.ref_path is not None
+        return load_weights(located(chosen.ref_path, key), chosen.dtype, key=key, **code)
+    code["revision"] = chosen.revision
+    path, options = located(chosen.path, key), {}
+    compute = quantize_for(recipe)
+    if compute is not None:
+        cpu = recipe.training.use_cpu or not torch.cuda.is_available()
+        device = "cpu" if cpu else torch.cuda.current_device()  # the one that the trainer's arguments have chosen
+        options = four_bit_options(path, getattr(torch, compute), device, key, "model.quantization null", **code)
+    return load_weights(path, chosen.dtype, key=key, **code, **options)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with the recipe's chat template if it names one."""
+    """Load the model's tokenizer, with the recipe's chat template if there is one."""
     key = f"{recipe.name}: model.path"
     path = located(recipe.model.path, key)
     tokenizer = from_pretrained(
@@ -96,7 +72,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def quantize_for(recipe: Recipe) -> str | None:
-    """The dtype in which the matrices of a 4-bit model are multiplied; None where there are none.
+    """The dtype in which 4-bit matrices are multiplied; None without quantization.
 
     Raises:
         UserError: 4 bits without an adapter, or without bitsandbytes.
@@ -109,24 +85,23 @@ def quantize_for(recipe: Recipe) -> str | None:
             f"{key} and lora is null; weights in 4 bits take no gradient: expected an adapter (lora: {{}}), or "
             "model.quantization null"
         )
-    refuse_without_bitsandbytes(key)
+    require_bitsandbytes(key)
     return compute_dtype(vars(recipe.training), recipe.model.dtype)
 
 
 def adapter_config(lora: Lora) -> LoraConfig:
-    """The adapter in peft's words."""
+    """The configuration of the adapter for peft."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=cast(int, lora.alpha),  # a float, which peft takes as well
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
 
 
 def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) -> None:
-    """Refuse names of layers that the model does not have, or that are not linear; ``key`` names the option in
-    messages.
+    """Refuse targets that match no layer, or a layer that LoRA cannot adapt; ``key`` names the option in messages.
 
     Raises:
         UserError: no layer matches, or one that matches is not linear.
@@ -137,7 +112,7 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
     linear = {name.rpartition(".")[2] for name, one in layers.items() if isinstance(one, nn.Linear)}
     expected = f"expected {ALL_LINEAR} or a list of some of {', '.join(sorted(linear))}"
     is_pattern = isinstance(targets, str)
-    for target in [targets] if is_pattern else targets:
+    for target in [targets] if isinstance(targets, str) else targets:
         config = LoraConfig(target_modules=target if is_pattern else [target])
         matched = [name for name in layers if check_target_module_exists(config, name)]
         if not matched:
@@ -150,11 +125,11 @@ def check_targets(model: PreTrainedModel, targets: str | list[str], key: str) ->
 
 
 def _can_adapt(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))  # which peft's LoRA takes
+    return isinstance(module, (nn.Linear, nn.Embedding, Conv1D))  # supported by peft's LoRA
 
 
 def located(path: str, key: str) -> str:
-    """The absolute path of a folder, which then also stands in the adapter's configuration; or a hub id."""
+    """A hub id, or the absolute path of a folder, as the adapter's configuration is to have it."""
     try:
         place = Path(path).expanduser()
         if place.is_dir():
@@ -167,11 +142,6 @@ def located(path: str, key: str) -> str:
     return path
 
 
-def _device(use_cpu: bool) -> int | str:
-    """Where this process will train: on a GPU the one that the trainer's arguments have chosen."""
-    return "cpu" if use_cpu or not torch.cuda.is_available() else torch.cuda.current_device()
-
-
 def chat_template(recipe: Recipe) -> str | None:
     """The recipe's chat template; None for the tokenizer's own.
 
@@ -180,7 +150,7 @@ def chat_template(recipe: Recipe) -> str | None:
     """
     named, key = recipe.data.chat_template, f"{recipe.name}: data.chat_template"
     if named is None or named in TEMPLATES:
-        return TEMPLATES.get(named)
+        return named and TEMPLATES[named]
     try:
         return Path(named).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:

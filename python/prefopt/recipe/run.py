@@ -15,7 +15,7 @@ from prefopt.data.labels import label_table
 from prefopt.data.tokenize import Tokenized
 from prefopt.errors import DataError, UserError, first_line, is_first_rank, traceback_in
 from prefopt.files import only_writer, write_whole
-from prefopt.four_bits import refuse_without_bitsandbytes
+from prefopt.models import require_bitsandbytes
 from prefopt.option_values import show
 from prefopt.options import options_of
 from prefopt.paths import RECIPE_NAME, absolute_paths
@@ -134,7 +134,7 @@ def preference_config(recipe: Recipe) -> PreferenceConfig:
         raise UserError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
     quantize_for(recipe)  # refuses 4 bits that cannot be trained
     if "bnb" in recipe.training.optim or "8bit" in recipe.training.optim:
-        refuse_without_bitsandbytes(f"{recipe.name}: training.optim is {recipe.training.optim}")
+        require_bitsandbytes(f"{recipe.name}: training.optim is {recipe.training.optim}")
     options = training | dataclasses.asdict(recipe.loss) | extra
     options |= {"max_length": recipe.data.max_length, "on_bad_row": recipe.data.on_bad_row}
     options["activation_checkpointing"] = options.pop("gradient_checkpointing")  # its older, better-known name
@@ -183,27 +183,10 @@ def make_trainer(
     held_out: Tokenized | None,
 ) -> PreferenceTrainer:
     """The trainer of a recipe, with its model, reference and adapter loaded."""
-    chosen = recipe.model
-    model = load_model(
-        chosen.path,
-        chosen.revision,
-        chosen.dtype,
-        f"{recipe.name}: model.path",
-        quantize_for=quantize_for(recipe),
-        use_cpu=recipe.training.use_cpu,
-        trust_remote_code=chosen.trust_remote_code,
-    )
+    model = load_model(recipe)
     if recipe.lora is not None:
         check_targets(model, recipe.lora.target_modules, f"{recipe.name}: lora.target_modules")
-    reference = None
-    if chosen.ref_path is not None:
-        reference = load_model(
-            chosen.ref_path,
-            None,
-            chosen.dtype,
-            f"{recipe.name}: model.ref_path",
-            trust_remote_code=chosen.trust_remote_code,
-        )
+    reference = None if recipe.model.ref_path is None else load_model(recipe, reference=True)
     try:
         return PreferenceTrainer(
             model,

@@ -25,8 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from prefopt.generation_config import make_savable
-from prefopt.pretrained import from_pretrained
+from prefopt.generation import make_savable
+from prefopt.models import from_pretrained
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.vocabulary import check_token_indices
 from prefopt_kernels.integrations.transformers import lm_head_of
@@ -291,7 +291,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase | None, model: Any) -> int:  # a model, perhaps with an adapter
     """The padding id; padding is masked, so the end-of-sequence id serves if there is no other."""
     config = model.config.get_text_config()
     for source in (tokenizer, config):

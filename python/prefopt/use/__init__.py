@@ -1,1 +1,1 @@
-"""A trained run put to use: chat, classification, and how fast it answers. Imported without torch."""
+"""Use a trained run: chat and classification."""

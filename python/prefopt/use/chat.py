@@ -6,32 +6,27 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from prefopt.data.template import render
+from prefopt.data.rows import TEXT
 from prefopt.errors import UserError
-from prefopt.use.load import (
-    check_length,
-    choose_device,
-    find_run,
-    load_model,
-    load_tokenizer,
-    stop_ids,
-)
+from prefopt.generation import prompt_ids, sampling_options, stop_ids
+from prefopt.models import check_length, choose_device
+from prefopt.runs import find_run, load_model, load_tokenizer
 
 COMMANDS = {
-    "/reset": "forget the conversation, but not the system prompt",
-    "/help": "this list",
+    "/reset": "discard the conversation, but not the system prompt",
+    "/help": "show this list",
     "/quit": "leave (so does the end of the input)",
 }
 
 
 class Stream(TextStreamer):
-    """Writes an answer as it grows, by whole words: a letter that is spread over tokens is never shown in halves."""
+    """Writes an answer as it is generated, by whole words, so that a character of several tokens is never split."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, output: TextIO):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -45,14 +40,14 @@ class Stream(TextStreamer):
 
 
 class Conversation:
-    """The turns so far, and the model that answers them.
+    """A model and the turns so far.
 
     Args:
-        model, tokenizer: of one run. Without a chat template, a turn is text that the model goes on with, and the turns
-            before it are not shown to it.
-        system: the system prompt, or None.
+        model, tokenizer: of one run. Without a chat template, a turn is text that the model continues, without the
+            turns before it.
+        system: system prompt.
         template_kwargs: arguments of the chat template, as in training.
-        generation: arguments of ``generate``, over what the model's generation config says.
+        generation: arguments of ``generate``, which take precedence over the model's generation config.
     """
 
     def __init__(
@@ -79,40 +74,27 @@ class Conversation:
         self.turns: list[dict[str, str]] = []
 
     def reset(self) -> None:
-        """Forget every turn."""
+        """Discard every turn."""
         self.turns = []
 
     def answer(self, text: str, output: TextIO) -> str:
-        """The answer to one more turn, written to ``output`` as it grows.
+        """Answer one more turn, and write the answer to ``output`` as it is generated.
 
         Raises:
-            UserError: the conversation is longer than the model takes, or the template refuses it; the turn is then
-                forgotten, as it is when the answer is interrupted.
+            UserError: the conversation is longer than the model's context, or the template refuses it. The turn is
+                discarded, as it is after an interrupt.
         """
         asked = [*self.turns, {"role": "user", "content": text}]
-        ids = self._ids(asked, text).to(self.model.device)
+        prompt = [*self.system, *asked] if self.tokenizer.chat_template else text
+        ids = torch.tensor([prompt_ids(self.tokenizer, prompt, self.template_kwargs)], device=self.model.device)
         check_length(self.model, ids.shape[1] + 1, "the conversation has")
         stream = Stream(self.tokenizer, output)
         with torch.no_grad():
-            self.model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                streamer=stream,
-                **self.generation,
+            cast(Any, self.model).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=stream, **self.generation
             )
         self.turns = [*asked, {"role": "assistant", "content": stream.text}]
         return stream.text
-
-    def _ids(self, turns: list[dict[str, str]], text: str) -> torch.Tensor:
-        """(1, L) int64"""
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(text, return_tensors="pt")["input_ids"]
-        messages = [*self.system, *turns]
-        try:
-            rendered = render(self.tokenizer, messages, self.template_kwargs, add_generation_prompt=True)
-        except UserError as error:
-            raise UserError(str(error)) from None
-        return self.tokenizer(rendered, add_special_tokens=False, return_tensors="pt")["input_ids"]
 
 
 def chat(
@@ -128,18 +110,18 @@ def chat(
     source: TextIO | None = None,
     output: TextIO | None = None,
 ) -> None:
-    """Answer turns from ``source`` (stdin), one a line, until it ends.
+    """Answer the turns of ``source``, one per line.
 
     Args:
         run: run folder.
-        base: base model, instead of the one that the adapter names.
-        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
+        base: base model (default: the one that the adapter names).
+        quantization: of the base's weights, "nf4" or "none" (default: as in training).
         system: system prompt.
-        max_new_tokens: of each answer, at most.
-        temperature: 0 takes the likeliest token each time; as in the model's generation config if not given.
-        seed: of the sampling.
+        max_new_tokens: limit of each answer.
+        temperature: 0 is greedy (default: as in the model's generation config).
+        seed: random seed of sampling.
         device: "auto", "cpu" or "cuda".
-        source, output: instead of stdin and stdout.
+        source, output: streams (default: stdin and stdout).
 
     Raises:
         UserError: the run cannot be loaded, or an argument is out of range.
@@ -157,17 +139,18 @@ def chat(
     found = find_run(run, base)
     tokenizer = load_tokenizer(found)
     model = load_model(found, quantization=quantization, device=device)
-    if found.trained_on_text:
+    trained_on_text = found.trained_format == TEXT
+    if trained_on_text:
         tokenizer.chat_template = None  # it was not used in training
-        print("trained on plain text: each line is text that the model continues", file=sys.stderr)
-    elif not tokenizer.chat_template:
-        print("no chat template: each line is text that the model goes on with", file=sys.stderr)
+    if not tokenizer.chat_template:
+        reason = "trained on plain text" if trained_on_text else "no chat template"
+        print(f"{reason}: each line is text that the model continues", file=sys.stderr)
     conversation = Conversation(
         model,
         tokenizer,
         system=system,
         template_kwargs=found.template_kwargs,
-        generation={"max_new_tokens": max_new_tokens} | sampling(temperature),
+        generation={"max_new_tokens": max_new_tokens} | sampling_options(temperature),
     )
     if seed is not None:
         torch.manual_seed(seed)
@@ -175,22 +158,8 @@ def chat(
     talk(conversation, _lines(source), output)
 
 
-def sampling(temperature: float | None) -> dict[str, Any]:
-    """Arguments of ``generate`` for a temperature; None leaves it to the model's generation config.
-
-    Example:
-        >>> sampling(0.7)
-        {'do_sample': True, 'temperature': 0.7}
-    """
-    if temperature is None:
-        return {}
-    if temperature == 0:  # the rest would be refused as of no use
-        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"do_sample": True, "temperature": temperature}
-
-
 def talk(conversation: Conversation, lines: Iterator[str], output: TextIO) -> None:
-    """Take turns and commands until ``/quit`` or the end of ``lines``; what is wrong with one turn does not end it."""
+    """Process turns and commands until ``/quit`` or the end of ``lines``; an error discards only its turn."""
     for line in lines:
         text = line.strip()
         if not text:
@@ -203,23 +172,23 @@ def talk(conversation: Conversation, lines: Iterator[str], output: TextIO) -> No
         try:
             conversation.answer(text, output)
         except KeyboardInterrupt:
-            print("\nstopped; this turn is forgotten", file=sys.stderr)
+            print("\nstopped; this turn is discarded", file=sys.stderr)
         except UserError as error:
-            print(f"{error}; this turn is forgotten, /reset forgets all", file=sys.stderr)
+            print(f"{error}; this turn is discarded, /reset discards all", file=sys.stderr)
 
 
 def _command(conversation: Conversation, text: str) -> str:
     if text == "/reset":
         conversation.reset()
-        return "the conversation is forgotten"
+        return "the conversation is discarded"
     if text == "/help":
         return "\n".join(f"{name:<8} {meaning}" for name, meaning in COMMANDS.items())
     near = difflib.get_close_matches(text, COMMANDS, n=1)
-    return f"{text} is no command; " + (f"did you mean {near[0]}?" if near else "see /help")
+    return f"{text} is not a command; " + (f"did you mean {near[0]}?" if near else "see /help")
 
 
 def _lines(source: TextIO) -> Iterator[str]:
-    """Lines as they are typed, with a prompt in front, or those of a file or pipe."""
+    """Lines typed at a prompt, or read from a file or pipe."""
     if not source.isatty():
         try:
             yield from source
@@ -236,7 +205,7 @@ def _lines(source: TextIO) -> Iterator[str]:
 
 
 def _edit_lines() -> None:
-    """Arrow keys and history for ``input``, where Python was built with them."""
+    """Enable arrow keys and history for ``input``, if Python was built with readline."""
     try:
         import readline  # noqa: F401  (its import is what changes ``input``)
     except ImportError:

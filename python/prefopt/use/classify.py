@@ -1,44 +1,32 @@
-"""Which of a few answers a run would give: the likelihood of each label under the model; nothing is parsed."""
+"""Classify prompts: the likeliest of a few labels as the answer; no text is generated or parsed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
 from peft import PeftModel
-from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt.data.read import load_rows
+from prefopt.data.rows import TEXT
 from prefopt.data.tokenize import Encode
 from prefopt.errors import DataError, UserError
 from prefopt.files import write_whole
+from prefopt.generation import stop_ids
+from prefopt.models import check_length, choose_device
 from prefopt.report.markdown import csv_text
-from prefopt.use.load import (
-    Source,
-    check_length,
-    choose_device,
-    find_run,
-    load_model,
-    load_tokenizer,
-    stop_ids,
-)
+from prefopt.runs import Source, find_run, load_model, load_tokenizer
+from prefopt.train.answer_logps import answer_logps
+from prefopt.train.prepare import pad_token_id
 from prefopt.use.questions import PLACE, Question, answer_text, read_questions
-from prefopt_kernels.integrations.transformers import (
-    LMHead,
-    check_lm_head,
-    completion_logprobs,
-    lm_head_of,
-    pack_completions,
-)
 
-MOST_LABELS = 64  # different answers in the training rows that are taken for labels
+MOST_LABELS = 64  # most different answers in the training rows that are used as labels
 
 
 @dataclass(frozen=True)
 class Classified:
-    """Where the table was written (None: nowhere), the table, and how many of the known labels were found."""
+    """The file of the table, if it was written; the table; how many of the known labels were predicted."""
 
     path: Path | None
     table: str
@@ -60,33 +48,32 @@ def classify(
     batch_size: int = 16,
     device: str = "auto",
 ) -> Classified:
-    """Give each prompt of a file the label that the model finds likeliest.
+    """Assign the likeliest label to each prompt of a file.
 
-    ``logp(label) = sum_t log p(token_t | prompt, tokens before)`` in nats over the label's tokens and the end of turn
-    behind them, as in training, so that "computer" does not win whenever "computer science" is meant. The probability
-    is that among the labels: ``exp(logp) / sum over labels of exp(logp)``.
+    ``logp(label) = sum_t log p(token_t | prompt, tokens before)`` in nats, over the label's tokens and the end of turn
+    after them, as in training: so "computer" is not likelier than "computer science" because it is a prefix. The
+    probability is relative to the labels: ``exp(logp) / sum over labels of exp(logp)``.
 
     Args:
         run: run folder.
-        file: .txt with a prompt on each line; or .jsonl, .parquet, a built folder or a hub id with a column prompt
-            (text or chat messages) and perhaps completion, the right label.
-        labels: at least two; the different desirable answers of the run's training rows if not given.
+        file: .txt with a prompt per line; or .jsonl, .parquet, a built folder or a hub id with the column prompt (text
+            or chat messages) and optionally completion, the correct label.
+        labels: at least two (default: the different desirable answers of the run's training rows).
         out: .csv file to write.
-        ask: put around each text; ``{text}`` stands for it.
-        plain: leave a text as it is; otherwise it becomes a user's message where the run was trained with a chat
-            template.
+        ask: template of each prompt, with ``{text}`` as placeholder.
+        plain: do not turn text into a user's message for a run that was trained with a chat template.
         split: of a folder or hub dataset.
-        base: base model, instead of the one that the adapter names.
-        quantization: of the base's weights, "nf4" or "none"; as in training if not given.
-        batch_size: sequences (prompt and label) in one forward pass.
+        base: base model (default: the one that the adapter names).
+        quantization: of the base's weights, "nf4" or "none" (default: as in training).
+        batch_size: sequences (prompt and label) in a forward pass.
         device: "auto", "cpu" or "cuda".
 
     Returns:
         ``Classified``; the table has the columns line, label, probability, expected, and ``logp LABEL`` for each label.
 
     Raises:
-        UserError: the run or the labels cannot be used, ``out`` is there already.
-        DataError: a row that has no prompt, or a file that cannot be read.
+        UserError: the run or the labels cannot be used, or ``out`` exists.
+        DataError: a row without a prompt, or a file that cannot be read.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}; expected at least 1")
@@ -94,126 +81,95 @@ def classify(
         raise UserError(f"--ask is {ask!r}; expected {PLACE} in it, where the text goes")
     out = None if out is None else Path(out).expanduser()
     if out is not None and out.exists():
-        raise UserError(f"--out {out} is there already; choose another file")
+        raise UserError(f"--out {out} exists; choose another file")
     device = choose_device(device)
     source = find_run(run, base)
     tokenizer = load_tokenizer(source)
-    chat = bool(tokenizer.chat_template) and not plain and not source.trained_on_text
+    chat = bool(tokenizer.chat_template) and not plain and source.trained_format != TEXT
     questions = read_questions(file, split, ask, chat)
     names = _labels(source) if labels is None else _checked(labels)
     model = load_model(source, quantization=quantization, device=device)
-    scorer = LabelScorer(model, tokenizer, names, source.template_kwargs, batch_size)
-    scores = scorer.score(questions)  # (questions, labels)
-    table = _table(questions, names, scores)
-    guesses = [names[best] for best in scores.argmax(1).tolist()]
-    known = [
-        (question.expected, guess)
-        for question, guess in zip(questions, guesses, strict=True)
+    logps = label_logps(model, tokenizer, questions, names, source.template_kwargs, batch_size)
+    table = _table(questions, names, logps)
+    hits = [
+        question.expected == names[best]
+        for question, best in zip(questions, logps.argmax(1), strict=True)
         if question.expected is not None
     ]
     if out is not None:
         write_whole(out, table)
-    return Classified(out, table, sum(one == guess for one, guess in known), len(known))
+    return Classified(out, table, sum(hits), len(hits))
 
 
-class LabelScorer:
-    """Scores every label behind every prompt.
+def label_logps(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    labels: Sequence[str],
+    template_kwargs: dict | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """(questions, labels) fp64 log-probabilities of each label as the answer to each prompt, in nats.
 
     Args:
-        model, tokenizer: of one run; the model in eval mode.
-        labels: the names, at least two.
+        model, tokenizer: of one run; the model in evaluation mode.
+        labels: at least two names.
         template_kwargs: arguments of the chat template, as in training.
-        batch_size: sequences in one forward pass.
+        batch_size: sequences in a forward pass.
+
+    Raises:
+        UserError: a prompt that is longer than the model's context, or a head that is not supported.
+        DataError: a prompt that the chat template refuses.
     """
+    rows = label_rows(model, tokenizer, questions, labels, template_kwargs or {})
+    pad = pad_token_id(tokenizer, model)
+    logps = answer_logps(model, rows, pad_token_id=pad, max_length=None, batch_size=batch_size, desc="classify")
+    return logps.reshape(len(questions), len(labels))
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: Sequence[str],
-        template_kwargs: dict | None = None,
-        batch_size: int = 16,
-    ):
-        self.model, self.tokenizer, self.labels = model, tokenizer, list(labels)
-        self.template_kwargs, self.batch_size = template_kwargs or {}, batch_size
-        self.stops = set(stop_ids(model, tokenizer, template_kwargs))
-        try:
-            self.head: LMHead = lm_head_of(model)
-            check_lm_head(model, self.head)
-        except ValueError as error:
-            raise UserError(f"the run cannot be scored: {error}") from None
 
-    def score(self, questions: Sequence[Question]) -> Tensor:
-        """(questions, labels) fp32, nats."""
-        pairs = [pair for question in questions for pair in self._encoded(question)]
-        scores = torch.empty(len(pairs))
-        with tqdm(total=len(questions), desc="classify", unit="row", delay=1) as bar:
-            for start in range(0, len(pairs), self.batch_size):
-                batch = pairs[start : start + self.batch_size]
-                scores[start : start + len(batch)] = self._logps(batch)
-                bar.update((start + len(batch)) // len(self.labels) - bar.n)
-        return scores.view(len(questions), len(self.labels))
-
-    def _encoded(self, question: Question) -> Iterator[tuple[list[int], list[int]]]:
-        """Prompt and label as ids, label by label; what the template writes behind the end of turn is not scored."""
+def label_rows(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    labels: Sequence[str],
+    template_kwargs: dict,
+) -> list[dict[str, list[int]]]:
+    """Token ids of every prompt with every label, which ends with the end of turn."""
+    stops, rows = set(stop_ids(model, tokenizer, template_kwargs)), []
+    for question in questions:
         chat = not isinstance(question.prompt, str)
-        encode = Encode(self.tokenizer, chat, self.template_kwargs)
-        answers = [[{"role": "assistant", "content": label}] if chat else label for label in self.labels]
-        found = encode({"prompt": [question.prompt] * len(answers), "completion": answers})
-        for prompt, answer, problem in zip(found["prompt_ids"], found["completion_ids"], found["problem"], strict=True):
-            if problem:
-                raise DataError(f"line {question.line}: {problem}")
-            end = next((i for i, token in enumerate(answer) if token in self.stops), len(answer))
-            answer = answer[: end + 1]
-            check_length(self.model, len(prompt) + len(answer), f"line {question.line} has")
-            yield prompt, answer
-
-    @torch.no_grad()
-    def _logps(self, batch: list[tuple[list[int], list[int]]]) -> Tensor:
-        """(B,) fp32 nats, on the CPU."""
-        length = max(len(prompt) + len(answer) for prompt, answer in batch)
-        ids = torch.zeros(len(batch), length, dtype=torch.long)  # behind a sequence: never looked at
-        mask, scored = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, (prompt, answer) in enumerate(batch):
-            end = len(prompt) + len(answer)
-            ids[row, :end] = torch.tensor(prompt + answer)
-            mask[row, :end] = 1
-            scored[row, len(prompt) : end] = 1
-        packing = pack_completions(ids, scored)
-        device = self.model.device
-        found = completion_logprobs(
-            self.model,
-            ids.to(device),
-            mask.to(device),
-            type(packing)(*(tensor.to(device) for tensor in packing)),
-            head=self.head,
+        answers = [[{"role": "assistant", "content": label}] if chat else label for label in labels]
+        encoded = Encode(tokenizer, chat, template_kwargs)(
+            {"prompt": [question.prompt] * len(answers), "completion": answers}
         )
-        row = torch.repeat_interleave(torch.arange(len(batch)), packing.cu_seqlens.diff())
-        return torch.zeros(len(batch)).index_add_(0, row, found.logp.float().cpu())
+        problem = next(filter(None, encoded["problem"]), None)
+        if problem:
+            raise DataError(f"line {question.line}: {problem}")
+        for prompt, answer in zip(encoded["prompt_ids"], encoded["completion_ids"], strict=True):
+            end = next((i + 1 for i, token in enumerate(answer) if token in stops), len(answer))
+            check_length(model, len(prompt) + end, f"line {question.line} has")
+            rows.append({"prompt_ids": prompt, "completion_ids": answer[:end]})
+    return rows
 
 
 def _labels(source: Source) -> list[str]:
-    """The different desirable answers that the run was trained on."""
-    path, split = source.data.get("path"), source.data.get("split")
+    """The different desirable answers of the run's training rows."""
+    data = source.section("data")
+    path = data.get("path")
     remedy = "name them by --labels"
     if not isinstance(path, str):
-        raise UserError(f"{source.folder} has no recipe that says its training rows; {remedy}")
+        raise UserError(f"{source.folder} has no recipe with its training rows; {remedy}")
     try:
-        loaded = load_rows(
-            path,
-            on_bad_row="skip",
-            split=split,
-            revision=source.data.get("revision"),
-            **source.row_options,
-        )
+        rows_from = {"split": data.get("split"), "revision": data.get("revision")} | source.row_options
+        loaded = load_rows(path, on_bad_row="skip", **rows_from)
     except DataError as error:
         raise UserError(f"the run's labels cannot be read: {error}; {remedy}") from None
     rows = zip(loaded.rows["completion"], loaded.rows["label"], strict=True)
-    names = sorted({answer_text(answer) for answer, good in rows if good} - {None})
+    names = sorted({text for answer, good in rows if good and (text := answer_text(answer)) is not None})
     if not 2 <= len(names) <= MOST_LABELS:
         raise UserError(
-            f"{path} has {len(names)} different desirable answers; expected 2 to {MOST_LABELS} to take them for "
-            f"labels, so {remedy}"
+            f"{path} has {len(names)} different desirable answers; expected 2 to {MOST_LABELS} to use them as labels: "
+            f"{remedy}"
         )
     return names
 
@@ -230,25 +186,12 @@ def _checked(labels: Sequence[str]) -> list[str]:
     return names
 
 
-def _table(questions: Sequence[Question], labels: Sequence[str], scores: Tensor) -> str:
+def _table(questions: Sequence[Question], labels: Sequence[str], logps: np.ndarray) -> str:
     """CSV with a row for each question."""
-    head = ["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)]
     rows = []
-    probabilities = scores.double().softmax(1)  # (questions, labels)
-    for question, best, logps, shares in zip(
-        questions,
-        scores.argmax(1).tolist(),
-        scores.tolist(),
-        probabilities.tolist(),
-        strict=True,
-    ):
-        rows.append(
-            [
-                question.line,
-                labels[best],
-                f"{shares[best]:.4f}",
-                question.expected or "",
-                *(f"{logp:.4f}" for logp in logps),
-            ]
-        )
-    return csv_text(head, rows)
+    for question, scores in zip(questions, logps, strict=True):
+        best = scores.argmax()
+        probability = 1 / np.exp(scores - scores[best]).sum()
+        known = [question.line, labels[best], f"{probability:.4f}", question.expected or ""]
+        rows.append([*known, *(f"{logp:.4f}" for logp in scores)])
+    return csv_text(["line", "label", "probability", "expected", *(f"logp {label}" for label in labels)], rows)

@@ -3,46 +3,48 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from prefopt.data.rows import RowError
 from prefopt.data.sources import open_rows
 from prefopt.errors import DataError
 
-PLACE = "{text}"  # where a text goes in --ask
+Prompt = str | list[dict[str, str]]
+_Row = tuple[int, Prompt, str | None]  # line, prompt, label
+PLACE = "{text}"  # placeholder in --ask
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt (text or chat messages), where it stands, and its label if the file says one."""
+    """A prompt (text or chat messages), its line in the file, and its label if the file has one."""
 
     line: int
-    prompt: str | list[dict[str, str]]
+    prompt: Prompt
     expected: str | None = None
 
 
 def read_questions(
     file: str | Path, split: str | None = None, ask: str | None = None, chat: bool = True
 ) -> list[Question]:
-    """The prompts of a file, in order.
+    """Read the prompts of a file.
 
     Args:
-        file, split, ask: of ``classify``.
-        chat: make a user's message of a text.
+        file, split, ask: as for ``classify``.
+        chat: turn text into a user's message.
 
     Raises:
-        DataError: it cannot be read, has no prompts, or a row without one.
+        DataError: it cannot be read, has no prompts, or has a row without one.
     """
     path = Path(file).expanduser()
-    if path.suffix.lower() == ".txt":
-        rows = _text_lines(path)
-    else:
-        rows = _rows(str(file), split)
+    is_text = path.suffix.lower() == ".txt"
+    rows: Iterator[_Row] = _text_lines(path) if is_text else _rows(str(file), split)
     questions = []
     for line, prompt, expected in rows:
         if isinstance(prompt, str):
             text = prompt if ask is None else ask.replace(PLACE, prompt)
-            prompt = [{"role": "user", "content": text}] if chat else text
-        elif ask is not None:
+            questions.append(Question(line, [{"role": "user", "content": text}] if chat else text, expected))
+            continue
+        if ask is not None:
             raise DataError(f"{file}:{line}: prompt is chat messages, and --ask needs text")
         questions.append(Question(line, prompt, expected))
     if not questions:
@@ -50,7 +52,7 @@ def read_questions(
     return questions
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str, None]]:
+def _text_lines(path: Path) -> Iterator[_Row]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -64,7 +66,7 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str, None]]:
             yield number, line.strip(), None
 
 
-def _rows(name: str, split: str | None) -> Iterator[tuple[int, str | list, str | None]]:
+def _rows(name: str, split: str | None) -> Iterator[_Row]:
     reported, raws = open_rows(name, split, None, needs=("prompt",))
     for line, raw in raws:
         if raw is None:
@@ -79,7 +81,7 @@ def _rows(name: str, split: str | None) -> Iterator[tuple[int, str | list, str |
         yield line, prompt, answer_text(raw.get("completion"))
 
 
-def _is_prompt(prompt: object) -> bool:
+def _is_prompt(prompt: object) -> TypeGuard[Prompt]:
     if isinstance(prompt, str):
         return bool(prompt.strip())
     return (
@@ -93,7 +95,9 @@ def _is_prompt(prompt: object) -> bool:
 
 
 def answer_text(completion: object) -> str | None:
-    """An answer's text, from text or from one chat message."""
-    if isinstance(completion, list) and len(completion) == 1 and _is_prompt(completion):
-        completion = completion[0]["content"]
-    return completion.strip() if isinstance(completion, str) else None
+    """The text of an answer, which is text or one chat message."""
+    if isinstance(completion, str):
+        return completion.strip()
+    if _is_prompt(completion) and not isinstance(completion, str) and len(completion) == 1:
+        return completion[0]["content"].strip()
+    return None
