@@ -131,13 +131,10 @@ def check_lora(
         if tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where {prefix}hidden is")
     R = A.shape[0]
-    for name, tensor, shape in (
-        ("A", A, (R, hidden.shape[1])),
-        ("B", B, (weight.shape[0], R)),
-    ):
-        if R == 0 or tuple(tensor.shape) != shape:
+    for name, tensor, sizes in (("A", A, (R, hidden.shape[1])), ("B", B, (weight.shape[0], R))):
+        if R == 0 or tuple(tensor.shape) != sizes:
             raise ValueError(
-                f"{prefix}lora's {name} has shape {tuple(tensor.shape)}; expected {shape} with a rank of 1 or more, "
+                f"{prefix}lora's {name} has shape {tuple(tensor.shape)}; expected {sizes} with a rank of 1 or more, "
                 f"because A has shape {tuple(A.shape)}, {prefix}hidden {tuple(hidden.shape)} and the head "
                 f"{tuple(weight.shape)}"
             )

@@ -5,7 +5,7 @@ is a module with ``why_not``, ``forward`` and ``backward``; reference.py is the 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ def linear_logprob(
     # meta has no autocast; torch.amp.is_autocast_available would say so, but torch 2.11 cannot trace it
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (to_autocast(operand, dtype) for operand in (hidden, weight, bias))
+        hidden, weight, bias = to_autocast(hidden, dtype), to_autocast(weight, dtype), to_autocast(bias, dtype)
     check_call(hidden, weight, targets, bias, logit_scale, softcap, temperature, outputs)
     check_filters(grad_filter, head_grad_filter)
     A, B, lora_scale = check_lora(lora, hidden, weight)
@@ -200,7 +200,8 @@ def _linear_logprob(
     given, wanted = Numbers(*numbers), frozenset(want.split())
     with torch.autocast(hidden.device.type, enabled=False):  # it would round the fp32 logits
         out = BACKENDS[backend].forward(operands, given.transform, wanted, given.grad_filter)
-    return tuple(out[name] if name in wanted else empty_result(name, hidden) for name in RESULTS)
+    results = tuple(out[name] if name in wanted else empty_result(name, hidden) for name in RESULTS)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], results)
 
 
 def empty_result(name: str, hidden: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def _linear_logprob_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     given, needed = Numbers(*numbers), frozenset(need.split())
-    if unit is not None and dlse is None and dentropy is None:
+    if unit is not None and dlogp is not None and dlse is None and dentropy is None:
         grads = {"hidden": (dlogp[:, None] * unit).to(unit.dtype)}
     else:
         saved = Saved(lse, entropy, tile_max, given.grad_filter, given.head_grad_filter)
@@ -285,7 +286,8 @@ def _linear_logprob_backward(
         # autocast is still enabled if backward runs inside the context
         with torch.autocast(hidden.device.type, enabled=False):
             grads = BACKENDS[backend].backward(operands, upstream, saved, given.transform, needed)
-    return tuple(grads[name] if name in needed else weight.new_empty(0) for name in DIFFERENTIABLE)
+    results = tuple(grads[name] if name in needed else weight.new_empty(0) for name in DIFFERENTIABLE)
+    return cast(tuple[Tensor, Tensor, Tensor, Tensor, Tensor], results)
 
 
 @_linear_logprob_backward.register_fake

@@ -91,16 +91,16 @@ def add_products(grads: dict[str, Tensor], rows: Tensor, operands: Operands, dz:
         grads["weight"] += dz.T @ operands.hidden[rows].float()
     if "bias" in grads:
         grads["bias"] += dz.sum(0)
-    if "low_hidden" in grads:
+    if "low_hidden" in grads and operands.low_weight is not None:
         grads["low_hidden"][rows] = dz @ operands.low_weight.float()
-    if "low_weight" in grads:
+    if "low_weight" in grads and operands.low_hidden is not None:
         grads["low_weight"] += dz.T @ operands.low_hidden[rows]
 
 
 def raw_logits(operands: Operands, rows: Tensor) -> Tensor:
     """(C, V) fp32; ``operands.weight`` comes in fp32."""
     raw = operands.hidden[rows].float() @ operands.weight.T
-    if operands.low_hidden is not None:
+    if operands.low_hidden is not None and operands.low_weight is not None:
         raw += operands.low_hidden[rows] @ operands.low_weight.float().T
     return raw if operands.bias is None else raw + operands.bias.float()
 

@@ -52,6 +52,7 @@ def logit_gradient(
     if dentropy is None:
         dz = p * factor[:, None]
     else:
+        assert entropy is not None  # an output that has a gradient
         bounded = log_p.clamp(min=-1000)  # p is 0 long before; keeps 0 * -inf out
         dz = p * (factor[:, None] - dentropy[:, None] * (bounded + entropy[:, None]))
     return dz if dlogp is None else dz.scatter_add(-1, target[:, None], dlogp[:, None])

@@ -120,9 +120,9 @@ def _check_settings(given: dict[str, Any]) -> None:
             if value.dim() != 0:
                 raise ValueError(f"{name} has shape {tuple(value.shape)}; expected ()")
         elif name in RANGES and not (value is None and name in MAY_BE_NONE):
-            expected, *limits = RANGES[name]
+            expected, least, most, excluded = RANGES[name]
             or_tensor = " or a 0-dim tensor" if name in TENSORS else ""
-            _check_number(name, value, expected + or_tensor, *limits)
+            _check_number(name, value, expected + or_tensor, least, most, excluded)
     for name in ("win_weighting", "decision_weighting"):
         if given[name] is not None:
             _check_choice(name, given[name], (None, *WEIGHTINGS))

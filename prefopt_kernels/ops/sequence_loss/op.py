@@ -6,7 +6,7 @@ differentiates.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ def sequence_loss(
         >>> dict(zip(SUMS, out.sums.tolist()))["desirable/rewards"]
         1.0
     """
-    given = {
+    given: dict[str, Any] = {
         "reference_point": reference_point,
         "shift": shift,
         "shift_gate": shift_gate,
@@ -189,7 +189,7 @@ def _sequence_loss(
     if logp.device.type == "cpu":
         check_values(cu_seqlens, lengths, logp.shape[0])
     tensors = (reference_point, shift, shift_gate, odds_baseline, decision_mean)
-    given = {name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
+    given: dict[str, Any] = {n: tensor for n, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
     parameters = Parameters(*numbers)._replace(**given)
     with torch.autocast(logp.device.type, enabled=False):
         return BACKENDS[backend].forward(

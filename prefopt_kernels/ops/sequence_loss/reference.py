@@ -1,6 +1,7 @@
 """The definition of sequence_loss in plain torch: fp64 sums, prefopt_kernels.losses, torch's autograd."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,12 +49,9 @@ def loss(
     parameters: Parameters,
 ) -> Tensor:
     """(B,) the loss that ``form`` names, by the one copy of its mathematics."""
-    rows = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": parameters.beta}
     p = parameters
-    weights = {
-        "desirable_weight": p.desirable_weight,
-        "undesirable_weight": p.undesirable_weight,
-    }
+    rows: dict[str, Any] = {"logps": logps, "ref_logps": ref_logps, "labels": labels, "beta": p.beta}
+    weights: dict[str, Any] = {"desirable_weight": p.desirable_weight, "undesirable_weight": p.undesirable_weight}
     if form.method == "kto":
         return kto_loss(**rows, reference_point=p.reference_point, **weights)
     if form.method == "apo_zero":

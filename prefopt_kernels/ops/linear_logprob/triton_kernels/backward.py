@@ -33,7 +33,7 @@ def gradients(call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]
     workspace = call.empty(rows, chunk, dtype=call.work_dtype)
     coefficients = _coefficients(call, upstream, saved)
     rights = {"hidden": call.weight, "weight": call.hidden}
-    if call.operands.low_hidden is not None:
+    if call.operands.low_hidden is not None and call.operands.low_weight is not None:
         rights["low_hidden"] = call.operands.low_weight.to(call.dtype).contiguous()
         rights["low_weight"] = call.rows_of(call.operands.low_hidden).to(call.dtype)
     sums = {
@@ -68,7 +68,7 @@ def gradients(call: Call, upstream: Upstream, saved: Saved, need: frozenset[str]
                     transposed=True,
                     live=None if live is None else _by_ids(live),
                 )
-        if "bias" in need:
+        if column_sums is not None:
             grads["bias"][first:last] = column_sums.sum(0)[: last - first].to(call.dtype)
     for name, total in sums.items():
         grads[name] = call.to_places(total.sum(0).to(named[name].dtype))
@@ -115,6 +115,7 @@ def _coefficients(call: Call, upstream: Upstream, saved: Saved) -> Tensor:
     if upstream.lse is not None:
         coefficients[1] += call.rows_of(upstream.lse)
     if upstream.entropy is not None:
+        assert saved.entropy is not None  # an output that has a gradient
         coefficients[3] = call.rows_of(upstream.entropy)
         coefficients[4] = call.rows_of(saved.entropy)
     return coefficients

@@ -7,7 +7,7 @@ registers, spills, shared memory) and arithmetic; a measured row says so.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,7 +72,7 @@ def target_of(device: torch.device) -> Target:
 
 @cache
 def _cuda_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
+    properties: Any = torch.cuda.get_device_properties(index)  # torch's stub lacks the last one
     return Target(
         (properties.major, properties.minor),
         properties.multi_processor_count,

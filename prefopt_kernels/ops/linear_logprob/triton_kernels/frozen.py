@@ -63,8 +63,8 @@ def fill_unit(call: Call, want: frozenset[str], grad_filter: float, out: dict[st
 
 def _target_logits(call: Call, reference: Tensor) -> None:
     head = call.head()
-    names = ("count_ptr", "targets_ptr", "bias_ptr", "T", "V", "hidden_stride", "weight_stride")
-    names += ("inner", "outer", "H", "LOW", "BLOCK_LOW", "SOFTCAP", "BIAS")
+    names = "count_ptr targets_ptr bias_ptr T V hidden_stride weight_stride".split()
+    names += "inner outer H LOW BLOCK_LOW SOFTCAP BIAS".split()
     launch(
         target_logits,
         (-(-call.T // 16),),

@@ -42,8 +42,8 @@ class Call:
         self.hidden = self.rows_of(hidden)
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
-        self.low = (None, None)
-        if low_hidden is not None:
+        self.low: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+        if low_hidden is not None and low_weight is not None:
             self.low = _low_operands(self.rows_of(low_hidden), low_weight, self.dtype)
         # bf16 has fp32's exponents; fp16 exponentials or gradients would overflow or vanish
         self.work_dtype = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
@@ -229,7 +229,6 @@ class Call:
         described = self.describable(left, right)
         aligned = all(matrix.stride(-2) * matrix.element_size() % 16 == 0 for matrix in (left, right, out))
         tile = choices.product(self.target, self.dtype, N, described, aligned)
-        listed = live is not None
         block = (tile.block_k, tile.block_m) if transposed else (tile.block_m, tile.block_k)
         launch(
             product,
@@ -239,8 +238,8 @@ class Call:
                 "right": tiled(right, tile.block_k, tile.block_n, described),
                 "out_ptr": out,
                 # the live tiles of a row block first, in their order
-                "list_ptr": torch.sort((~live).byte(), dim=1, stable=True).indices.int() if listed else None,
-                "live_ptr": live.sum(1).int() if listed else None,
+                "list_ptr": None if live is None else torch.sort((~live).byte(), dim=1, stable=True).indices.int(),
+                "live_ptr": None if live is None else live.sum(1).int(),
                 "count_ptr": self.count,
                 "M": M,
                 "N": N,
@@ -251,14 +250,14 @@ class Call:
                 "left_stride": left.stride(0),
                 "right_stride": right.stride(0),
                 "out_stride": out.stride(1),
-                "entries": live.shape[1] if listed else 0,
+                "entries": 0 if live is None else live.shape[1],
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
                 "STAGES": tile.stages,
                 "TILE": choices.FILTER_ROWS if transposed else FILTER_TILE,
                 "TRANSPOSED": transposed,
-                "LISTED": listed,
+                "LISTED": live is not None,
                 "ADD": add,
                 "DESCRIPTOR": described,
                 "PRECISION": choices.precision(self.dtype),

@@ -153,14 +153,14 @@ def final_logits(raw, bias_ptr, cols, V, inner, outer, BIAS: tl.constexpr, SOFTC
 @triton.jit
 def parts_of(tile, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
     """The columns in 1, 2 or 4 equal parts, from left to right."""
-    parts = (tile,)
-    if PARTS > 1:
-        parts = halves(tile, BLOCK_T, BLOCK_V)
-    if PARTS == 4:
-        a, b = halves(parts[0], BLOCK_T, BLOCK_V // 2)
-        c, d = halves(parts[1], BLOCK_T, BLOCK_V // 2)
-        parts = (a, b, c, d)
-    return parts
+    if PARTS == 1:
+        return (tile,)
+    left, right = halves(tile, BLOCK_T, BLOCK_V)
+    if PARTS == 2:
+        return left, right
+    a, b = halves(left, BLOCK_T, BLOCK_V // 2)
+    c, d = halves(right, BLOCK_T, BLOCK_V // 2)
+    return a, b, c, d
 
 
 @triton.jit

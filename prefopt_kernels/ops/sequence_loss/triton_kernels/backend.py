@@ -15,6 +15,7 @@ from prefopt_kernels.ops.sequence_loss.parameters import (
     Parameters,
 )
 
+MISSING: str | None
 try:
     import triton
 
