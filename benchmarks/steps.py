@@ -18,7 +18,7 @@ from math import exp
 import torch
 
 from benchmarks.cases import CASES
-from benchmarks.measure_cpu import KEPT_ROUNDS, interleaved, require_green, summary
+from benchmarks.measure_cpu import KEPT_ROUNDS, extra_bytes_of, interleaved, require_green, summary
 from benchmarks.rows import RESULTS, keep, now, origin
 from benchmarks.trainers import COMMON, model_of, tokenizer_of
 from prefopt_kernels.integrations import trl as integration
@@ -32,14 +32,22 @@ LENGTHS = {
 METHODS = {"kto": (4, 4), "enhanced_kto": (4, 4), "dpo": (2, 4)}  # rows or pairs of a micro-batch, micro-batches
 GATE = ("tests/prefopt/test_trainer_parity.py", "tests/prefopt/test_trainer_methods.py")
 LOSS_DIFFERENCE = 1e-4  # of fp32, in a step's mean loss
-PLAIN = {"share_prompts": "off"}
-WAYS: dict[str, dict[str, tuple[dict, bool]]] = {  # options, and whether windows are cut again by length
-    method: {"padded": (PLAIN, False), "cut": (PLAIN, True), "shared": ({}, False), "all": ({}, True)}
-    for method in METHODS
+# What every way of a method has: enhanced_kto with BCO's shift from the first step, as it needs the whole window.
+BASE = {"kto": {}, "dpo": {}, "enhanced_kto": {"shift": "window", "shift_start": 0.0, "shift_ramp": 0.0}}
+PLAIN, EXACT, PREVIOUS = {"share_prompts": "off"}, {"kl_estimator": "exact"}, {"window_values": "previous"}
+# Options, and whether windows are cut again by length. No prompt has two answers in the unpaired rows here.
+WAYS: dict[str, dict[str, tuple[dict, bool]]] = {
+    "kto": {"padded": (PLAIN, False), "cut": ({}, True), "kl_rows-4": ({"kl_rows": 4}, True), "exact": (EXACT, True)},
+    "enhanced_kto": {
+        "padded": (PLAIN, False),
+        "cut": ({}, True),
+        "previous": (PREVIOUS, True),
+        "exact": (EXACT, True),
+        "exact-previous": (EXACT | PREVIOUS, True),
+    },
+    "dpo": {"padded": (PLAIN, False), "cut": (PLAIN, True), "shared": ({}, False), "cut-shared": ({}, True)},
 }
-for method in ("kto", "enhanced_kto"):  # no prompt has two answers here
-    del WAYS[method]["shared"], WAYS[method]["all"]
-    WAYS[method]["exact"] = ({"kl_estimator": "exact"}, True)
+SAME_LOSS = ("padded", "cut", "shared", "cut-shared")  # the others have other baselines
 
 
 def lengths(name: str, count: int, seed: int) -> Iterator[tuple[int, int, int]]:
@@ -123,6 +131,7 @@ def by_ours(
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=accumulation,
         **COMMON,
+        **BASE[method],
         **options,
     )
     tokenizer = tokenizer_of(vocabulary)
@@ -181,9 +190,11 @@ def measure(method: str, options: argparse.Namespace, where: dict) -> list[dict]
             _, runs[f"ours-{name}"] = by_ours(
                 method, extra, recuts, options.model, data, vocabulary, f"{folder}/{name}", options.windows
             )
+        for run in runs.values():  # libraries, buffers and the scores of a step before are there then
+            run()
+        peaks = {who: extra_bytes_of(run) for who, run in runs.items()}
         seconds, losses = interleaved(runs, options.rounds)
-    # an exact KL is another reference point
-    ours = [losses[who].item() for who in runs if who.startswith("ours") and who != "ours-exact"]
+    ours = [losses[who].item() for who in runs if who.removeprefix("ours-") in SAME_LOSS]
     if not max(ours) - min(ours) <= LOSS_DIFFERENCE * options.windows:
         raise RuntimeError(f"the losses of the ways differ by {max(ours) - min(ours):.1e}: nothing is kept")
     unit = "trl-patched" if "trl-patched" in runs else "ours-padded"
@@ -208,6 +219,7 @@ def measure(method: str, options: argparse.Namespace, where: dict) -> list[dict]
             **summary(seconds[who]),
             "ratio": statistics.median(seconds[who]) / base,
             "tokens_per_second": tokens / statistics.median(seconds[who]),
+            "peak_extra_bytes": peaks[who],
             "loss": losses[who].item() / options.windows,
         }
         for who in runs
@@ -236,7 +248,8 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows:
             print(
                 f"{method} {row['variant']}: {row['median_ms']:,.0f} ms, {row['tokens_per_second']:,.0f} tokens/s, "
-                f"ratio {row['ratio']:.3f}, loss {row['loss']:.6f}",
+                f"ratio {row['ratio']:.3f}, "
+                f"{row['peak_extra_bytes'] / 2**20:,.0f} MiB, loss {row['loss']:.6f}",
                 flush=True,
             )
         if kept:

@@ -45,7 +45,7 @@ GPU_PEERS = CPU_PEERS | {
     "quack": "quack (sum only)",
 }
 SHAPE = ["head", "T", "dtype"]
-LEFT_ALIGNED = {"head", "dtype", "pass", "model", "layout", "trainer"}
+LEFT_ALIGNED = {"head", "dtype", "pass", "model", "layout", "trainer", "method", "lengths", "step"}
 
 
 # Pages
@@ -390,10 +390,58 @@ def _trainers_section(rows: Rows) -> str:
     return "\n".join([heading(rows.values()), "", table(header, lines), ""])
 
 
+# Steps
+
+
+WAYS = {
+    "trl": "TRL",
+    "trl-patched": "TRL patched",
+    "ours-padded": "micro-batches of the data loader, padded",
+    "ours-cut": "cut by length",
+    "ours-shared": "shared prompts",
+    "ours-cut-shared": "cut by length, shared prompts",
+    "ours-kl_rows-4": "cut by length, `kl_rows: 4`",
+    "ours-previous": "cut by length, `window_values: previous`",
+    "ours-exact": "cut by length, `kl_estimator: exact`",
+    "ours-exact-previous": "cut by length, `kl_estimator: exact`, `window_values: previous`",
+}
+
+
+def steps(results: Path) -> str:
+    """Markdown for the rows of benchmarks/steps.py."""
+    devices = newest(results, ("op", "model", "lengths", "variant"))
+    return "\n".join(_steps_section(rows) for _, rows in sorted(devices.items()))
+
+
+def _steps_section(rows: Rows) -> str:
+    lines = []
+    for step in sorted({key[:-1] for key in rows}):
+        found = {who: rows[(*step, who)] for who in WAYS if (*step, who) in rows}
+        first, *_ = found.values()
+        unit = first["tokens_per_second"]
+        for who, row in found.items():
+            speed = row["tokens_per_second"]
+            lines.append(
+                [
+                    row["op"].removesuffix("_step"),
+                    row["model"],
+                    row["lengths"],
+                    WAYS[who],
+                    f"{speed:,.0f}",
+                    f"{speed / unit:.2f}",
+                    f"{1 / row['ratio']:.2f}" if "trl-patched" in found else "",
+                    mib(row["peak_extra_bytes"]),
+                ]
+            )
+    header = ["method", "model", "lengths", "step", "tokens/s", "times the first row", "times TRL patched", "MiB"]
+    return "\n".join([heading(rows.values()), "", table(header, lines), ""])
+
+
 def main(arguments: Sequence[str] | None = None, *, results: Path = RESULTS, root: Path = ROOT) -> int:
     check = check_option("benchmarks.tables", __doc__, arguments)
     pages = {root / "README.md": render(newest(results))}
     pages[root / "docs" / "integrations.md"] = trainers(results / "trainers")
+    pages[root / "docs" / "recipes.md"] = steps(results / "steps")
     pages[root / "prefopt_kernels" / "ops" / "linear_kl" / "README.md"] = linear_kl(results / "linear_kl")
     return max([write_page(page, text, "benchmarks.tables", "rows", check) for page, text in pages.items()])
 

@@ -20,6 +20,7 @@ from prefopt_kernels.losses._checks import check_positive, check_weight
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.checks import check_call, check_targets
 from prefopt_kernels.ops.linear_logprob.transform import Transform
+from prefopt_kernels.ops.sequence_loss import SequenceLoss, sequence_loss
 from prefopt_kernels.parallel.dtensor import ResolvedHead, plain_hidden, resolve_head
 
 METHODS = ("kto", "apo_zero")
@@ -203,11 +204,13 @@ class FusedLinearKTOLoss(nn.Module):
                 ref_logps = sequence_logps(ref_head.logprob(ref_hidden, targets, **self.head).logp, cu_seqlens)
         assert ref_logps is not None
         reference = ref_logps.detach().float()
-        weights = {"beta": self.beta, **self.weights}
+        options = {"beta": self.beta, "backend": self.head["backend"], **self.weights}
+        if self.method == "kto":
+            options["reference_point"] = z0
 
-        def loss_of(logps: Tensor, rows: slice = slice(None)) -> Tensor:
-            """(b,) losses of some rows; each depends on its row only, which "chunked" relies on."""
-            return unpaired_losses(self.method, logps, reference[rows], labels[rows], reference_point=z0, **weights)
+        def loss_of(logp: Tensor, bounds: Tensor, rows: slice = slice(None)) -> SequenceLoss:
+            """The losses of some rows; each depends on its row only, which "chunked" relies on."""
+            return sequence_loss(logp, bounds, reference[rows], labels[rows], method=self.method, **options)
 
         hidden = plain_hidden(hidden)
         head = resolve_head(weight, bias, dtype=hidden.dtype)
@@ -216,15 +219,13 @@ class FusedLinearKTOLoss(nn.Module):
             tokens, grads = self._chunked(*operands, targets, cu_seqlens, loss_of)
         else:
             tokens, grads = head.logprob(hidden, targets, outputs=self.outputs, **self.head), None
-        logps = sequence_logps(tokens.logp, cu_seqlens)  # (B,)
-        losses = loss_of(logps)
-        log_ratios = logps.detach() - reference
+        rows = loss_of(tokens.logp, cu_seqlens)
         metrics = KTOMetrics(
-            losses=losses.detach(),
-            logps=logps.detach(),
+            losses=rows.losses.detach(),
+            logps=rows.logps.detach(),
             ref_logps=reference,
-            log_ratios=log_ratios,
-            rewards=self.beta * log_ratios,
+            log_ratios=rows.log_ratios,
+            rewards=rows.rewards,
             labels=labels,
             reference_point=z0,
             token_count=(targets >= 0).sum(),
@@ -233,7 +234,7 @@ class FusedLinearKTOLoss(nn.Module):
                 for name in self.outputs
             },
         )
-        reduced = losses if self.reduction == "none" else getattr(losses, self.reduction)()
+        reduced = rows.losses if self.reduction == "none" else getattr(rows.losses, self.reduction)()
         if grads is not None:
             reduced = PrecomputedGradients.apply(reduced, grads, *operands)
         return reduced, metrics
@@ -271,7 +272,7 @@ class FusedLinearKTOLoss(nn.Module):
         bias: Tensor | None,
         targets: Tensor,
         cu_seqlens: Tensor,
-        loss_of: Callable[[Tensor, slice], Tensor],
+        loss_of: Callable[[Tensor, Tensor, slice], SequenceLoss],
     ) -> tuple[TokenLogprobs, tuple[Tensor | None, ...]]:
         """Token scores without a graph, and the gradients of the reduced loss with respect to the operands."""
         transform = Transform(self.head["logit_scale"], self.head["softcap"], self.head["temperature"])
@@ -281,7 +282,7 @@ class FusedLinearKTOLoss(nn.Module):
         row_weight = 1 / (cu_seqlens.shape[0] - 1) if self.reduction == "mean" else 1.0
 
         def chunk_loss(logp: Tensor, bounds: Tensor, rows: slice) -> Tensor:
-            return row_weight * loss_of(sequence_logps(logp, bounds), rows)
+            return row_weight * loss_of(logp, bounds, rows).losses
 
         return chunked_head(hidden, weight, bias, targets, cu_seqlens, chunk_loss, transform, self.outputs)
 

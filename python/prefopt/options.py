@@ -75,6 +75,11 @@ def _with_shift(factor: float, name: str) -> Callable[[Mapping[str, Any]], float
     return lambda used: factor * used[name] if _is_on("shift")(used) and isinstance(used[name], (int, float)) else 0.0
 
 
+def _needs_window(used: Mapping[str, Any]) -> bool:
+    """Whether the loss of a row depends on the policy's scores of all rows of its step."""
+    return _is_on("shift")(used) or _is_on("decision_weighting")(used) or used.get("kl_estimator") == "exact"
+
+
 MethodName = Literal["kto", "apo_zero", "enhanced_kto", "bco", "dpo", "ipo", "cpo", "simpo", "orpo", "sft"]
 Weighting = Literal["off", "tversky-kahneman", "prelec"]
 Sampler = Literal["label_balanced", "random", "sequential"]
@@ -113,6 +118,13 @@ class Loss:
         below=1,
         methods={"kto": 0.9, "enhanced_kto": 0.9},
         when=_is("kl_estimator", "ema"),
+    )
+    kl_rows: int | Literal["all"] | None = option(
+        "rows of an optimizer step, on all processes, whose mismatched completions are scored, chosen by seed",
+        None,
+        least=1,
+        methods={"kto": "all", "enhanced_kto": "all"},
+        when=_is("kl_estimator", "window", "ema"),
     )
     loss_aversion: float | None = option(
         "slope of the value function for losses", None, above=0, methods={"enhanced_kto": 2.25}
@@ -178,6 +190,13 @@ class Loss:
         most=1,
         methods={"bco": 0.0, "enhanced_kto": 0.1},
         when=_is_on("shift"),
+    )
+    window_values: Literal["exact", "previous"] | None = option(
+        "where the shift, the mean of the decision weights and the exact KL come from in a step of several "
+        "micro-batches: from one more pass over them, or from the step before",
+        None,
+        methods={"kto": "exact", "bco": "exact", "enhanced_kto": "exact"},
+        when=_needs_window,
     )
     main_bound: float | None = option(
         "bound on the gradient of enhanced_kto's main term per row, 1/nats; 0 for none",

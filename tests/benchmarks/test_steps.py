@@ -36,8 +36,8 @@ def test_losses_that_differ_stop_the_benchmark(monkeypatch):
     def wrong(self, *args, **kwargs):
         found = values(self, *args, **kwargs)
         seen.append(found)
-        point = found.baselines.reference_point + (5.0 if self.trainer.recuts else 0.0)
-        return replace(found, baselines=replace(found.baselines, reference_point=point))
+        shift = found.baselines.shift - (5.0 if self.trainer.recuts else 0.0)
+        return replace(found, baselines=replace(found.baselines, shift=shift))
 
     monkeypatch.setattr(StepScores, "values", wrong)
     with pytest.raises(RuntimeError, match="the losses of the ways differ by .*: nothing is kept"):

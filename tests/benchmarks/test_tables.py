@@ -58,7 +58,7 @@ def lines(text, *cells):
 def written(tmp_path):
     """Writes the pages from ROWS and returns the exit status and README's text."""
     keep(ROWS, tmp_path)
-    for page in ("README.md", "docs/integrations.md", "prefopt_kernels/ops/linear_kl/README.md"):
+    for page in ("README.md", "docs/integrations.md", "docs/recipes.md", "prefopt_kernels/ops/linear_kl/README.md"):
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text(README, encoding="utf-8")
 
@@ -225,6 +225,30 @@ GPU_ROWS = [
 ]
 START = ["qwen3-0.6b", "4,096", "bf16", "1.80 ms, 708 TFLOP/s"]
 FROZEN, TRAINABLE = "forward + backward, frozen head", "forward + backward, trainable head"
+
+
+def test_the_steps_table_sets_each_way_beside_the_first_and_trl_patched(tmp_path):
+    step = {"model": "a model", "lengths": "short-512", "windows": 1, "peak_extra_bytes": 20 * 2**20}
+    speeds = {"trl": 100.0, "trl-patched": 200.0, "ours-padded": 210.0, "ours-exact": 500.0}
+    rows = [
+        row(who, op="kto_step", tokens_per_second=speed, ratio=200.0 / speed, **step) for who, speed in speeds.items()
+    ]
+    rows += [row("ours-padded", op="enhanced_kto_step", tokens_per_second=150.0, ratio=1.0, **step)]
+    rows += [row("ours-cut", op="enhanced_kto_step", tokens_per_second=300.0, ratio=0.5, **step)]
+    keep(rows, tmp_path)
+    text = tables.steps(tmp_path)
+    found = [line[3:] for line in lines(text, "kto", "a model", "short-512")]
+    assert found == [
+        ["TRL", "100", "1.00", "0.50", "20"],
+        ["TRL patched", "200", "2.00", "1.00", "20"],
+        ["micro-batches of the data loader, padded", "210", "2.10", "1.05", "20"],
+        ["cut by length, `kl_estimator: exact`", "500", "5.00", "2.50", "20"],
+    ]
+    found = [line[3:] for line in lines(text, "enhanced_kto", "a model", "short-512")]
+    assert found == [
+        ["micro-batches of the data loader, padded", "150", "1.00", "", "20"],
+        ["cut by length", "300", "2.00", "", "20"],
+    ]
 
 
 def test_a_gpu_has_its_targets_peers_and_planted_logits(tmp_path):

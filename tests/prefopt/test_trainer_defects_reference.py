@@ -113,6 +113,8 @@ def test_precomputed_scores_are_those_of_the_reference(world, tmp_path, adapter)
     assert any(entry.get("kl", 0) > 0 for entry in live.state.log_history)
     for mine, other in zip(stored.state.log_history, live.state.log_history, strict=True):
         for key, value in other.items():
+            if key in ("kl_per_token", "eval_kl_per_token"):  # needs both distributions
+                continue
             if not key.endswith(("runtime", "per_second", "flos")):
                 assert mine[key] == pytest.approx(value, abs=1e-4, rel=0), key
 

@@ -52,6 +52,8 @@ def weights(trainer) -> dict[str, torch.Tensor]:
             "shift_ramp": 0.5,
         },
         {"logging_steps": 1, "method": "bco", "shift": "ema", "shift_start": "plateau"},
+        {"logging_steps": 1, "method": "enhanced_kto", "window_values": "previous", "kl_estimator": "exact"},
+        {"logging_steps": 1, "kl_rows": 3},
         {"logging_steps": 3, "method": "dpo", "ref": False, "adapter": True},
         {"logging_steps": 3, "method": "cpo"},
         {"logging_steps": 1, "method": "sft"},
@@ -108,6 +110,7 @@ def test_defect_08_a_checkpoint_of_the_model_alone_keeps_the_counters(world, tmp
         "sums",
         "reference_point",
         "baselines",
+        "previous_step",
         "diagnostics",
         "reference_fingerprint",
     }

@@ -135,6 +135,8 @@ def test_precomputed_scores_are_those_of_the_reference(world, tmp_path, method):
     assert stored.reference is None
     for mine, other in zip(train(stored), train(live), strict=True):
         for key, value in other.items():
+            if key in ("kl_per_token", "eval_kl_per_token"):  # needs both distributions
+                continue
             assert mine[key] == pytest.approx(value, abs=1e-4, rel=0), key
     mine, other = stored.evaluate(), live.evaluate()
     for key in ("eval_loss", "eval_rewards/margins"):

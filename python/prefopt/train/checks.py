@@ -186,6 +186,7 @@ def _best(options: Mapping[str, Any], used: Mapping[str, Any]) -> list[str]:
     names = [*LOGGED, *(REWARDS if method.data != ANSWERS else ())]
     names += ["rewards/accuracies"] if method.data == PAIRS else []
     names += ["kl"] if "kl_estimator" in used else []
+    names += ["kl_per_token"] if method.needs_reference and not options["precompute_ref_logps"] else []
     # of several evaluation sets a metric has the set's name before it: eval_held_out_loss
     name = next((name for name in names if f"_{given}".endswith(f"_{name}")), None)
     if name is None:

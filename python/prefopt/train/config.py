@@ -98,8 +98,8 @@ class PreferenceConfig(TrainingArguments, MethodOptions):
 
     @property
     def needs_window(self) -> bool:
-        """Whether the loss of a row depends on the scores of all rows of its optimizer step."""
-        return (self.shift or "off") != "off" or (self.decision_weighting or "off") != "off"
+        """Whether the loss of a row depends on the policy's scores of all rows of its optimizer step."""
+        return self.window_values is not None
 
 
 def _with_defaults(cls: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 CONTRIBUTING.md shows how to add one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,16 +38,17 @@ class Sequences:
     ref_logps: Tensor | None  # (B,) fp32, nats, reference model; None where the method has none
     labels: Tensor  # (B,) bool
     lengths: Tensor  # (B,) int64, tokens of the completion
+    tokens: Tensor | None = None  # (T,) fp32, nats, of which logps are the sums
 
     def first(self, n: int) -> "Sequences":
         """The first n sequences."""
         ref_logps = None if self.ref_logps is None else self.ref_logps[:n]
-        return Sequences(self.logps[:n], ref_logps, self.labels[:n], self.lengths[:n])
+        return Sequences(self.logps[:n], ref_logps, self.labels[:n], self.lengths[:n])  # without tokens
 
     @staticmethod
-    def joined(parts: "list[Sequences]") -> "Sequences":
-        """The concatenation of micro-batches that all have a reference model."""
-        columns = ([getattr(part, field.name) for part in parts] for field in fields(Sequences))
+    def joined(parts: "Iterable[Sequences]") -> "Sequences":
+        """The concatenation of micro-batches that all have a reference model, without tokens."""
+        columns = zip(*((part.logps, part.reference, part.labels, part.lengths) for part in parts), strict=True)
         return Sequences(*map(torch.cat, columns))
 
     @property
@@ -88,7 +89,8 @@ class Method:
 
     ``loss`` returns (R,) fp32, the loss of R unpaired rows or pairs; None for a loss that is a mean over tokens only.
     ``rewards`` returns (B,) fp32, detached; None for a method without rewards. ``components`` returns
-    (len(COMPONENTS), B) fp32, 1/nats, the components of d loss / d logps; None if there is only one.
+    (len(COMPONENTS), B) fp32, 1/nats, the components of d loss / d logps; None if there is only one. ``fused`` returns
+    the keyword arguments of ``sequence_loss`` for ``loss``; None if that op does not have it.
     """
 
     title: str
@@ -100,19 +102,28 @@ class Method:
     # weight of the desirable answers' negative log-likelihood, a mean over the step's tokens
     nll_weight: Callable[[Options], float] = lambda args: 0.0
     components: Callable[[Sequences, Baselines, Options], Tensor | None] | None = None
+    fused: Callable[[Baselines, Options], dict[str, Any]] | None = None
 
 
 def _options(args: Options, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def _kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+def _kto_options(baselines: Baselines, args: Options) -> dict[str, Any]:
     options = _options(args, "beta", "desirable_weight", "undesirable_weight")
-    return kto_loss(*rows.unpaired, reference_point=baselines.reference_point, **options)
+    return options | {"reference_point": baselines.reference_point}
+
+
+def _kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
+    return kto_loss(*rows.unpaired, **_kto_options(baselines, args))
+
+
+def _apo_zero_options(baselines: Baselines, args: Options) -> dict[str, Any]:
+    return _options(args, "beta", "desirable_weight", "undesirable_weight")
 
 
 def _apo_zero(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
-    return apo_zero_loss(*rows.unpaired, **_options(args, "beta", "desirable_weight", "undesirable_weight"))
+    return apo_zero_loss(*rows.unpaired, **_apo_zero_options(baselines, args))
 
 
 def _enhanced_kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
@@ -143,8 +154,12 @@ def _enhanced_kto_options(baselines: Baselines, args: Options) -> dict[str, Any]
     return options
 
 
+def _bco_options(baselines: Baselines, args: Options) -> dict[str, Any]:
+    return {"beta": args.beta, "shift": _gated_shift(baselines, args)}
+
+
 def _bco(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
-    return bco_loss(*rows.unpaired, beta=args.beta, shift=_gated_shift(baselines, args))
+    return bco_loss(*rows.unpaired, **_bco_options(baselines, args))
 
 
 def _bco_gradients(rows: Sequences, baselines: Baselines, args: Options) -> Tensor | None:
@@ -204,12 +219,18 @@ def _per_token(factor: Callable[[Options], float]) -> Callable[[Sequences, Optio
 
 
 METHODS: dict[str, Method] = {
-    "kto": Method("KTO", UNPAIRED, _kto, _log_ratio, fades=True),
-    "apo_zero": Method("APO-zero", UNPAIRED, _apo_zero, _log_ratio, fades=True),
+    "kto": Method("KTO", UNPAIRED, _kto, _log_ratio, fades=True, fused=_kto_options),
+    "apo_zero": Method("APO-zero", UNPAIRED, _apo_zero, _log_ratio, fades=True, fused=_apo_zero_options),
     "enhanced_kto": Method(
-        "Enhanced KTO", UNPAIRED, _enhanced_kto, _log_ratio, fades=True, components=_enhanced_kto_gradients
+        "Enhanced KTO",
+        UNPAIRED,
+        _enhanced_kto,
+        _log_ratio,
+        fades=True,
+        components=_enhanced_kto_gradients,
+        fused=_enhanced_kto_options,
     ),
-    "bco": Method("BCO", UNPAIRED, _bco, _log_ratio, components=_bco_gradients),
+    "bco": Method("BCO", UNPAIRED, _bco, _log_ratio, components=_bco_gradients, fused=_bco_options),
     "dpo": Method("DPO", PAIRS, _dpo, _log_ratio),
     "ipo": Method("IPO", PAIRS, _ipo, _log_ratio),
     "cpo": Method(

@@ -5,6 +5,7 @@ nothing is divided before the log: every key below is one quotient of two sums o
 averages the values of the micro-batches instead; where those have equal counts the two agree.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,12 +23,15 @@ SCALARS = (
     "steps",
     "kl",
     "kl_estimates",
+    "kl_variance",
     "shift",
     "shift_gate",
     "shift_estimates",
     "pairs",
     "accuracies",
     "entropy",
+    "kl_per_token",
+    "kl_tokens",
     "num_tokens",
     "positions",  # of the policy's passes, and those with a token: of the run, not of a log
     "filled",
@@ -49,6 +53,7 @@ class RowMetrics:
     logps: Tensor  # (B,) fp32, nats
     mean_logits: Tensor  # (B,) fp32, summed over the completion's tokens
     entropies: Tensor  # (B,) fp32, nats, summed likewise
+    kls: Tensor | None  # (B,) fp32, nats, exact KL of policy and reference model, summed likewise
     completion_tokens: Tensor  # (B,) int64
     tokens: Tensor  # (B,) int64, prompt and completion
     positions: int = 0  # of the policy's pass
@@ -101,6 +106,9 @@ class MetricSums:
             "positions": ones.new_tensor(rows.positions),
             "filled": torch.as_tensor(rows.filled),
         }
+        if rows.kls is not None:
+            scalars["kl_per_token"] = torch.where(sequences, rows.kls, 0).sum()
+            scalars["kl_tokens"] = torch.where(sequences, rows.completion_tokens, 0).sum()
         if paired and rows.rewards is not None:
             chosen, rejected = rewards.chunk(2)  # (P,)
             scalars["pairs"] = counted.sum()
@@ -116,12 +124,18 @@ class MetricSums:
         """Count one optimizer step, of which every rank counts its part."""
         self.vector[SLOTS.index("steps")] += 1.0 / world_size
 
-    def add_estimate(self, reference_point: Tensor, rows_without_partner: int = 0) -> None:
-        """Count one estimate of the reference point, in nats, and the rows that had no part in it."""
+    def add_estimate(
+        self, reference_point: Tensor, rows_without_partner: int = 0, variance: Tensor | float = 0.0
+    ) -> None:
+        """Count one estimate of the reference point, in nats, and the rows that had no part in it.
+
+        ``variance``: this rank's part of the squared standard error of the estimate.
+        """
         for name, value in (
             ("kl", reference_point),
             ("kl_estimates", 1),
             ("rows_without_partner", rows_without_partner),
+            ("kl_variance", variance),
         ):
             self.vector[SLOTS.index(name)] += value
 
@@ -167,11 +181,13 @@ def quotients(
         components: those of ``COMPONENTS`` that the method's gradient has.
 
     Returns:
-        ``loss``; ``kl`` and ``logps/*`` in nats, ``rewards/*`` as the method defines them, per row; ``entropy``
-        (nats) and ``logits/*`` (mean over the vocabulary) per completion token; ``rewards/margins``; of pairs
-        ``rewards/accuracies``, the share with the chosen answer ahead; ``rows_without_partner``, a count; ``shift``
-        in reward units and ``shift_gate``; ``grad/*``, the share of each gradient component in the sum of their
-        absolute values over rows.
+        ``loss``; ``kl``, the reference point, with ``kl_standard_error`` where it is a mean over mismatched
+        completions of a step (root mean square over the steps), and ``logps/*`` in nats, ``rewards/*`` as the
+        method defines them, per row; ``entropy``, ``kl_per_token`` (nats) and ``logits/*`` (mean over the
+        vocabulary) per completion token; ``rewards/margins``; of pairs ``rewards/accuracies``, the share with
+        the chosen answer ahead; ``rows_without_partner``, a count; ``shift`` in reward units and
+        ``shift_gate``; ``grad/*``, the share of each gradient component in the sum of their absolute values
+        over rows.
     """
     logged = {}
     if loss_count:
@@ -181,12 +197,16 @@ def quotients(
     if sums["kl_estimates"]:
         logged["kl"] = sums["kl"] / sums["kl_estimates"]
         logged["rows_without_partner"] = round(sums["rows_without_partner"])
+    if sums["kl_variance"] and sums["steps"]:
+        logged["kl_standard_error"] = math.sqrt(sums["kl_variance"] / sums["steps"])
     if sums["shift_estimates"]:
         for name in ("shift", "shift_gate"):
             logged[name] = sums[name] / sums["shift_estimates"]
     tokens = sum(sums[f"tokens/{side}"] for side in CLASSES)
     if tokens:
         logged["entropy"] = sums["entropy"] / tokens
+    if sums["kl_tokens"]:
+        logged["kl_per_token"] = sums["kl_per_token"] / sums["kl_tokens"]
     for quantity, count in (("logits", "tokens"), ("logps", "rows"), ("rewards", "rewarded")):
         for side in CLASSES:
             if sums[f"{count}/{side}"]:

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.methods import COMPONENTS, Baselines, Sequences
 from prefopt_kernels.losses import sft_loss
+from prefopt_kernels.ops.sequence_loss import sequence_loss
 
 
 class Objective:
@@ -30,7 +32,19 @@ class Objective:
         """(R,) fp32, the loss of R unpaired rows or pairs; 0 for a method whose loss is ``nll`` alone."""
         if self.method.loss is None:
             return torch.zeros_like(rows.logps)
-        return self.method.loss(rows, baselines, self.args)
+        if self.method.fused is None or rows.tokens is None:
+            return self.method.loss(rows, baselines, self.args)
+        bounds = pad(rows.lengths.cumsum(0), (1, 0))
+        return sequence_loss(
+            rows.tokens,
+            bounds,
+            rows.reference,
+            rows.labels,
+            rows.lengths,
+            method=self.args.method,
+            backend=self.args.backend,
+            **self.method.fused(baselines, self.args),
+        ).losses
 
     def nll(self, rows: Sequences, count: int) -> Tensor:
         """(R,) nats per token of each desirable answer, for ``count`` rows or pairs."""

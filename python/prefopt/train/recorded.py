@@ -25,6 +25,7 @@ from prefopt.train.metrics import MetricSums, quotients
 from prefopt.train.mismatched import MismatchedRows
 from prefopt.train.objective import Objective
 from prefopt.train.run_folder import RunFolder
+from prefopt.train.step_values import StepScores
 from prefopt.train.vocabulary import embedding_rows, resized_from
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class RecordedTrainer(ResumableTrainer):
     objective: Objective
     baselines: BaselineEstimators
     mismatched: MismatchedRows | None  # None for a method without a reference point
+    step_scores: StepScores
     run_folder: RunFolder
     _reference_fingerprint: str | None
 
@@ -142,6 +144,7 @@ class RecordedTrainer(ResumableTrainer):
             "sums": self._read_sums(),
             "reference_point": {name: value.tolist() for name, value in kl.items()},
             "baselines": self.baselines.state_dict(),
+            "previous_step": self.step_scores.state_dict(),
             "diagnostics": self.diagnostics.state_dict(),
             "reference_fingerprint": self._reference_fingerprint,
         }
@@ -188,6 +191,7 @@ class RecordedTrainer(ResumableTrainer):
         self._reset_state()
         self.diagnostics.findings = [finding for finding in findings if finding.step == 0]
         self.baselines.reset(max_steps)
+        self.step_scores.reset()
         if self.mismatched is not None:
             self.mismatched.reset()
         if resume_from_checkpoint is not None:
@@ -227,6 +231,7 @@ class RecordedTrainer(ResumableTrainer):
                 {name: torch.tensor(value) for name, value in state["reference_point"].items()}
             )
         self.baselines.load_state_dict(state["baselines"])
+        self.step_scores.load_state_dict(state.get("previous_step", {}))  # not in an earlier version's
         self.diagnostics.load_state_dict(state["diagnostics"])
 
     def verified(self, checkpoint: str | Literal[True] | None) -> str | None:

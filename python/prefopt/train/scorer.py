@@ -1,6 +1,7 @@
 """The forward passes of a trainer without gradient: policy, reference, and the precomputed scores of a data set."""
 
 import copy
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from prefopt.train.reference import AdapterOff, Reference, choose_reference
 from prefopt.train.scoring import PassCollator, Scores, rows_at_head, score, to_device
 from prefopt.train.vocabulary import embedding_rows
 from prefopt_kernels.integrations.transformers import LMHead, check_lm_head, lm_head_of
+from prefopt_kernels.parallel.dtensor import is_dtensor
 
 if TYPE_CHECKING:
     from prefopt.train.trainer import PreferenceTrainer
@@ -72,13 +74,18 @@ class Scorer:
         """The model for passes without gradient. Not DDP's wrapper, whose forward pass needs all processes."""
         return self.trainer.model_wrapped if self.trainer.layout.by_engine else self.trainer.model
 
-    def policy(self, model: nn.Module, batch: dict) -> Scores:
-        """The policy's scores, with gradient unless it is off; ``model`` is Trainer's wrapped model."""
+    def policy(self, batch: dict, model: nn.Module | None = None) -> Scores:
+        """The policy's scores; with gradient, unless it is off, under ``model``, which is Trainer's wrapped one."""
+        batch = to_device(batch, self.args.device)
         with self.trainer.accelerator.autocast():
+            model = self._policy if model is None else model
             return score(model, self.head, batch, backend=self.args.backend, outputs=POLICY_OUTPUTS)
 
-    def policy_with_kl(self, batch: dict, model: nn.Module | None = None) -> Scores:
-        """The policy's scores with the reference's and the exact KL; ``model`` is Trainer's wrapped one."""
+    def both(self, batch: dict, model: nn.Module | None = None) -> Scores:
+        """The policy's scores with the reference's, if the method has one, and, if both are computed here, their KL."""
+        if not self.has_kl:
+            ref_logps = self.known_ref_logps(batch)
+            return self.policy(batch, model)._replace(ref_logps=ref_logps)
         assert self.reference is not None
         batch = to_device(batch, self.args.device)
         with self.trainer.accelerator.autocast():
@@ -87,6 +94,25 @@ class Scorer:
                 rows = rows_at_head(reference, self.reference_head, batch)
             model = self._policy if model is None else model
             return score(model, self.head, batch, backend=self.args.backend, outputs=POLICY_OUTPUTS, reference=rows)
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the exact KL comes with the scores."""
+        return self.reference is not None and not self.args.precompute_ref_logps and self.why_no_kl is None
+
+    @cached_property
+    def why_no_kl(self) -> str | None:
+        """Why policy and reference cannot be scored by one call of ``linear_kl``."""
+        layout, own, ref = self.trainer.layout, self.head.weight, self.reference_head.weight
+        if layout.in_lockstep:
+            return f"the model is sharded ({layout.kind})"
+        if is_dtensor(own) or is_dtensor(ref):
+            return "a head is a DTensor"
+        if len(own) != len(ref):
+            return f"the policy's vocabulary has {len(own)} entries and the reference model's {len(ref)}"
+        if own.dtype != ref.dtype and self.trainer.accelerator.mixed_precision == "no":
+            return f"the policy is in {own.dtype} and the reference model in {ref.dtype}"
+        return None
 
     @torch.no_grad()
     def policy_logps(self, batch: dict) -> Tensor:

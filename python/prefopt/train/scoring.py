@@ -18,13 +18,14 @@ from prefopt_kernels.parallel.dtensor import ResolvedHead
 
 
 class Scores(NamedTuple):
-    """Sums over the tokens of each completion; all but the first are optional."""
+    """Sums over the tokens of each completion, all but the first optional, and the tokens' own."""
 
     logps: Tensor  # (B,) fp32, nats
     entropies: Tensor | None = None  # (B,) fp32, nats
     mean_logits: Tensor | None = None  # (B,) fp32
     ref_logps: Tensor | None = None  # (B,) fp32, nats
     kls: Tensor | None = None  # (B,) fp32, nats, of policy and reference at every token
+    tokens: Tensor | None = None  # (T,) fp32, nats, of which logps are the sums
 
 
 class RowsAtHead(NamedTuple):
@@ -32,6 +33,8 @@ class RowsAtHead(NamedTuple):
 
     hidden: Tensor  # (T, H)
     head: ResolvedHead
+    logit_scale: float
+    softcap: float | None
 
 
 class PassCollator:
@@ -121,8 +124,8 @@ def score(
             None if same else other.weight,
             own.bias,
             None if same else other.bias,
-            logit_scale=head.logit_scale,
-            softcap=head.softcap,
+            logit_scale=(head.logit_scale, reference.logit_scale),
+            softcap=(head.softcap, reference.softcap),
             outputs=outputs,
             lora=own.lora,
             ref_lora=other.lora,
@@ -135,9 +138,14 @@ def score(
         values = getattr(tokens, name, None)
         return None if values is None else sequence_logps(values.detach(), batch["cu_seqlens"])
 
+    logp = tokens.logp + zero
     return Scores(
-        sequence_logps(tokens.logp + zero, batch["cu_seqlens"]),
-        *(per_sequence(name) for name in ("entropy", "mean_logit", "ref_logp", "kl")),
+        logps=sequence_logps(logp, batch["cu_seqlens"]),
+        entropies=per_sequence("entropy"),
+        mean_logits=per_sequence("mean_logit"),
+        ref_logps=per_sequence("ref_logp"),
+        kls=per_sequence("kl"),
+        tokens=logp,
     )
 
 
@@ -146,7 +154,7 @@ def rows_at_head(model: nn.Module, head: LMHead, batch: dict) -> RowsAtHead:
     """The hidden states that predict the completions of a batch, and the head they arrive at."""
 
     def keep(hidden: Tensor, _targets: Tensor) -> RowsAtHead:
-        return RowsAtHead(hidden, head.resolved(hidden.dtype))
+        return RowsAtHead(hidden, head.resolved(hidden.dtype), head.logit_scale, head.softcap)
 
     return _run_to_head(model, head, batch, keep)[0]
 
@@ -212,9 +220,9 @@ def to_device(batch: dict, device: torch.device) -> dict:
     }
 
 
-def sequences(batch: dict, logps: Tensor, ref_logps: Tensor | None) -> Sequences:
+def sequences(batch: dict, scores: Scores) -> Sequences:
     """A scored micro-batch."""
-    return Sequences(logps, ref_logps, batch["labels"], batch["cu_seqlens"].diff())
+    return Sequences(scores.logps, scores.ref_logps, batch["labels"], batch["cu_seqlens"].diff(), scores.tokens)
 
 
 def outputs(rows: Sequences, rewards: Tensor | None, count: int) -> dict[str, Tensor]:

@@ -4,8 +4,11 @@ They come from passes without gradient over rows of the whole window. Policy and
 that rounding cancels in the log-ratio: equal weights give 0.
 """
 
+import math
+import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,8 +16,9 @@ from torch import Tensor
 from prefopt.train.methods import Baselines, Sequences
 from prefopt.train.mismatched import Mismatched
 from prefopt.train.passes import by_prompt, cut, width
-from prefopt.train.scoring import sequences, to_device
+from prefopt.train.scoring import Scores, sequences
 from prefopt.train.window import Window
+from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
 
 if TYPE_CHECKING:
     from prefopt.train.trainer import PreferenceTrainer
@@ -22,14 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepValues:
-    """Of a window: ``ref_logps`` (B,) nats of each micro-batch, None where they are not computed yet.
+    """Of a window: its baselines, and each micro-batch's scores where they were computed for them.
 
-    ``baselines`` is complete if ``estimated``; otherwise only its reference point is.
+    ``made``: whether the baselines were made "ahead" of the passes with gradient, are completed "here", from the one
+    pass that has all rows of the step, or are those of the step "before".
     """
 
-    ref_logps: list[Tensor | None]
     baselines: Baselines
-    estimated: bool
+    ahead: list[Scores | None]
+    made: Literal["ahead", "here", "before"] = "ahead"
 
 
 class StepScores:
@@ -37,58 +42,90 @@ class StepScores:
 
     def __init__(self, trainer: "PreferenceTrainer"):
         self.trainer = trainer
+        self.exact = trainer.args.kl_estimator == "exact"
+        self.reset()
 
-    def values(self, window: Window, mode: str, *, reference_point: bool, ahead: bool) -> StepValues:
-        """Score the window.
+    def reset(self) -> None:
+        """Forget the step before."""
+        self._previous: Baselines | None = None
+        self._scored: list[tuple[Sequences, Tensor | None]] = []  # micro-batches of the present window
 
-        Args:
-            window: of an optimizer step, or one micro-batch or evaluation batch.
-            mode: "train" or "eval"; evaluation does not change running averages.
-            reference_point: estimate KTO's.
-            ahead: estimate the shift and the decision mean from all rows; otherwise each micro-batch does.
-        """
-        trainer, scorer = self.trainer, self.trainer.scorer
-        baselines, exact = Baselines(), trainer.args.kl_estimator == "exact"
-        if reference_point and trainer.mismatched is not None and not exact:
-            baselines = Baselines(reference_point=self._reference_point(window, mode))
-        alone = len(window.batches) == 1  # then the pass with gradient has the exact KL of all rows
-        if not ahead and (alone or not exact):
-            return StepValues([None] * len(window.batches), baselines, estimated=False)
-        parts: list[Sequences] = []
-        refs: list[Tensor | None] = []
-        kls: list[Tensor] = []
-        for batch, kept in zip(window.batches, window.kept, strict=True):
-            batch = to_device(batch, trainer.args.device)
-            if exact:
-                with torch.no_grad():
-                    scores = scorer.policy_with_kl(batch)
-                assert scores.kls is not None
-                logps, ref_logps = scores.logps, scores.ref_logps
-                kls.append(scores.kls[:kept])
-            else:
-                logps, ref_logps = scorer.policy_logps(batch), scorer.known_ref_logps(batch)
-            refs.append(ref_logps)
-            parts.append(sequences(batch, logps, ref_logps).first(kept))
-        if exact:
-            baselines = Baselines(reference_point=self.exact_point(torch.cat(kls), mode))
-        if not ahead:
-            return StepValues(refs, baselines, estimated=False)
-        estimated = self.trainer.estimate(Sequences.joined(parts), mode)
-        return StepValues(refs, replace(estimated, reference_point=baselines.reference_point), estimated=True)
+    def values(self, window: Window, mode: str) -> StepValues:
+        """Of the window of an optimizer step, or of one evaluation batch, which changes no running average."""
+        args, baselines = self.trainer.args, Baselines()
+        nothing: list[Scores | None] = [None] * len(window.batches)
+        if args.kl_estimator in ("window", "ema"):
+            baselines = Baselines(reference_point=self.reference_point(window, mode))
+        if not args.needs_window:
+            return StepValues(baselines, nothing)
+        if len(window.batches) == 1:
+            return StepValues(baselines, nothing, "here")
+        if args.window_values == "previous" and self._previous is not None:
+            point = self._previous.reference_point if self.exact else baselines.reference_point
+            previous = replace(self._previous, reference_point=point, gate=self.trainer.baselines.gate)
+            return StepValues(previous, nothing, "before")
+        with torch.no_grad():
+            ahead = [self.trainer.scorer.both(batch) for batch in window.batches]
+        parts = list(zip(window.batches, ahead, window.kept, strict=True))
+        rows = [sequences(batch, scores).first(kept) for batch, scores, kept in parts]
+        kls = [scores.kls[:kept] for _, scores, kept in parts if scores.kls is not None]
+        baselines = self._completed(baselines, Sequences.joined(rows), torch.cat(kls) if kls else None, mode)
+        return StepValues(baselines, list(ahead))
 
-    def exact_point(self, kls: Tensor, mode: str) -> Tensor:
-        """0-dim, nats: the mean over all ranks of the rows' exact KL (n,), each summed over its completion."""
-        assert self.trainer.mismatched is not None
-        point = self.trainer.mismatched.estimator.estimate(kls.detach(), update=mode == "train")
-        self.trainer._sums[mode].add_estimate(point)
-        return point
+    def baselines(self, values: StepValues, rows: Sequences, kls: Tensor | None, mode: str) -> Baselines:
+        """For a micro-batch that has just been scored: its rows, each once, and their exact KL (n,)."""
+        if values.made == "here":
+            return self._completed(values.baselines, rows, kls, mode)
+        if values.made == "before":
+            self._scored.append((replace(rows, logps=rows.logps.detach()), kls))
+            if len(self._scored) == len(values.ahead):
+                parts, found = zip(*self._scored, strict=True)
+                known = [one for one in found if one is not None]
+                self._completed(Baselines(), Sequences.joined(parts), torch.cat(known) if known else None, mode)
+                self._scored = []
+        return values.baselines
 
-    def _reference_point(self, window: Window, mode: str) -> Tensor:
-        """0-dim, nats, from as many passes as the window has micro-batches."""
+    def _completed(self, baselines: Baselines, rows: Sequences, kls: Tensor | None, mode: str) -> Baselines:
+        """With the shift, the decision mean and the exact reference point of all rows of the step."""
+        point = baselines.reference_point
+        if self.exact:
+            assert kls is not None
+            point = self._estimator.estimate(kls.detach(), update=mode == "train")
+            self.trainer._sums[mode].add_estimate(point)
+        found = self.trainer.baselines.estimate(rows, update=mode == "train")
+        if found.shift is not None:
+            self.trainer._sums[mode].add_shift(found.shift, found.gate)
+        found = replace(found, reference_point=point)
+        if mode == "train":
+            self._previous = found
+        return found
+
+    def state_dict(self) -> dict[str, float]:
+        """The values of the last step, if the next one needs them; JSON-ready, fp32 numbers come back to the bit."""
+        last = self._previous
+        if last is None or self.trainer.args.window_values != "previous":
+            return {}
+        values = {"shift": last.shift, "decision_mean": last.decision_mean}
+        if self.exact:
+            values["reference_point"] = torch.as_tensor(last.reference_point)
+        return {name: value.item() for name, value in values.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from ``state_dict``."""
+        if state:
+            device = self.trainer.args.device
+            values: dict[str, Any] = {name: torch.tensor(value, device=device) for name, value in state.items()}
+            self._previous = Baselines(**values)
+
+    def reference_point(self, window: Window, mode: str) -> Tensor:
+        """0-dim, nats, from passes over mismatched completions, at most as many as the window has micro-batches."""
         trainer, mismatched = self.trainer, self.trainer.mismatched
         assert mismatched is not None
         rows = [window.rows[place] for place in window.counted]
         found, collator = mismatched.answers(rows), trainer.scorer.collator
+        without = len(rows) - len(found)
+        if mode == "train":
+            found = self._chosen(found)
         log_ratios = torch.zeros(len(found), device=trainer.args.device)
         for piece in self._pieces(found, window):
             answers = [found[number].answer for number in piece]
@@ -100,9 +137,27 @@ class StepScores:
                 ratios = trainer.scorer.log_ratios(batch)
                 if answers:
                     log_ratios[piece] = ratios
-        point = mismatched.estimator.estimate(log_ratios, update=mode == "train")
-        trainer._sums[mode].add_estimate(point, len(rows) - len(found))
+        point = self._estimator.estimate(log_ratios, update=mode == "train")
+        variance: Tensor | float = 0.0
+        if mode == "train" and len(found) > 1 and trainer.args.kl_estimator != "microbatch":
+            variance = log_ratios.var() / (len(found) * trainer.accelerator.num_processes**2)
+        trainer._sums[mode].add_estimate(point, without, variance)
         return point
+
+    def _chosen(self, found: list[Mismatched]) -> list[Mismatched]:
+        """This rank's share of ``kl_rows``, another one in each step."""
+        args, accelerator = self.trainer.args, self.trainer.accelerator
+        if not isinstance(args.kl_rows, int):
+            return found
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        share = args.kl_rows // ranks + (rank < args.kl_rows % ranks)
+        chosen = random.Random(f"{args.seed} {self.trainer.state.global_step} {rank}")
+        return [found[n] for n in sorted(chosen.sample(range(len(found)), min(share, len(found))))]
+
+    @property
+    def _estimator(self) -> WindowKL | MicrobatchKL | EMAKL:
+        assert self.trainer.mismatched is not None
+        return self.trainer.mismatched.estimator
 
     def _pieces(self, found: list[Mismatched], window: Window) -> list[list[int]]:
         """By length, or in the micro-batch of the prompt's row."""
@@ -116,5 +171,9 @@ class StepScores:
             return pieces
         groups = by_prompt(answers) if collator.shared else [[n] for n in range(len(answers))]
         widths = [width(answers, group) for group in groups]
-        pieces = cut(widths, len(window.batches), packed=collator.packed)
+        most = len(window.batches)
+        if isinstance(rows := self.trainer.args.kl_rows, int):
+            largest = self.trainer.args.per_device_train_batch_size * self.trainer.accelerator.num_processes
+            most = min(most, math.ceil(rows / largest))  # the same on all ranks
+        pieces = cut(widths, most, packed=collator.packed)
         return [[n for group in piece for n in groups[group]] for piece in pieces]

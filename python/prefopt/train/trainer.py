@@ -117,11 +117,11 @@ class PreferenceTrainer(RecordedTrainer):
             self.scorer = Scorer(self, collator, ref_model, fresh_adapter=peft_config is not None)
             reference_kind = "none" if self.reference is None else self.reference.kind
             self._reference_fingerprint = self.scorer.fingerprint
-            if args.kl_estimator == "exact" and self.layout.in_lockstep:
-                raise ValueError(
-                    f"kl_estimator is 'exact' and the model is sharded ({self.layout.kind}); expected whole weights on "
-                    "every process, or kl_estimator 'window' or 'ema'"
-                )
+            ranks = self.accelerator.num_processes
+            if isinstance(args.kl_rows, int) and args.kl_rows < ranks:
+                raise ValueError(f"kl_rows is {args.kl_rows}; expected at least one for each of the {ranks} processes")
+            if args.kl_estimator == "exact" and (reason := self.scorer.why_no_kl):
+                raise ValueError(f"kl_estimator is 'exact' and {reason}; expected kl_estimator 'window' or 'ema'")
             if self._compilation.backend != DynamoBackend.NO:
                 self.layout.check_compilable()
                 for one in filter(None, (self.model, self.scorer.second_model)):
@@ -200,19 +200,14 @@ class PreferenceTrainer(RecordedTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The micro-batch's part of the step's mean loss, and on request the values that ``predict`` returns."""
         objective, mode = self.objective, "train" if model.training else "eval"
-        values, ref_logps = self._step_values(inputs, mode)
-        baselines, kept = values.baselines, len(inputs["features"])
-        if self.args.kl_estimator == "exact" and ref_logps is None:
-            policy = self.scorer.policy_with_kl(inputs, model)
-            ref_logps = policy.ref_logps
-            assert policy.kls is not None
-            baselines = replace(baselines, reference_point=self.step_scores.exact_point(policy.kls[:kept], mode))
+        values, ahead = self._step_values(inputs, mode)
+        if ahead is None:
+            policy = self.scorer.both(inputs, model)
         else:
-            policy = self.scorer.policy(model, inputs)
-        rows = sequences(inputs, policy.logps, ref_logps)
-        if not values.estimated:  # these are all rows of the step, or of the evaluation batch
-            estimated = self.estimate(rows.first(kept), mode)
-            baselines = replace(estimated, reference_point=baselines.reference_point)
+            policy = self.scorer.policy(inputs, model)._replace(ref_logps=ahead.ref_logps, kls=ahead.kls)
+        rows, kept = sequences(inputs, policy), len(inputs["features"])
+        kls = None if policy.kls is None else policy.kls[:kept]
+        baselines = self.step_scores.baselines(values, rows.first(kept), kls, mode)
         losses = objective.losses(rows, baselines) * inputs["row_weights"]
         if "token_weights" in inputs:
             nll = objective.nll(rows, len(losses))
@@ -221,35 +216,21 @@ class PreferenceTrainer(RecordedTrainer):
         loss = losses.sum()
         return (loss, outputs(rows, rewards, len(losses))) if return_outputs else loss
 
-    def _step_values(self, inputs: dict, mode: str) -> tuple[StepValues, Tensor | None]:
-        """The values of the micro-batch's window, and the reference's scores unless the policy's pass makes them."""
-        window, windowed = self._window, self.args.kl_estimator != "microbatch"
+    def _step_values(self, inputs: dict, mode: str) -> tuple[StepValues, Scores | None]:
+        """The values of the micro-batch's window, and the micro-batch's scores if they were computed for them."""
+        window = self._window
         assert window is not None
         if mode == "eval":
-            values = self.step_scores.values(window, mode, reference_point=True, ahead=False)
-            position = 0
+            values, position = self.step_scores.values(window, mode), 0
         else:
-            position = inputs["position"]
             if self._values is None:
-                ahead = self.args.needs_window and len(window.batches) > 1
-                self._values = self.step_scores.values(window, mode, reference_point=windowed, ahead=ahead)
-            values = self._values
-            if not windowed:
-                alone = Window([inputs], window.rows, [window.places[position]], [window.kept[position]])
-                point = self.step_scores.values(alone, mode, reference_point=True, ahead=False).baselines
-                baselines = replace(values.baselines, reference_point=point.reference_point)
-                values = replace(values, baselines=baselines)
-        ref_logps = values.ref_logps[position]
-        if ref_logps is None and self.args.kl_estimator != "exact":
-            ref_logps = self.scorer.known_ref_logps(inputs)
-        return values, ref_logps
-
-    def estimate(self, rows: Sequences, mode: str) -> Baselines:
-        """Shift and decision mean from all rows of a step, or of an evaluation batch."""
-        baselines = self.baselines.estimate(rows, update=mode == "train")
-        if baselines.shift is not None:
-            self._sums[mode].add_shift(baselines.shift, baselines.gate)
-        return baselines
+                self._values = self.step_scores.values(window, mode)
+            values, position = self._values, inputs["position"]
+        if self.args.kl_estimator == "microbatch":
+            alone = Window([inputs], window.rows, [window.places[position]], [window.kept[position]])
+            point = self.step_scores.reference_point(alone, mode)
+            values = replace(values, baselines=replace(values.baselines, reference_point=point))
+        return values, values.ahead[position]
 
     def _record(
         self, inputs: dict, rows: Sequences, policy: Scores, losses: Tensor, baselines: Baselines, mode: str
@@ -265,6 +246,7 @@ class PreferenceTrainer(RecordedTrainer):
             logps=detached.logps,
             mean_logits=policy.mean_logits,
             entropies=policy.entropies,
+            kls=policy.kls,
             completion_tokens=rows.lengths,
             tokens=inputs["tokens"],
             positions=inputs["input_ids"].numel(),
