@@ -10,6 +10,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal
 
 WHOLE = "none"
+EVAL_FRACTION, EVAL_FROM = 0.05, 200  # held out by default, and the fewest prompts for it
 QUANTIZATIONS = ("nf4", WHOLE)  # of the base model's weights under an adapter
 
 
@@ -248,6 +249,7 @@ class MethodOptions(Loss):
         "attention costs no more for it (flash and flex attention)",
         "auto",
     )
+    on_collapse: Literal["warn", "stop"] = option("go on with a warning when the model collapses, or stop", "warn")
     share_prompts: Literal["auto", "off"] = option(
         "compute a prompt once for all its answers in a pass (needs sdpa or eager attention)", "auto"
     )
@@ -296,8 +298,12 @@ class Data:
     eval_path: str | None = option("rows to evaluate on: file, built folder or hub id", None)
     eval_split: str = option("split of a built folder or a hub dataset in eval_path", "test")
     eval_revision: str | None = option("branch, tag or commit of a hub dataset in eval_path", None)
-    eval_fraction: float = option(
-        "share of the prompts set aside for evaluation instead of eval_path", 0.0, least=0, below=1
+    eval_fraction: float | None = option(
+        "share of the prompts set aside for evaluation instead of eval_path",
+        None,
+        least=0,
+        below=1,
+        shown=f"{EVAL_FRACTION} from {EVAL_FROM} prompts on, if there are no other evaluation rows",
     )
     on_bad_row: Literal["stop", "skip"] = _same("on_bad_row")
     label_map: dict | None = option(
@@ -360,6 +366,7 @@ class Training:
     backend: Backend = _same("backend")
     packing: Literal["auto", "padded", "packed"] = _same("packing")
     share_prompts: Literal["auto", "off"] = _same("share_prompts")
+    on_collapse: Literal["warn", "stop"] = _same("on_collapse")
     extra: dict = option("further options of transformers.TrainingArguments", {})
 
 

@@ -119,7 +119,7 @@ def test_closing_has_numbers_verdict_and_warnings():
     record = {"data": {"eval": {"rows": 1180}}, "diagnostics": [finding]}
     assert closing_lines(Run(Path("run"), record=record, logs=logs)) == [
         "held-out rows: loss 0.5000, margin 0.2500, kl 0, n = 1,180",
-        "verdict: Too little was logged to say whether the model learned.",
+        "verdict: The model learned to prefer desirable answers: on held-out rows the margin is 0.2500.",
         "warning: Step 3: Rewards are large. Train slower.",
     ]
     assert len(closing_lines(Run(Path("run")))) == 1
@@ -140,8 +140,9 @@ def test_a_run_prints_lines_and_ends_with_the_verdict(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     lines = [line for line in printed if line.startswith("step ")]
     pattern = r"step \d/4  loss +\S+  margin +\S+  kl +\S+  lr +\S+ +\S+ tok/s  left \d+s"
-    assert all(re.fullmatch(pattern, line) for line in lines[:4]) and "eval" in lines[4]
-    assert all(line.isascii() and len(line) <= 100 for line in lines) and len(lines) == 5
+    assert all(re.fullmatch(pattern, line) for line in lines[1:5])
+    assert lines[0].startswith("step 0/4  eval  loss   0.5000") and "step 4/4  eval" in lines[5]
+    assert all(line.isascii() and len(line) <= 100 for line in lines) and len(lines) == 6
     assert not any(line.startswith("{") for line in printed)
     run = read_run(tmp_path / "run")
     closed = closing_lines(run)

@@ -133,7 +133,7 @@ def test_the_command_line_wins_over_an_old_key_of_the_file():
 def test_old_keys_on_the_command_line_keep_their_values(tmp_path, capsys, caplog):
     path = tmp_path / "r.yaml"
     path.write_text("model: {path: ./nowhere}\ndata: {path: d}\ntraining: {output_dir: out}\n", encoding="utf-8")
-    words = ["train", str(path), "--training.warmup_ratio", "0.1"]
+    words = ["train", str(path), "--training.warmup_ratio", "0.1", "--data.eval_fraction=0"]
     assert main([*words, "--training.evaluation_strategy=epoch"]) == 2
     # the value has come through: evaluation by epoch wants rows
     assert "training.eval_strategy needs rows" in capsys.readouterr().err

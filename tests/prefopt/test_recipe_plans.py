@@ -94,8 +94,12 @@ def test_rows_to_evaluate_on_that_the_recipe_names_win(content, tmp_path):
 def test_evaluation_by_epoch_knows_of_the_validation_split(content, tmp_path):
     assert preference_config(make_recipe(content, {"training.eval_strategy": "epoch"}))
     write_plan(tmp_path, validation=0.0)
-    with pytest.raises(UserError, match="training.eval_strategy needs rows"):
-        preference_config(make_recipe(content, {"training.eval_strategy": "epoch"}))
+    options = {"training.eval_strategy": "epoch"}
+    with pytest.raises(UserError, match="training.eval_strategy needs rows: set data.eval_path or data.eval_fraction"):
+        preference_config(make_recipe(content, options | {"data.eval_fraction": 0.0}))
+    recipe = make_recipe(content, options)
+    with pytest.raises(UserError, match="needs rows, and .* has .* prompts, too few to hold some out by default"):
+        load_data(with_plan(recipe), load_tokenizer(recipe))
     recipe = make_recipe(content)
     assert load_data(with_plan(recipe), load_tokenizer(recipe))[1] is None
 

@@ -128,6 +128,7 @@ def test_what_is_not_budget_logging_saving_or_evaluation_is_refused(recipe):
         '  loss.method: "kto" in the run, "apo_zero" now',
         "  loss.beta: 0.1 in the run, 0.2 now",
         '  loss.kl_estimator: "window" in the run, null now',
+        '  loss.kl_rows: "all" in the run, null now',
         "  training.seed: 42 in the run, 7 now",
         "  training.extra.adam_beta1: null in the run, 0.8 now",
         "Set these options back, or start a new run in another folder",
@@ -227,7 +228,7 @@ def test_a_folder_whose_start_failed_is_used_again_without_resume(whole, tmp_pat
         forbid_steps(patch)
         run_recipe(make_recipe(wrong))
     left = {path.name for path in (tmp_path / "run").iterdir()}
-    assert left == {"run.json", "recipe.yaml", "bad_rows.jsonl", "memory.json"}
+    assert left == {"run.json", "recipe.yaml", "bad_rows.jsonl", "memory.json", "metrics.jsonl"}
     run = run_recipe(make_recipe(content))
     assert not (run / "bad_rows.jsonl").exists()  # of the start that failed
     assert result_of(run) == result_of(whole.with_name("run"))

@@ -14,7 +14,7 @@ from prefopt.options import SECTIONS
 from prefopt.recipe import Recipe, load_recipe
 
 # What a run writes down in its recipe although nobody changed it: the rows of the plan, the defaults spelled out.
-SPELLED_OUT = {"data.eval_path", "data.eval_split", "training.sampler"}
+SPELLED_OUT = {"data.eval_path", "data.eval_split", "data.eval_fraction", "training.sampler"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from typing import Any
 from prefopt.compare.plan import FEWEST_TIMED, WARMUP
 from prefopt.compare.summary import ACCURACIES, TOO_FEW, Line, accuracy_of, yardstick_of
 from prefopt.report.score import BASE
-from prefopt.report.summary import NEGLIGIBLE, number
+from prefopt.report.statistics import number
+from prefopt.report.verdict import NEGLIGIBLE
 from prefopt.train.methods import ANSWERS, METHODS
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ class Previous:
         if planned <= 0:
             planned = math.ceil(training.num_train_epochs * steps["per_epoch"])
         return steps["done"] if steps["done"] >= planned else None
+
+    def with_its_fraction(self, recipe: Recipe) -> Recipe:
+        """The recipe, with this run's share of held-out prompts where it names none."""
+        if recipe.data.eval_fraction is not None:
+            return recipe
+        fraction = load_recipe(self.folder / RECIPE_NAME).data.eval_fraction
+        return replace(recipe, data=replace(recipe.data, eval_fraction=fraction))
 
     def refuse_other_rows(self, record: dict, name: str) -> None:
         """Compare the rows and the number of processes with those that ``record`` has now.
@@ -100,7 +107,10 @@ def previous_run(recipe: Recipe, content: dict, folder: Path) -> Previous | None
             f"{recipe.name}: training.output_dir {folder} has no {RECIPE_NAME}, so there is no run to resume; choose "
             "another folder"
         )
-    changes = differences(absolute_paths(redacted(sections_of(load_recipe(stored)))), content)
+    before = absolute_paths(redacted(sections_of(load_recipe(stored))))
+    if content["data"]["eval_fraction"] is None:
+        content["data"]["eval_fraction"] = before["data"]["eval_fraction"]
+    changes = differences(before, content)
     refused = {key: pair for key, pair in changes.items() if not _may_change(key, pair[0])}
     if refused:
         lines = (f"  {key}: {json.dumps(a)} in the run, {json.dumps(b)} now" for key, (a, b) in refused.items())
@@ -141,8 +151,14 @@ def differences(before: dict, now: dict) -> dict[str, list]:
 
 def _is_unused(folder: Path) -> bool:
     return not folder.is_dir() or all(
-        one.name in LEFT_BY_A_START or TEMPORARY.fullmatch(one.name) for one in folder.iterdir()
+        one.name in LEFT_BY_A_START or TEMPORARY.fullmatch(one.name) or _before_training(one)
+        for one in folder.iterdir()
     )
+
+
+def _before_training(file: Path) -> bool:
+    """Whether these are metrics of the evaluation before the first step and no others."""
+    return file.name == "metrics.jsonl" and '"loss"' not in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _flat(section: str, options: dict) -> dict[str, Any]:

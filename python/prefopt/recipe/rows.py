@@ -17,7 +17,8 @@ from prefopt.data.read import LoadedRows, load_rows, split_by_group
 from prefopt.data.sources import local_file
 from prefopt.data.tokenize import Tokenized, tokenize_rows
 from prefopt.data.write import file_digest
-from prefopt.errors import DataError
+from prefopt.errors import DataError, UserError
+from prefopt.options import EVAL_FRACTION, EVAL_FROM
 from prefopt.paths import is_missing
 from prefopt.recipe.schema import Recipe
 from prefopt.train.methods import METHODS, PAIRS, UNPAIRED
@@ -38,8 +39,17 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Token
     held_out = None
     if data.eval_path is not None:
         held_out = load_rows(data.eval_path, split=data.eval_split, revision=data.eval_revision, **options)
-    elif data.eval_fraction:
-        train, held_out = split_by_group(train, data.eval_fraction, recipe.training.seed)
+    else:
+        fraction, prompts = data.eval_fraction, train.counts["groups"]
+        if fraction is None:
+            fraction = EVAL_FRACTION if prompts >= EVAL_FROM else 0.0
+            if not fraction and recipe.training.eval_strategy != "no":
+                raise UserError(
+                    f"{recipe.name}: training.eval_strategy needs rows, and {data.path} has {prompts} prompts, too few "
+                    "to hold some out by default: set data.eval_path or data.eval_fraction"
+                )
+        if fraction:
+            train, held_out = split_by_group(train, fraction, recipe.training.seed)
     encoded = _encode(recipe, train, tokenizer)
     for label in ("desirable", "undesirable"):
         if METHODS[recipe.loss.method].data == UNPAIRED and not encoded.counts[label]:
@@ -48,6 +58,14 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Token
                 f"{recipe.loss.method} learns from the contrast and needs both"
             )
     return encoded, None if held_out is None else _encode(recipe, held_out, tokenizer)
+
+
+def settled(recipe: Recipe, held_out: Tokenized | None) -> Recipe:
+    """The recipe with the share of the prompts that were held out."""
+    if recipe.data.eval_fraction is not None:
+        return recipe
+    fraction = 0.0 if held_out is None or recipe.data.eval_path is not None else EVAL_FRACTION
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_fraction=fraction))
 
 
 def refuse_missing_rows(recipe: Recipe) -> None:
@@ -60,9 +78,9 @@ def refuse_missing_rows(recipe: Recipe) -> None:
 
 
 def has_eval(recipe: Recipe) -> bool:
-    """Whether there are rows to evaluate on."""
+    """Whether there are, or may be, rows to evaluate on."""
     data = recipe.data
-    return data.eval_path is not None or data.eval_fraction > 0 or _validates(recipe)
+    return data.eval_path is not None or data.eval_fraction != 0 or _validates(recipe)
 
 
 def with_plan(recipe: Recipe) -> Recipe:

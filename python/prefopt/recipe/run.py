@@ -30,7 +30,7 @@ from prefopt.recipe.models import (
 )
 from prefopt.recipe.ready import LIBRARY_ERRORS, check_device, check_inputs, check_names, try_libraries
 from prefopt.recipe.resume import Previous, previous_run, refuse_used, sections_of
-from prefopt.recipe.rows import has_eval, load_data, with_plan, with_validation
+from prefopt.recipe.rows import has_eval, load_data, settled, with_plan, with_validation
 from prefopt.recipe.schema import Recipe
 from prefopt.redact import redacted
 from prefopt.report import write_report
@@ -81,7 +81,10 @@ def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -
     tokenizer = load_tokenizer(recipe)
     with config.main_process_first(local=False, desc="data"):  # the others read what it has built
         recipe = with_plan(recipe)
+    if previous is not None:
+        recipe = previous.with_its_fraction(recipe)
     train, held_out = load_data(recipe, tokenizer)
+    recipe = settled(recipe, held_out)
     trainer = make_trainer(recipe, config, tokenizer, train, held_out)
     checkpoint = None
     if previous is not None:
@@ -91,6 +94,8 @@ def _run(recipe: Recipe, config: PreferenceConfig, folder: Path, resume: bool) -
     if trainer.is_world_process_zero():
         write_recipe(recipe, config, folder)
     with traceback_in(folder):
+        # Before the first step, so that the verdict has what the model was like.
+        trainer.args.eval_on_start |= held_out is not None and checkpoint is None
         with measured(folder, trainer.args.device, writes=trainer.is_world_process_zero()):
             trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model(str(folder))

@@ -9,7 +9,8 @@ from prefopt.report.figures import Picture
 from prefopt.report.metadata import base_model, metadata, title
 from prefopt.report.read import Run
 from prefopt.report.render import TEMPLATES, render
-from prefopt.report.summary import Summary, describe_finding, judgement
+from prefopt.report.summary import Summary, describe_finding
+from prefopt.report.verdict import judgement
 
 REASONS = {"language": "other language", "topic": "off topic"}
 Pictures = Mapping[str, Sequence[Picture]]

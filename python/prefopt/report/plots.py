@@ -44,6 +44,32 @@ PLOTS = (
         "Reward of desirable answers minus that of undesirable ones: 0 means that nothing was learned.",
     ),
     Plot(
+        "log_ratios",
+        "Likelihood against the reference model",
+        "nats per token",
+        (
+            ("log_ratios/chosen", "desirable", GOOD),
+            ("log_ratios/rejected", "undesirable", BAD),
+            ("eval_log_ratios/chosen", "desirable, evaluation", OWN),
+        ),
+        "How much likelier a token of an answer is than under the reference model. Desirable answers should not fall: "
+        "a loss of a quarter of a nat is a collapse.",
+    ),
+    Plot(
+        "entropy",
+        "Entropy",
+        "nats",
+        (("entropy", "training", OWN), ("eval_entropy", "evaluation", BAD)),
+        "How undecided the model is about the next token of an answer: a large change in either direction is damage.",
+    ),
+    Plot(
+        "kl_per_token",
+        "KL per token",
+        "nats",
+        (("kl_per_token", "training", OWN), ("eval_kl_per_token", "evaluation", BAD)),
+        "The exact KL of the model and its reference over the vocabulary, on average over the tokens of the answers.",
+    ),
+    Plot(
         "kl",
         "Reference point (KL)",
         "nats",

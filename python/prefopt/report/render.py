@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prefopt.report.facts import format_value
 from prefopt.report.markdown import code, plain, table
 from prefopt.report.score import is_number
-from prefopt.report.summary import percent
+from prefopt.report.statistics import percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -64,3 +64,19 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
         return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
 
     return p - q, p - q - reach(p - p_low, q_high - q), p - q + reach(p_high - p, q - q_low)
+
+
+def percent(share: float) -> str:
+    """A share with one digit after the point, or three if it would round to 0 or 100 % but is neither.
+
+    Example:
+        >>> percent(0.417), percent(1.0), percent(0.00038)
+        ('41.7 %', '100.0 %', '0.038 %')
+    """
+    digits = 3 if 0 < min(share, 1 - share) < 0.0005 else 1
+    return f"{100 * share:.{digits}f} %"
+
+
+def number(value: float) -> str:
+    """Four digits after the point below 1, three significant digits otherwise."""
+    return f"{value:.4f}" if 0.0001 <= abs(value) < 1 else f"{value:,.3g}" if value else "0"

@@ -1,29 +1,13 @@
 """What happened in a run, in sentences computed from its numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 from prefopt.report.read import Run
 from prefopt.report.score import is_number
-from prefopt.report.statistics import paired_difference, wilson
-
-NEGLIGIBLE = 0.01  # reward units; a margin this small moves KTO's loss by about a thousandth
-FEWEST_LOGS = 4
-
-Tone = Literal["good", "bad", "unclear"]
-Interval = tuple[float, float, float]  # value, lower and upper end of its 95 % interval
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """Shares of desirable answers before and after, and their difference if both are known for each answer."""
-
-    before: Interval
-    after: Interval
-    difference: Interval | None
-    n: int
+from prefopt.report.statistics import number, percent
+from prefopt.report.verdict import NEGLIGIBLE, Interval, Tone, end_margins, end_size, judgement, verdict
 
 
 @dataclass(frozen=True)
@@ -35,31 +19,11 @@ class Summary:
     sentences: list[str]
 
 
-def judgement(run: Run) -> Judgement | None:
-    """From the judged samples, or else from the shares in summary.json; None if there are neither."""
-    judged = [(sample.get("before_ok"), sample.get("after_ok")) for sample in run.samples]
-    pairs = [(a, b) for a, b in judged if isinstance(a, bool) and isinstance(b, bool)]
-    if pairs:
-        before, after = [a for a, _ in pairs], [b for _, b in pairs]
-        shares = [_share(sum(side) / len(pairs), len(pairs)) for side in (before, after)]
-        return Judgement(shares[0], shares[1], paired_difference(before, after), len(pairs))
-    first, last, n = (run.summary.get(key) for key in ("before", "after", "n"))
-    if run.summary.get("kind") != "share" or not (is_number(first) and is_number(last) and is_number(n)):
-        return None
-    if not (0 <= first <= 1 and 0 <= last <= 1 and n >= 1):
-        return None
-    return Judgement(_share(first, int(n)), _share(last, int(n)), None, int(n))
-
-
-def _share(share: float, n: int) -> Interval:
-    return share, *wilson(round(share * n), n)
-
-
 def summarize(run: Run) -> Summary:
     """Whether the model learned, how much, and the evidence."""
-    tone, verdict = _verdict(run)
+    tone, found = verdict(run)
     sentences = [*_end(run), *_judged(run), *_margin(run), *_likelihoods(run), *_loss(run)]
-    return Summary(tone, verdict, sentences)
+    return Summary(tone, found, sentences)
 
 
 def closing_lines(run: Run) -> list[str]:
@@ -80,68 +44,6 @@ def describe_finding(finding: Any) -> str:
     step = f"Step {finding['step']}: " if finding.get("step") else ""
     sentences = [str(finding[key]).rstrip(".") for key in ("reason", "remedy") if finding.get(key)]
     return step + ". ".join(sentences or [str(finding.get("name", finding))]) + "."
-
-
-def percent(share: float) -> str:
-    """A share with one digit after the point, or three if it would round to 0 or 100 % but is neither.
-
-    Example:
-        >>> percent(0.417), percent(1.0), percent(0.00038)
-        ('41.7 %', '100.0 %', '0.038 %')
-    """
-    digits = 3 if 0 < min(share, 1 - share) < 0.0005 else 1
-    return f"{100 * share:.{digits}f} %"
-
-
-def number(value: float) -> str:
-    """Four digits after the point below 1, three significant digits otherwise."""
-    return f"{value:.4f}" if 0.0001 <= abs(value) < 1 else f"{value:,.3g}" if value else "0"
-
-
-def _verdict(run: Run) -> tuple[Tone, str]:
-    judged = judgement(run)
-    if judged is not None and judged.difference is not None:
-        change, low, high = judged.difference
-        points = f"{100 * change:+.1f} points"
-        if low > 0:
-            return "good", f"The answers became better: {points}."
-        if high < 0:
-            return "bad", f"The answers became worse: {points}."
-        return "unclear", f"No clear change in the answers ({points}, and the interval includes 0)."
-    ends = _end_margins(run)
-    if ends is None:
-        return _by_loss(run)
-    mean, deviation = ends
-    if abs(mean) < NEGLIGIBLE:
-        return "bad", f"The model learned next to nothing: the reward margin ended at {number(mean)}."
-    if mean > deviation:
-        held_out = run.last("eval_rewards/margins")
-        if held_out is None or held_out >= NEGLIGIBLE:
-            return "good", "The model learned to prefer desirable answers to undesirable ones."
-        return "bad", (
-            "The model separates desirable from undesirable answers on the training rows, but not on the held-out "
-            f"rows, where the margin is {number(held_out)}."
-        )
-    if mean < -deviation:
-        return "bad", "The model learned the opposite: undesirable answers have the higher rewards."
-    return "unclear", "It is not clear that the model learned: the margin is smaller than it varies from log to log."
-
-
-def _by_loss(run: Run) -> tuple[Tone, str]:
-    """The verdict on a run without margins, such as sft's, from its loss."""
-    losses = run.finite("loss")
-    quarter = len(losses) // 4
-    if quarter < 2 or run.finite("rewards/margins"):
-        return "unclear", "Too little was logged to say whether the model learned."
-    first, last = fmean(losses[:quarter]), fmean(losses[-quarter:])
-    if first - last > max(stdev(losses[:quarter]), stdev(losses[-quarter:])):
-        return (
-            "good",
-            f"The model learned from its training rows: the loss fell from {number(first)} to {number(last)}.",
-        )
-    if last >= first:
-        return "bad", f"The model learned nothing: the loss did not fall ({number(first)} to {number(last)})."
-    return "unclear", "It is not clear that the model learned: the loss fell by less than it varies."
 
 
 def _end(run: Run) -> list[str]:
@@ -174,7 +76,7 @@ def _judged(run: Run) -> list[str]:
         sentences.append(
             f"That is a change of {change:+.1f} points, with a 95 % interval from {low:+.1f} to {high:+.1f}."
         )
-        ends = _end_margins(run)
+        ends = end_margins(run)
         if low <= 0 and ends is not None and ends[0] - ends[1] > NEGLIGIBLE:
             sentences.append(
                 "The rewards of the training rows separated, but sampled answers are not clearly better: check whether "
@@ -184,28 +86,14 @@ def _judged(run: Run) -> list[str]:
     return sentences
 
 
-def _end_margins(run: Run) -> tuple[float, float] | None:
-    """Mean margin over the last quarter of the logs (at least four) and its standard deviation; None if fewer.
-
-    Successive logs are correlated, so their spread gives no interval for the mean.
-    """
-    margins = run.finite("rewards/margins")
-    last = margins[-_end_size(margins) :]
-    return (fmean(last), stdev(last)) if len(last) >= FEWEST_LOGS else None
-
-
-def _end_size(logs: Sequence[float]) -> int:
-    return max(FEWEST_LOGS, len(logs) // 4)
-
-
 def _margin(run: Run) -> list[str]:
     sentences = []
-    margins, ends = run.finite("rewards/margins"), _end_margins(run)
+    margins, ends = run.finite("rewards/margins"), end_margins(run)
     if ends is not None:
         mean, deviation = ends
         side = "above" if mean >= 0 else "below"
         sentences.append(
-            f"In the last {_end_size(margins)} of {len(margins)} logs a desirable row's reward was on average "
+            f"In the last {end_size(margins)} of {len(margins)} logs a desirable row's reward was on average "
             f"{number(abs(mean))} {side} an undesirable one's; from log to log the margin varied with a standard "
             f"deviation of {number(deviation)}."
         )

@@ -9,10 +9,36 @@ KL_LOGS = 20  # logs in a row, and optimizer steps, for which the reference poin
 FLAT_MARGIN = 1e-3  # reward units; sampling noise of the margin is far above it once anything is learnt
 WEIGHT_RANGE = (1.0, 4 / 3)  # arXiv:2402.01306, eq. 8
 NO_PARTNER_SHARE = 0.5
+LOST = 0.25  # nats per token that desirable answers have lost against the reference model
+LESS_LIKELY = 0.1  # likewise, where they have only fallen
+MARGIN = 0.01  # reward units
+ENTROPY_MOVED = (0.5, 0.25)  # nats, and share of the entropy at the start: the larger of the two
+MOSTLY_FLAT = 0.5  # share of rows
 
 
 class TrainingWarning(UserWarning):
     """The run will probably not train as intended."""
+
+
+def collapse_signs(lost: float, entropy: float, start: float, flat: float) -> list[str]:
+    """What shows that a model has collapsed; empty unless desirable answers fell far and another sign is there.
+
+    Args:
+        lost: nats per token that desirable answers have lost against the reference model.
+        entropy, start: per token, now and at the start, nats.
+        flat: share of rows with almost no gradient left.
+
+    Example:
+        >>> collapse_signs(0.36, entropy=2.5, start=1.88, flat=0.1)
+        ['desirable answers lost 0.36 nats per token', 'the entropy went from 1.88 to 2.50 nats']
+    """
+    signs = [f"the entropy went from {start:.2f} to {entropy:.2f} nats"] if _moved(entropy, start) else []
+    signs += [f"{100 * flat:.0f} % of the rows have almost no gradient left"] if flat > MOSTLY_FLAT else []
+    return [f"desirable answers lost {lost:.2f} nats per token", *signs] if lost > LOST and signs else []
+
+
+def _moved(entropy: float, start: float) -> bool:
+    return abs(entropy - start) > max(ENTROPY_MOVED[0], ENTROPY_MOVED[1] * start)
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,8 @@ class Diagnostics:
         self.zero_kl_logs = 0
         self.zero_kl_since: int | None = None
         self.still_logs = 0
+        self.start_entropy: float | None = None
+        self.last_sound_step = 0
 
     def state_dict(self) -> dict:
         """JSON-ready."""
@@ -99,6 +127,13 @@ class Diagnostics:
         self._rewards(step, logged, rewards)
         if "kl" in logged:
             self._kl(step, logged["kl"])
+        if "log_ratios/chosen" in logged:
+            self._likelihoods(step, logged)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the model was found to collapse."""
+        return any(finding.name == "collapsed" for finding in self.findings)
 
     def observe_partners(self, step: int, rows: float, without_partner: float) -> None:
         """How many of the rows since the last log had no mismatched completion."""
@@ -145,6 +180,31 @@ class Diagnostics:
                 step,
                 f"After {step} steps desirable and undesirable rows are still {abs(margin):.1g} apart in reward",
                 "Raise the learning rate, check that the labels are right, or train longer",
+            )
+
+    def _likelihoods(self, step: int, logged: Mapping[str, float]) -> None:
+        lost, entropy = -logged["log_ratios/chosen"], logged.get("entropy", 0.0)
+        if self.start_entropy is None:
+            self.start_entropy = entropy
+        flat = logged.get("flat_rows", 0.0)
+        signs = collapse_signs(lost, entropy, self.start_entropy, flat)
+        if lost < LESS_LIKELY and not _moved(entropy, self.start_entropy):
+            self.last_sound_step = step
+        if signs:
+            sound = f"step {self.last_sound_step}" if self.last_sound_step else "the model before training"
+            self.add(
+                "collapsed",
+                step,
+                f"The model is collapsing: {', '.join(signs)}",
+                f"Go back to {sound}, and train with a quarter of the learning rate or less",
+            )
+        elif lost > LESS_LIKELY and logged.get("rewards/margins", 0.0) > MARGIN:
+            self.add(
+                "displaced",
+                step,
+                f"Desirable answers have lost {lost:.2f} nats per token against the reference model: the margin comes "
+                "from undesirable answers that fall faster",
+                "Lower the learning rate, and watch log_ratios/chosen",
             )
 
     def _kl(self, step: int, kl: float) -> None:

@@ -98,7 +98,8 @@ class Method:
     loss: LossFunction | None
     rewards: Callable[[Sequences, Options], Tensor] | None
     needs_reference: bool = True
-    fades: bool = False  # the gradient of a row that is very wrong goes to 0
+    # the log-ratio, in nats, around which the loss is steep, if it is flat far away on both sides
+    center: Callable[[Baselines, Options], Tensor | float] | None = None
     # weight of the desirable answers' negative log-likelihood, a mean over the step's tokens
     nll_weight: Callable[[Options], float] = lambda args: 0.0
     components: Callable[[Sequences, Baselines, Options], Tensor | None] | None = None
@@ -116,6 +117,10 @@ def _kto_options(baselines: Baselines, args: Options) -> dict[str, Any]:
 
 def _kto(rows: Sequences, baselines: Baselines, args: Options) -> Tensor:
     return kto_loss(*rows.unpaired, **_kto_options(baselines, args))
+
+
+def _z0(baselines: Baselines, args: Options) -> Tensor | float:
+    return baselines.reference_point
 
 
 def _apo_zero_options(baselines: Baselines, args: Options) -> dict[str, Any]:
@@ -152,6 +157,12 @@ def _enhanced_kto_options(baselines: Baselines, args: Options) -> dict[str, Any]
         options |= {"shift": baselines.shift, "shift_gate": baselines.gate}
         options["shift_bound"] = args.shift_bound or NO_BOUND
     return options
+
+
+def _enhanced_center(baselines: Baselines, args: Options) -> Tensor | float:
+    if args.shift == "off":
+        return baselines.reference_point
+    return (1 - baselines.gate) * baselines.reference_point + _gated_shift(baselines, args) / args.beta
 
 
 def _bco_options(baselines: Baselines, args: Options) -> dict[str, Any]:
@@ -219,14 +230,14 @@ def _per_token(factor: Callable[[Options], float]) -> Callable[[Sequences, Optio
 
 
 METHODS: dict[str, Method] = {
-    "kto": Method("KTO", UNPAIRED, _kto, _log_ratio, fades=True, fused=_kto_options),
-    "apo_zero": Method("APO-zero", UNPAIRED, _apo_zero, _log_ratio, fades=True, fused=_apo_zero_options),
+    "kto": Method("KTO", UNPAIRED, _kto, _log_ratio, center=_z0, fused=_kto_options),
+    "apo_zero": Method("APO-zero", UNPAIRED, _apo_zero, _log_ratio, center=lambda *_: 0.0, fused=_apo_zero_options),
     "enhanced_kto": Method(
         "Enhanced KTO",
         UNPAIRED,
         _enhanced_kto,
         _log_ratio,
-        fades=True,
+        center=_enhanced_center,
         components=_enhanced_kto_gradients,
         fused=_enhanced_kto_options,
     ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefopt.train.methods import COMPONENTS
 
 CLASSES = ("chosen", "rejected")  # desirable, undesirable: the names TRL logs under
-PER_CLASS = ("rows", "rewards", "rewarded", "logps", "logits", "tokens")
+PER_CLASS = ("rows", "rewards", "rewarded", "logps", "logits", "tokens", "log_ratios", "compared", "squared_rewards")
 SCALARS = (
     "loss",
     "counted",  # rows, or pairs
@@ -32,6 +32,8 @@ SCALARS = (
     "entropy",
     "kl_per_token",
     "kl_tokens",
+    "flat_rows",
+    "rows_with_slope",
     "num_tokens",
     "positions",  # of the policy's passes, and those with a token: of the run, not of a log
     "filled",
@@ -54,6 +56,8 @@ class RowMetrics:
     mean_logits: Tensor  # (B,) fp32, summed over the completion's tokens
     entropies: Tensor  # (B,) fp32, nats, summed likewise
     kls: Tensor | None  # (B,) fp32, nats, exact KL of policy and reference model, summed likewise
+    log_ratios: Tensor | None  # (B,) fp32, nats, policy minus reference model
+    flat: Tensor | None  # (B,) bool, with almost no gradient left
     completion_tokens: Tensor  # (B,) int64
     tokens: Tensor  # (B,) int64, prompt and completion
     positions: int = 0  # of the policy's pass
@@ -93,11 +97,14 @@ class MetricSums:
             rows.logps,
             rows.mean_logits,
             rows.completion_tokens,
+            torch.zeros_like(ones) if rows.log_ratios is None else rows.log_ratios,
+            torch.zeros_like(ones) if rows.log_ratios is None else rows.completion_tokens,
+            rewards.to(dtype) ** 2,
         )
-        quantities = torch.stack([column.to(dtype) for column in columns], dim=1)  # (B, 6)
+        quantities = torch.stack([column.to(dtype) for column in columns], dim=1)  # (B, 9)
         sides = torch.stack([sequences & rows.labels, sequences & ~rows.labels])  # (2, B)
         # where, not a product: a repeated row that is not finite must not reach the sums as 0 * inf
-        per_class = torch.where(sides[:, :, None], quantities, 0).sum(1)  # (2, 6)
+        per_class = torch.where(sides[:, :, None], quantities, 0).sum(1)  # (2, 9)
         scalars = {
             "loss": torch.where(counted, rows.losses, 0).sum() / world_size,
             "counted": counted.sum(),
@@ -109,6 +116,8 @@ class MetricSums:
         if rows.kls is not None:
             scalars["kl_per_token"] = torch.where(sequences, rows.kls, 0).sum()
             scalars["kl_tokens"] = torch.where(sequences, rows.completion_tokens, 0).sum()
+        if rows.flat is not None:
+            scalars |= {"flat_rows": (sequences & rows.flat).sum(), "rows_with_slope": sequences.sum()}
         if paired and rows.rewards is not None:
             chosen, rejected = rewards.chunk(2)  # (P,)
             scalars["pairs"] = counted.sum()
@@ -166,6 +175,18 @@ class MetricSums:
         self.vector.copy_(torch.tensor(ordered, dtype=self.vector.dtype))
 
 
+def margin_error(sums: dict[str, float]) -> dict[str, float]:
+    """``rewards/margins_standard_error`` of independent rows; empty unless each class has two."""
+    squared = 0.0
+    for side in CLASSES:
+        n = sums[f"rewarded/{side}"]
+        if n < 2:
+            return {}
+        variance = (sums[f"squared_rewards/{side}"] - sums[f"rewards/{side}"] ** 2 / n) / (n - 1)
+        squared += max(0.0, variance) / n
+    return {"rewards/margins_standard_error": math.sqrt(squared)}
+
+
 def quotients(
     sums: dict[str, float],
     loss_count: float,
@@ -205,9 +226,16 @@ def quotients(
     tokens = sum(sums[f"tokens/{side}"] for side in CLASSES)
     if tokens:
         logged["entropy"] = sums["entropy"] / tokens
+    if sums["rows_with_slope"]:
+        logged["flat_rows"] = sums["flat_rows"] / sums["rows_with_slope"]
     if sums["kl_tokens"]:
         logged["kl_per_token"] = sums["kl_per_token"] / sums["kl_tokens"]
-    for quantity, count in (("logits", "tokens"), ("logps", "rows"), ("rewards", "rewarded")):
+    for quantity, count in (
+        ("logits", "tokens"),
+        ("logps", "rows"),
+        ("rewards", "rewarded"),
+        ("log_ratios", "compared"),
+    ):
         for side in CLASSES:
             if sums[f"{count}/{side}"]:
                 logged[f"{quantity}/{side}"] = sums[f"{quantity}/{side}"] / sums[f"{count}/{side}"]

@@ -9,6 +9,8 @@ from prefopt.train.methods import COMPONENTS, Baselines, Sequences
 from prefopt_kernels.losses import sft_loss
 from prefopt_kernels.ops.sequence_loss import sequence_loss
 
+FLAT = 0.05  # of the largest gradient factor
+
 
 class Objective:
     """The loss of ``args.method``.
@@ -53,6 +55,14 @@ class Objective:
     def rewards(self, rows: Sequences) -> Tensor | None:
         """(B,) fp32 of detached ``rows``; None for a method without rewards."""
         return None if self.method.rewards is None else self.method.rewards(rows, self.args)
+
+    def flat(self, rows: Sequences, baselines: Baselines) -> Tensor | None:
+        """(B,) bool: where a sigmoid has less than ``FLAT`` of its largest slope; None for a loss without one."""
+        if self.method.center is None:
+            return None
+        assert self.args.beta is not None
+        u = self.args.beta * (rows.logps - rows.reference - self.method.center(baselines, self.args))
+        return 4 * torch.sigmoid(u) * torch.sigmoid(-u) < FLAT
 
     def gradient_components(self, rows: Sequences, baselines: Baselines) -> Tensor | None:
         """(len(COMPONENTS), B) fp32 of detached ``rows``, 1/nats; None for a gradient of one component."""

@@ -21,7 +21,7 @@ from prefopt.train.checkpoint import CheckpointError, ResumableTrainer
 from prefopt.train.config import PreferenceConfig
 from prefopt.train.diagnostics import Diagnostics
 from prefopt.train.finite import FiniteWatch
-from prefopt.train.metrics import MetricSums, quotients
+from prefopt.train.metrics import MetricSums, margin_error, quotients
 from prefopt.train.mismatched import MismatchedRows
 from prefopt.train.objective import Objective
 from prefopt.train.run_folder import RunFolder
@@ -54,7 +54,7 @@ class RecordedTrainer(ResumableTrainer):
         self._loss_sum: float | None = 0.0  # over steps, up to the last log
         self._positions = self._filled = 0.0  # of the policy's passes, up to the last log
         self._resumed_between_logs = False
-        self.diagnostics = Diagnostics(fades=self.args.spec.fades)
+        self.diagnostics = Diagnostics(fades=self.args.spec.center is not None)
 
     # ---- logs ----
 
@@ -99,6 +99,9 @@ class RecordedTrainer(ResumableTrainer):
         step, known = self.state.global_step, len(self.diagnostics.findings)
         relative = self.args.spec.needs_reference
         self.diagnostics.observe(step, {k: v for k, v in logs.items() if relative or not k.startswith("rewards/")})
+        if self.diagnostics.collapsed and self.args.on_collapse == "stop" and not self.control.should_training_stop:
+            logger.warning("step %d: training stops, because on_collapse is 'stop'", step)
+            self.control.should_training_stop = True
         self.diagnostics.observe_partners(step, sums["counted"], sums["rows_without_partner"])
         if len(self.diagnostics.findings) > known:
             self.run_folder.update(diagnostics=self.diagnostics.state_dict()["findings"])
@@ -129,6 +132,7 @@ class RecordedTrainer(ResumableTrainer):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         sums = self._sums["eval"].read()
         metrics = quotients(sums, sums["counted"], self.objective.nll_weight, components=self.objective.components)
+        metrics |= margin_error(sums)
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in metrics.items()})
         return output
 

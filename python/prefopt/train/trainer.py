@@ -247,6 +247,8 @@ class PreferenceTrainer(RecordedTrainer):
             mean_logits=policy.mean_logits,
             entropies=policy.entropies,
             kls=policy.kls,
+            log_ratios=None if rows.ref_logps is None else detached.logps - rows.ref_logps,
+            flat=self.objective.flat(detached, baselines),
             completion_tokens=rows.lengths,
             tokens=inputs["tokens"],
             positions=inputs["input_ids"].numel(),
