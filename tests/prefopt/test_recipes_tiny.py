@@ -84,7 +84,7 @@ def test_s2_arabic_answers_and_a_method_of_pairs_on_the_same_rows(capsys):
     capsys.readouterr()
     # dpo, beside which the published comparison put kto, learns from the same folder
     words = ["train", str(run.folder / "recipe.yaml"), "--loss.method", "dpo"]
-    for option in ("desirable_weight", "undesirable_weight", "kl_estimator"):
+    for option in ("desirable_weight", "undesirable_weight", "kl_estimator", "kl_rows"):
         words += [f"--loss.{option}", "null"]
     words += ["--training.sampler", "null", "--training.max_steps", "2"]
     assert main([*words, "--training.output_dir", "dpo"]) == 0
