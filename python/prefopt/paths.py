@@ -14,7 +14,7 @@ RECIPE_NAME = "recipe.yaml"  # in a run folder
 RUN = "training.output_dir"
 SOURCES = ("model.path", "model.ref_path", "data.path", "data.eval_path")  # paths or hub ids
 FILES = ("data.plan", "data.chat_template")  # files or names that come with the package
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".parquet", ".gguf")
 
 
 def absolute_paths(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.errors import UserError
 from prefopt.models import (
+    GGUF,
     apply_adapter,
     compute_dtype,
     four_bit_options,
@@ -227,7 +228,7 @@ def _located(named: str | None, folder: Path) -> str:
     if not named:
         raise UserError(f"the adapter in {folder} does not name its base model; name it by --base")
     path = Path(named).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix.lower() == GGUF and path.is_file()):
         return str(path)
     if is_path(named):
         raise UserError(f"the base model {named} of {folder} is not there; name its folder or hub id with --base")

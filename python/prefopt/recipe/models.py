@@ -11,7 +11,16 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from prefopt.errors import UserError
-from prefopt.models import compute_dtype, four_bit_options, from_pretrained, load_weights, require_bitsandbytes
+from prefopt.models import (
+    GGUF,
+    PACKAGED,
+    compute_dtype,
+    four_bit_options,
+    from_pretrained,
+    gguf_file,
+    load_weights,
+    require_bitsandbytes,
+)
 from prefopt.option_values import show
 from prefopt.options import Lora
 from prefopt.paths import absolute, is_path
@@ -129,16 +138,22 @@ def _can_adapt(module: nn.Module) -> bool:
 
 
 def located(path: str, key: str) -> str:
-    """A hub id, or the absolute path of a folder, as the adapter's configuration is to have it."""
+    """A hub id or a packaged model, or the absolute path of a folder or file, for the adapter's configuration."""
+    if path in PACKAGED:
+        try:
+            gguf_file(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        return path
     try:
         place = Path(path).expanduser()
-        if place.is_dir():
+        if place.is_dir() or (place.suffix.lower() == GGUF and place.is_file()):
             return absolute(path)
         missing = is_path(path) or place.is_file()
     except OSError as error:
         raise UserError(f"{key} is {show(path)}: {error.strerror}") from None
     if missing:
-        raise UserError(f"{key} is {path}, which is not a folder; expected a model's folder or a hub id")
+        raise UserError(f"{key} is {path}, which is not a folder; expected a model's folder, a .gguf file or a hub id")
     return path
 
 
