@@ -437,10 +437,27 @@ def _steps_section(rows: Rows) -> str:
     return "\n".join([heading(rows.values()), "", table(header, lines), ""])
 
 
+def losses(results: Path) -> str:
+    """Markdown for the rows of benchmarks/losses.py."""
+    devices = newest(results, ("method", "sequences", "tokens", "variant"))
+    return "\n".join(_losses_section(rows) for _, rows in sorted(devices.items()))
+
+
+def _losses_section(rows: Rows) -> str:
+    lines = []
+    for shape in sorted({key[:-1] for key in rows}):
+        plain, fused = (rows[(*shape, who)] for who in ("plain", "sequence_loss"))
+        each = (f"{1e3 * row['median_ms'] / row['calls']:,.0f}" for row in (plain, fused))
+        lines.append([shape[0], f"{shape[1]:,}", f"{shape[2]:,}", *each, ratio(fused["ratio"])])
+    header = ["method", "sequences", "tokens of each", "plain functions, us", "sequence_loss, us", "ratio"]
+    return "\n".join([heading(rows.values()), "", table(header, lines), ""])
+
+
 def main(arguments: Sequence[str] | None = None, *, results: Path = RESULTS, root: Path = ROOT) -> int:
     check = check_option("benchmarks.tables", __doc__, arguments)
     pages = {root / "README.md": render(newest(results))}
     pages[root / "docs" / "integrations.md"] = trainers(results / "trainers")
+    pages[root / "prefopt_kernels" / "ops" / "sequence_loss" / "README.md"] = losses(results / "sequence_loss")
     pages[root / "docs" / "recipes.md"] = steps(results / "steps")
     pages[root / "prefopt_kernels" / "ops" / "linear_kl" / "README.md"] = linear_kl(results / "linear_kl")
     return max([write_page(page, text, "benchmarks.tables", "rows", check) for page, text in pages.items()])

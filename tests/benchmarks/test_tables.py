@@ -58,7 +58,12 @@ def lines(text, *cells):
 def written(tmp_path):
     """Writes the pages from ROWS and returns the exit status and README's text."""
     keep(ROWS, tmp_path)
-    for page in ("README.md", "docs/integrations.md", "docs/recipes.md", "prefopt_kernels/ops/linear_kl/README.md"):
+    for page in (
+        "README.md",
+        "docs/integrations.md",
+        "docs/recipes.md",
+        *(f"prefopt_kernels/ops/{op}/README.md" for op in ("linear_kl", "sequence_loss")),
+    ):
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / page).write_text(README, encoding="utf-8")
 
@@ -249,6 +254,15 @@ def test_the_steps_table_sets_each_way_beside_the_first_and_trl_patched(tmp_path
         ["micro-batches of the data loader, padded", "150", "1.00", "", "20"],
         ["cut by length", "300", "2.00", "", "20"],
     ]
+
+
+def test_the_losses_table_has_the_time_of_one_call(tmp_path):
+    shape = {"method": "kto", "sequences": 16, "tokens": 256, "calls": 200}
+    keep(
+        [row("plain", median_ms=50.0, ratio=1.0, **shape), row("sequence_loss", median_ms=75.0, ratio=1.5, **shape)],
+        tmp_path,
+    )
+    assert lines(tables.losses(tmp_path), "kto") == [["kto", "16", "256", "250", "375", "1.50"]]
 
 
 def test_a_gpu_has_its_targets_peers_and_planted_logits(tmp_path):
