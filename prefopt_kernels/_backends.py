@@ -1,11 +1,12 @@
 """The choice of a backend, the same for every op."""
 
-import difflib
 import os
 from collections.abc import Mapping
 from types import ModuleType
 
 from torch import Tensor
+
+from prefopt_kernels._checks import nearest
 
 
 def select_backend(backends: Mapping[str, ModuleType], backend: str, *operands: Tensor) -> str:
@@ -27,9 +28,7 @@ def select_backend(backends: Mapping[str, ModuleType], backend: str, *operands: 
         return next(name for name, module in backends.items() if module.why_not(*operands) is None)
     if backend not in backends:
         names = ["auto", *backends]
-        near = difflib.get_close_matches(str(backend), names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"backend is {backend!r}; expected one of {names}{hint}")
+        raise ValueError(f"backend is {backend!r}; expected one of {names}{nearest(backend, names)}")
     reason = backends[backend].why_not(*operands)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run this call: {reason}")

@@ -1,9 +1,9 @@
 """Packed sequences: all their tokens one after another, and ``cu_seqlens``, the row where each begins."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from prefopt_kernels._checks import INTEGERS, check_bounds, check_device, check_vector
 
 
 def sequence_logps(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -40,32 +40,12 @@ def sequence_logps(logp: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def check_packing(tokens: Tensor, cu_seqlens: Tensor, name: str = "logp") -> None:
     check_vector(name, tokens)
-    check_vector("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens has dtype {cu_seqlens.dtype}; expected torch.int32 or int64")
+    check_vector("cu_seqlens", cu_seqlens, size="B + 1", dtypes=INTEGERS)
     if cu_seqlens.shape[0] < 2:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B + 1,) with at least one sequence"
         )
-    if cu_seqlens.device != tokens.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected {tokens.device}, as {name}")
+    check_device(name, tokens, cu_seqlens=cu_seqlens)
     # Only where reading values neither waits for a device nor breaks a traced graph.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        T, bounds = tokens.shape[0], cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != T:
-            raise ValueError(
-                f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {T}, the rows of {name}"
-            )
-        for i, (begin, end) in enumerate(pairwise(bounds)):
-            if end < begin:
-                raise ValueError(
-                    f"cu_seqlens[{i + 1}] is {end}, below cu_seqlens[{i}] = {begin}; expected non-decreasing values"
-                )
-
-
-def check_vector(name: str, value: Tensor, length: int | None = None) -> None:
-    expected = "(n,)" if length is None else f"({length},)"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {expected}")
-    if value.ndim != 1 or (length is not None and value.shape[0] != length):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
+        check_bounds(cu_seqlens, tokens.shape[0], name)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefopt_kernels._packed import check_packing, check_vector, sequence_logps
+from prefopt_kernels._checks import check_choice, check_positive, check_vector, check_weight
+from prefopt_kernels._packed import check_packing, sequence_logps
 from prefopt_kernels.chunked import PrecomputedGradients, chunked_head
 from prefopt_kernels.losses import apo_zero_loss, kto_loss
-from prefopt_kernels.losses._checks import check_positive, check_weight
 from prefopt_kernels.ops.linear_logprob import TokenLogprobs
 from prefopt_kernels.ops.linear_logprob.checks import check_call, check_targets
 from prefopt_kernels.ops.linear_logprob.transform import Transform
@@ -121,12 +121,9 @@ class FusedLinearKTOLoss(nn.Module):
         scheme: str = "auto",
     ):
         super().__init__()
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}; expected one of {METHODS}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {reduction!r}; expected one of {REDUCTIONS}")
-        if scheme not in SCHEMES:
-            raise ValueError(f"scheme is {scheme!r}; expected one of {SCHEMES}")
+        check_choice("method", method, METHODS)
+        check_choice("reduction", reduction, REDUCTIONS)
+        check_choice("scheme", scheme, SCHEMES)
         check_positive("beta", beta)
         check_weight("desirable_weight", desirable_weight)
         check_weight("undesirable_weight", undesirable_weight)
@@ -189,9 +186,7 @@ class FusedLinearKTOLoss(nn.Module):
         """
         check_packing(targets, cu_seqlens, name="targets")
         B = cu_seqlens.shape[0] - 1
-        check_vector("labels", labels, B)
-        if labels.dtype != torch.bool:
-            raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool")
+        check_vector("labels", labels, B, dtypes=(torch.bool,))
         z0 = self._reference_point(reference_point, kl_log_ratio, hidden)
         _check_reference(weight, bias, targets, B, ref_logps, ref_hidden, ref_weight, ref_bias)
 

@@ -12,14 +12,15 @@ PACKAGES = {"prefopt_kernels": ROOT, "prefopt": ROOT / "python"}
 # What each part of prefopt_kernels may import of ours, by the first name below the package.
 BELOW_MODULES = {"ops", "losses", "reference_point"}
 KERNELS_MAY = {
-    "_backends": set(),
-    "ops": {"ops", "_backends", "losses"},  # losses: the reference writes none twice
-    "losses": {"losses"},
-    "reference_point": {"reference_point"},
+    "_checks": set(),
+    "_backends": {"_checks"},
+    "ops": {"ops", "_backends", "_checks", "losses"},  # losses: the reference writes none twice
+    "losses": {"losses", "_checks"},
+    "reference_point": {"reference_point", "_checks"},
     "parallel": {"parallel", "ops"},
     "chunked": {"ops"},  # parts of modules, in files of their own
-    "_packed": set(),
-    "modules": {"chunked", "_packed", "parallel"} | BELOW_MODULES,
+    "_packed": {"_checks"},
+    "modules": {"chunked", "_packed", "_checks", "parallel"} | BELOW_MODULES,
     "integrations": {"modules", "parallel", "integrations"} | BELOW_MODULES,
     "info": {"", "ops"},  # a program
     "": {"modules", "parallel"} | BELOW_MODULES,  # __init__.py: the public names

@@ -259,7 +259,7 @@ def bad(message, error=ValueError, **change):
     [
         bad("cu_seqlens has dtype torch.float32", TypeError, cu_seqlens=tensor([0.0, 11.0])),
         bad("cu_seqlens has shape (1,); expected (B + 1,)", cu_seqlens=tensor([0])),
-        bad("cu_seqlens has shape (1, 5); expected (n,)", cu_seqlens=tensor([BOUNDS])),
+        bad("cu_seqlens has shape (1, 5); expected (B + 1,)", cu_seqlens=tensor([BOUNDS])),
         bad("cu_seqlens is a list; expected a tensor", TypeError, cu_seqlens=BOUNDS),
         bad("cu_seqlens is on meta; expected cpu", cu_seqlens=tensor(BOUNDS, device="meta")),
         bad("cu_seqlens runs from 0 to 10; expected from 0 to T = 11", cu_seqlens=tensor([0, 10])),

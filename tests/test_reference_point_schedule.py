@@ -89,7 +89,7 @@ def test_goes_on_from_a_checkpoint():
         ({"start_step": 1, "ramp_steps": None}, TypeError, "^ramp_steps is a NoneType"),
         ({"patience": 0}, ValueError, "^patience is 0; expected 1 or above"),
         ({"patience": 1, "min_gain": -1}, ValueError, "^min_gain is -1; expected a finite"),
-        ({"patience": 1, "min_gain": "x"}, TypeError, "^min_gain is a str; expected a number"),
+        ({"patience": 1, "min_gain": "x"}, TypeError, "^min_gain is a str; expected a finite number"),
     ],
 )
 def test_bad_arguments_are_named(arguments, error, message):

@@ -180,7 +180,7 @@ def test_reads_no_value_of_a_tensor(estimator):
         (tensor(1.0), LABELS, ValueError, r"^rewards has shape \(\); expected \(n,\)"),
         (REWARDS, [True], TypeError, "^labels is a list; expected a tensor"),
         (REWARDS, REWARDS, TypeError, "^labels has dtype torch.float32; expected torch.bool"),
-        (REWARDS, LABELS[:1], ValueError, r"^labels has shape \(1,\); expected that of rewards"),
+        (REWARDS, LABELS[:1], ValueError, r"^labels has shape \(1,\); expected \(3,\)"),
     ],
 )
 def test_bad_rows_are_named(estimator, rewards, labels, error, message):

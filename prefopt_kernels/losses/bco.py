@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import check_baseline, check_positive, check_rows
+from prefopt_kernels._checks import check_baseline, check_positive, check_rows
 from prefopt_kernels.losses._rows import constant, signed, widened
 
 

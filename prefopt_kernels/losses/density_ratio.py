@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prefopt_kernels._checks import check_tensor
+
 
 class DensityRatio:
     r"""Density ratio of desirable over undesirable prompts, from a logistic regression.
@@ -144,9 +146,6 @@ class DensityRatio:
 
 
 def _check_embeddings(name: str, rows: Tensor) -> None:
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"{name} is a {type(rows).__name__}; expected a tensor (n, D)")
-    if rows.ndim != 2:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}; expected (n, D)")
+    check_tensor(name, rows, "(n, D)", 2)
     if not rows.is_floating_point():
         raise TypeError(f"{name} has dtype {rows.dtype}; expected floating point")

@@ -6,7 +6,7 @@ Smoothing: conservative DPO, Mitchell 2023. Robust: Chowdhury et al. 2024 (arXiv
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import check_between, check_logps, check_positive
+from prefopt_kernels._checks import check_between, check_logps, check_positive
 from prefopt_kernels.losses._rows import widened
 
 

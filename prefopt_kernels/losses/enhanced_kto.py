@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import (
+from prefopt_kernels._checks import (
     check_baseline,
     check_between,
     check_choice,
@@ -147,8 +147,8 @@ def enhanced_kto_loss(
     check_positive("loss_aversion", loss_aversion)
     check_between("alpha", alpha, 0, 1, open_low=True)
     check_positive("kappa", kappa)
-    check_choice("win_weighting", win_weighting, WEIGHTINGS)
-    check_choice("decision_weighting", decision_weighting, WEIGHTINGS)
+    check_choice("win_weighting", win_weighting, WEIGHTINGS, or_none=True)
+    check_choice("decision_weighting", decision_weighting, WEIGHTINGS, or_none=True)
     check_interval("decision_clip", decision_clip)
     if isinstance(decision_mean, Tensor):
         check_baseline("decision_mean", decision_mean, logps, per_row=False, unit="weights")
@@ -281,7 +281,7 @@ def decision_weights(
     check_lengths(logps, lengths=lengths)
     if weighting is None:
         raise ValueError(f"weighting is None; expected one of {WEIGHTINGS}")
-    check_choice("weighting", weighting, WEIGHTINGS)
+    check_choice("weighting", weighting, WEIGHTINGS, or_none=True)
     check_interval("clip", clip)
     (logps,) = widened(logps)
     return decision_weight(per_token(logps, lengths), weighting, clip)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import check_lengths, check_logps, check_positive
+from prefopt_kernels._checks import check_lengths, check_logps, check_positive
 from prefopt_kernels.losses._rows import per_token, widened
 
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import check_lengths, check_logps, check_weight
+from prefopt_kernels._checks import check_lengths, check_logps, check_weight
 from prefopt_kernels.losses._odds import log_odds
 from prefopt_kernels.losses._rows import per_token, widened
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefopt_kernels.losses._checks import (
+from prefopt_kernels._checks import (
     check_lengths,
     check_logps,
     check_positive,

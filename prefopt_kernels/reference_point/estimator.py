@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from prefopt_kernels._checks import check_between, check_vector
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -76,18 +78,12 @@ def sums_and_counts(rows: Tensor, masks: Tensor) -> Tensor:
 
 
 def checked(name: str, rows: Tensor, unit: str) -> Tensor:
-    if not isinstance(rows, Tensor):
-        raise TypeError(f"{name} is a {type(rows).__name__}; expected a tensor (n,)")
+    check_vector(name, rows)
     if not rows.is_floating_point():
         raise TypeError(f"{name} has dtype {rows.dtype}; expected floating point ({unit})")
-    if rows.ndim != 1:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}; expected (n,)")
     return rows.detach().to(torch.float32)
 
 
 def checked_decay(decay: float) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
-        raise TypeError(f"decay is a {type(decay).__name__}; expected a number in [0, 1)")
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay}; expected a number in [0, 1)")
+    check_between("decay", decay, 0, 1, open_high=True)
     return decay

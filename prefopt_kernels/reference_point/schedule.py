@@ -2,6 +2,8 @@
 
 import math
 
+from prefopt_kernels._checks import check_weight
+
 
 class ShiftSchedule:
     r"""When BCO's shift comes in: a gate g in [0, 1], shut until a condition holds, then a linear ramp.
@@ -53,10 +55,7 @@ class ShiftSchedule:
                 raise TypeError(f"{name} is a {type(value).__name__}; expected an integer")
             if value < least:
                 raise ValueError(f"{name} is {value}; expected {least} or above")
-        if isinstance(min_gain, bool) or not isinstance(min_gain, (int, float)):
-            raise TypeError(f"min_gain is a {type(min_gain).__name__}; expected a number")
-        if not 0 <= min_gain < math.inf:
-            raise ValueError(f"min_gain is {min_gain}; expected a finite number, 0 or above")
+        check_weight("min_gain", min_gain)
         if start_step is None and patience is None:
             raise ValueError("start_step and patience are both None; expected at least one of them")
         self.start_step, self.ramp_steps = start_step, ramp_steps

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from prefopt_kernels._checks import check_vector
 from prefopt_kernels.reference_point.estimator import (
     AveragingEstimator,
     Estimator,
@@ -161,10 +162,5 @@ class EMAShift(AveragingEstimator):
 def _checked_rewards(rewards: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) fp32 rewards, and (2, n) which rows are finite and desirable, finite and undesirable."""
     rewards = checked("rewards", rewards, "beta * nats")
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels is a {type(labels).__name__}; expected a tensor (n,)")
-    if labels.dtype != torch.bool:
-        raise TypeError(f"labels has dtype {labels.dtype}; expected torch.bool (True = desirable)")
-    if labels.shape != rewards.shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}; expected that of rewards, {tuple(rewards.shape)}")
+    check_vector("labels", labels, len(rewards), dtypes=(torch.bool,))
     return rewards, torch.stack([labels, ~labels]) & rewards.isfinite()

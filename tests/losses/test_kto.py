@@ -228,7 +228,7 @@ def bad(message, error=ValueError, **change):
         bad("logps has dtype torch.int64; expected floating", TypeError, logps=torch.arange(5)),
         bad("labels has dtype torch.int64; expected torch.bool", TypeError, labels=torch.arange(5)),
         bad(
-            "labels is on meta; expected cpu, as logps",
+            "labels is on meta; expected cpu, where logps is",
             labels=torch.zeros(5, dtype=torch.bool, device="meta"),
         ),
         bad("beta is 0; expected a finite number above 0", beta=0),

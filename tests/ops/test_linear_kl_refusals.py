@@ -62,9 +62,9 @@ TYPES = {
     "float targets": ({"targets": torch.zeros(T)}, "targets has dtype torch.float32; expected torch.int64"),
     "temperature of a pair is None": (
         {"temperature": (1.0, None)},
-        r"temperature\[1\] is a NoneType; expected a float",
+        r"temperature\[1\] is a NoneType; expected a finite number",
     ),
-    "softcap is text": ({"softcap": "30"}, "softcap is a str; expected a float"),
+    "softcap is text": ({"softcap": "30"}, "softcap is a str; expected a finite number"),
     "lora is a tensor": ({"lora": torch.zeros(2)}, r"lora is a Tensor; expected \(A, B, scale\)"),
     "ref_lora is of two": ({"ref_lora": (1, 2)}, r"ref_lora is a tuple of 2; expected \(A, B, scale\)"),
 }

@@ -99,13 +99,13 @@ TYPES = {
         {"hidden": sparse(T, H)},
         "hidden has layout torch.sparse_coo; expected a strided",
     ),
-    "logit_scale is text": ({"logit_scale": "1"}, "logit_scale is a str; expected a float"),
+    "logit_scale is text": ({"logit_scale": "1"}, "logit_scale is a str; expected a finite number"),
     "logit_scale is a tensor": (
         {"logit_scale": torch.ones(())},
-        "logit_scale is a Tensor; expected a float",
+        "logit_scale is a Tensor; expected a finite number",
     ),
-    "temperature is None": ({"temperature": None}, "temperature is a NoneType; expected a float"),
-    "softcap is a bool": ({"softcap": True}, "softcap is a bool; expected a float"),
+    "temperature is None": ({"temperature": None}, "temperature is a NoneType; expected a finite number"),
+    "softcap is a bool": ({"softcap": True}, "softcap is a bool; expected a finite number"),
 }
 
 VALUES = {

@@ -78,12 +78,12 @@ def bad(message, error=ValueError, **changed):
                 for n, d in (("ref_logps", torch.float32), ("labels", torch.bool), ("lengths", torch.int64))
             },
         ),
-        bad("ref_logps has shape (3,); expected (2,), one for each sequence", ref_logps=torch.zeros(3)),
+        bad("ref_logps has shape (3,); expected (2,)", ref_logps=torch.zeros(3)),
         bad("ref_logps has dtype torch.float16; expected torch.float32", TypeError, ref_logps=torch.zeros(2).half()),
-        bad("labels has shape (2, 1); expected (2,), one for each sequence", labels=torch.ones(2, 1) > 0),
+        bad("labels has shape (2, 1); expected (2,)", labels=torch.ones(2, 1) > 0),
         bad("labels has dtype torch.int64; expected torch.bool", TypeError, labels=torch.tensor([1, 0])),
         bad("lengths has dtype torch.float32; expected torch.int64 or torch.int32", TypeError, lengths=torch.ones(2)),
-        bad("lengths has shape (1,); expected (2,), one for each sequence", lengths=torch.tensor([5])),
+        bad("lengths has shape (1,); expected (2,)", lengths=torch.tensor([5])),
         bad("lengths has -1; expected numbers of tokens, 0 or above", lengths=torch.tensor([2, -1])),
         bad("reference_point is on meta; expected cpu, where logp is", reference_point=meta(1.0)),
         bad("reference_point has shape (2,); expected ()", reference_point=torch.zeros(2)),
@@ -104,16 +104,18 @@ def bad(message, error=ValueError, **changed):
         bad("shift_bound is 0; expected a finite number above 0", shift_bound=0, **ENHANCED),
         bad("shift has dtype torch.int64; expected floating point", TypeError, shift=torch.tensor(1), **ENHANCED),
         bad(
-            "win_weighting is 'prelek'; expected one of (None, 'tversky-kahneman', 'prelec'); did you mean 'prelec'?",
+            "win_weighting is 'prelek'; expected None or one of ('tversky-kahneman', 'prelec'); did you mean 'prelec'?",
             win_weighting="prelek",
             **ENHANCED,
         ),
         bad(
-            "decision_weighting is 'tk'; expected one of (None, 'tversky-kahneman', 'prelec')",
+            "decision_weighting is 'tk'; expected None or one of ('tversky-kahneman', 'prelec')",
             decision_weighting="tk",
             **ENHANCED,
         ),
-        bad("decision_clip is -1; expected (low, high) with 0 < low <= high", decision_clip=(-1, 0.5), **ENHANCED),
+        bad(
+            "decision_clip is (-1, 0.5); expected (low, high) with 0 < low <= high", decision_clip=(-1, 0.5), **ENHANCED
+        ),
         bad(
             "decision_clip is (2.0, 0.5); expected (low, high) with 0 < low <= high",
             decision_clip=(2.0, 0.5),

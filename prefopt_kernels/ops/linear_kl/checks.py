@@ -5,6 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from prefopt_kernels._checks import check_device
 from prefopt_kernels.ops.linear_logprob.checks import check_operands, check_transform
 
 Number = TypeVar("Number", float, float | None)
@@ -46,8 +47,7 @@ def check_ref(
     check_operands(ref_hidden, head, targets, ref_bias, op="linear_kl", weight_name=head_name, prefix="ref_")
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(f"ref_hidden has dtype {ref_hidden.dtype}; expected that of hidden, {hidden.dtype}")
-    if ref_hidden.device != hidden.device:
-        raise ValueError(f"ref_hidden is on {ref_hidden.device}; expected {hidden.device}, where hidden is")
+    check_device("hidden", hidden, ref_hidden=ref_hidden)
     if head.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight has shape {tuple(head.shape)}; expected {weight.shape[0]} rows, the vocabulary of weight"

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prefopt_kernels._checks import LARGEST, check_between, check_device, check_number, check_tensor
 from prefopt_kernels.ops._forward_mode import refuse_tangents
 
 OUTPUTS = ("entropy", "mean_logit", "is_top1")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-LARGEST, SMALLEST = (
-    torch.finfo(torch.float32).max,
-    2.0**-149,
-)  # of fp32; below the second it rounds to 0
+SMALLEST = 2.0**-149  # of fp32; below it rounds to 0
 
 
 def check_call(
@@ -46,9 +44,9 @@ def check_operands(
 ) -> None:
     """Raise unless hidden states, head and targets fit each other; ``prefix`` of the names of hidden and bias."""
     hidden_name, bias_name = f"{prefix}hidden", f"{prefix}bias"
-    _check_tensor(hidden_name, hidden, "(T, H)", 2)
-    _check_tensor(weight_name, weight, "(V, H)", 2)
-    _check_tensor("targets", targets, "(T,)", 1)
+    check_tensor(hidden_name, hidden, "(T, H)", 2)
+    check_tensor(weight_name, weight, "(V, H)", 2)
+    check_tensor("targets", targets, "(T,)", 1)
     if hidden.dtype not in FLOATS:
         raise TypeError(f"{hidden_name} has dtype {hidden.dtype}; expected one of {_names(FLOATS)}")
     if weight.dtype != hidden.dtype:
@@ -69,7 +67,7 @@ def check_operands(
         )
     named = {weight_name: weight, "targets": targets}
     if bias is not None:
-        _check_tensor(bias_name, bias, "(V,)", 1)
+        check_tensor(bias_name, bias, "(V,)", 1)
         if bias.dtype != hidden.dtype:
             raise TypeError(f"{bias_name} has dtype {bias.dtype}; expected that of {hidden_name}, {hidden.dtype}")
         if bias.shape[0] != weight.shape[0]:
@@ -77,9 +75,7 @@ def check_operands(
                 f"{bias_name} has shape {tuple(bias.shape)}; expected ({weight.shape[0]},), one for each token id"
             )
         named[bias_name] = bias
-    for name, tensor in named.items():
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where {hidden_name} is")
+    check_device(hidden_name, hidden, **named)
     refuse_tangents(op, {hidden_name: hidden, weight_name: weight, bias_name: bias})
 
 
@@ -100,10 +96,7 @@ def check_outputs(outputs: Sequence[str]) -> None:
 def check_filters(grad_filter: float, head_grad_filter: float) -> None:
     """Raise unless both are probabilities below 1."""
     for name, value in (("grad_filter", grad_filter), ("head_grad_filter", head_grad_filter)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} is {value}; expected a probability in [0, 1), 0 to skip none")
+        check_between(name, value, 0, 1, open_high=True)
 
 
 def check_lora(
@@ -123,13 +116,12 @@ def check_lora(
     _check_number(f"{prefix}lora[2], the scale,", scale, positive=False)
     for name, tensor, shape in (("A", A, "(R, H)"), ("B", B, "(V, R)")):
         name = f"{prefix}lora's {name}"
-        _check_tensor(name, tensor, shape, 2)
+        check_tensor(name, tensor, shape, 2)
         if tensor.dtype not in (hidden.dtype, torch.float32):
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; expected that of {prefix}hidden, {hidden.dtype}, or torch.float32"
             )
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {hidden.device}, where {prefix}hidden is")
+        check_device(f"{prefix}hidden", hidden, **{name: tensor})
     R = A.shape[0]
     for name, tensor, sizes in (("A", A, (R, hidden.shape[1])), ("B", B, (weight.shape[0], R))):
         if R == 0 or tuple(tensor.shape) != sizes:
@@ -157,22 +149,10 @@ def check_targets(targets: Tensor, vocabulary: int) -> None:
         )
 
 
-def _check_tensor(name: str, value: Tensor, shape: str, dims: int) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape {shape}")
-    if value.dim() != dims:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {shape}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; expected a strided tensor")
-
-
 def _check_number(name: str, value: float, *, positive: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a float")
-    # as fp32, in which the logits are computed; a comparison with NaN is false
-    if not (SMALLEST if positive else -LARGEST) <= value <= LARGEST:
-        above = " above 0" if positive else ""
-        raise ValueError(f"{name} is {value}; expected a finite number{above} that fits fp32")
+    above = " above 0" if positive else ""
+    # as fp32, in which the logits are computed
+    check_number(name, value, f"a finite number{above} that fits fp32", SMALLEST if positive else -LARGEST)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

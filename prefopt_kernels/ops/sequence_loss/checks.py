@@ -1,16 +1,24 @@
 """What a call of sequence_loss must look like; each refusal names the argument, what was got and what is expected."""
 
-import difflib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefopt_kernels._checks import (
+    INTEGERS,
+    LARGEST,
+    check_bounds,
+    check_choice,
+    check_device,
+    check_interval,
+    check_number,
+    check_positive,
+    check_vector,
+)
 from prefopt_kernels.ops._forward_mode import refuse_tangents
 from prefopt_kernels.ops.sequence_loss.parameters import METHODS, OFF, TAKEN, TENSORS, WEIGHTINGS
 
-INTEGERS = (torch.int64, torch.int32)
-LARGEST = torch.finfo(torch.float32).max
 # Ranges of the numbers: what is expected, the least and the largest value, whether the least is excluded.
 _ANY = ("a finite number", -LARGEST, LARGEST, False)
 _WEIGHT = ("a finite number, 0 or above", 0.0, LARGEST, False)
@@ -48,26 +56,24 @@ def check_call(
 
     Reads metadata only, so it costs no device synchronisation and traces under torch.compile.
     """
-    _check_vector("logp", logp, "T", (torch.float32,))
+    check_vector("logp", logp, size="T", dtypes=(torch.float32,))
     refuse_tangents("sequence_loss", {"logp": logp})
-    _check_vector("cu_seqlens", cu_seqlens, "B + 1", INTEGERS)
+    check_vector("cu_seqlens", cu_seqlens, size="B + 1", dtypes=INTEGERS)
     B = cu_seqlens.shape[0] - 1
     if B < 1:
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected (B + 1,) with at least one sequence"
         )
-    _check_vector("ref_logps", ref_logps, "B", (torch.float32,), B)
-    _check_vector("labels", labels, "B", (torch.bool,), B)
+    check_vector("ref_logps", ref_logps, B, dtypes=(torch.float32,))
+    check_vector("labels", labels, B, dtypes=(torch.bool,))
     named = {"cu_seqlens": cu_seqlens, "ref_logps": ref_logps, "labels": labels}
     if lengths is not None:
-        _check_vector("lengths", lengths, "B", INTEGERS, B)
+        check_vector("lengths", lengths, B, dtypes=INTEGERS)
         named["lengths"] = lengths
     named |= {name: given[name] for name in TENSORS if isinstance(given[name], Tensor)}
-    for name, tensor in named.items():
-        if tensor.device != logp.device:
-            raise ValueError(f"{name} is on {tensor.device}; expected {logp.device}, where logp is")
-    _check_choice("method", method, METHODS)
-    _check_number("beta", beta, *_POSITIVE)
+    check_device("logp", logp, **named)
+    check_choice("method", method, METHODS)
+    check_positive("beta", beta)
     _check_settings(given)
     taken = TAKEN.get(method, tuple(OFF))
     for name, value in given.items():
@@ -78,38 +84,9 @@ def check_call(
 
 def check_values(cu_seqlens: Tensor, lengths: Tensor | None, tokens: int) -> None:
     """Raise ValueError unless cu_seqlens cuts the rows in order. CPU tensors only: it reads the values."""
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens:
-        raise ValueError(
-            f"cu_seqlens runs from {bounds[0]} to {bounds[-1]}; expected from 0 to T = {tokens}, the rows of logp"
-        )
-    if sorted(bounds) != bounds:
-        i = next(i for i in range(len(bounds) - 1) if bounds[i + 1] < bounds[i])
-        raise ValueError(
-            f"cu_seqlens[{i + 1}] is {bounds[i + 1]}, below cu_seqlens[{i}] = {bounds[i]}; "
-            "expected non-decreasing values"
-        )
+    check_bounds(cu_seqlens, tokens)
     if lengths is not None and (smallest := min(lengths.tolist())) < 0:
         raise ValueError(f"lengths has {smallest}; expected numbers of tokens, 0 or above")
-
-
-def _check_vector(
-    name: str,
-    value: Tensor,
-    size: str,
-    dtypes: tuple[torch.dtype, ...],
-    length: int | None = None,
-) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor of shape ({size},)")
-    if value.dim() != 1 or (length is not None and value.shape[0] != length):
-        expected = f"({size},)" if length is None else f"({length},), one for each sequence"
-        raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {expected}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} has layout {value.layout}; expected a strided tensor")
-    if value.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{name} has dtype {value.dtype}; expected {expected}")
 
 
 def _check_settings(given: dict[str, Any]) -> None:
@@ -122,29 +99,7 @@ def _check_settings(given: dict[str, Any]) -> None:
         elif name in RANGES and not (value is None and name in MAY_BE_NONE):
             expected, least, most, excluded = RANGES[name]
             or_tensor = " or a 0-dim tensor" if name in TENSORS else ""
-            _check_number(name, value, expected + or_tensor, least, most, excluded)
+            check_number(name, value, expected + or_tensor, least, most, above=excluded)
     for name in ("win_weighting", "decision_weighting"):
-        if given[name] is not None:
-            _check_choice(name, given[name], (None, *WEIGHTINGS))
-    clip, expected = given["decision_clip"], "(low, high) with 0 < low <= high"
-    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
-        raise TypeError(f"decision_clip is {clip!r}; expected {expected}")
-    for end in clip:
-        _check_number("decision_clip", end, expected, 0.0, LARGEST, True)
-    if not clip[0] <= clip[1]:
-        raise ValueError(f"decision_clip is {clip!r}; expected {expected}")
-
-
-def _check_number(name: str, value: float, expected: str, least: float, most: float, excluded: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected {expected}")
-    # A comparison with NaN is false; math.isfinite would not be traced where a number changes.
-    if not (least < value if excluded else least <= value) or not value <= most:
-        raise ValueError(f"{name} is {value}; expected {expected}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str | None, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), [c for c in choices if c is not None], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} is {value!r}; expected one of {choices}{hint}")
+        check_choice(name, given[name], WEIGHTINGS, or_none=True)
+    check_interval("decision_clip", given["decision_clip"])
