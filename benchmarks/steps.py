@@ -1,10 +1,10 @@
 """One optimizer step, all micro-batches, forward and backward: TRL, TRL patched, and PreferenceTrainer's ways.
 
     python -m benchmarks.steps MODEL --name NAME                         a saved causal LM; hours on 2 cores
-    python -m benchmarks.steps --lengths trial --windows 1 --rounds 2    a trial on a random model, keeps no row
+    python -m benchmarks.steps --lengths short-128 --windows 1 --rounds 2    a trial on a random model, keeps no row
 
 The policy is the model with a LoRA adapter on every linear layer but the head, the reference the model without it.
-Rows are random words whose lengths are lognormal stand-ins for a published set, named in the row. The same windows
+Rows are random words with lognormal lengths, stand-ins for those of a published set or short ones, named in the row. The same windows
 (optimizer steps) are run by every variant in interleaved rounds; the optimizer is left out, the same for all.
 """
 
@@ -27,7 +27,7 @@ from prefopt_kernels.integrations import trl as integration
 LENGTHS = {
     "ultrafeedback-512": (120, 0.9, 250, 0.7, 512),
     "hh-rlhf-1024": (110, 0.8, 55, 0.9, 1024),
-    "trial": (30, 0.9, 62, 0.7, 128),
+    "short-128": (30, 0.9, 62, 0.7, 128),
 }
 METHODS = {"kto": (4, 4), "enhanced_kto": (4, 4), "dpo": (2, 4)}  # rows or pairs of a micro-batch, micro-batches
 GATE = ("tests/prefopt/test_trainer_parity.py", "tests/prefopt/test_trainer_methods.py")
@@ -190,8 +190,6 @@ def measure(method: str, options: argparse.Namespace, where: dict) -> list[dict]
             _, runs[f"ours-{name}"] = by_ours(
                 method, extra, recuts, options.model, data, vocabulary, f"{folder}/{name}", options.windows
             )
-        for run in runs.values():  # libraries, buffers and the scores of a step before are there then
-            run()
         peaks = {who: extra_bytes_of(run) for who, run in runs.items()}
         seconds, losses = interleaved(runs, options.rounds)
     ours = [losses[who].item() for who in runs if who.removeprefix("ours-") in SAME_LOSS]
@@ -239,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=KEPT_ROUNDS)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
-    kept = options.rounds >= KEPT_ROUNDS and options.model is not None and options.lengths != "trial"
+    kept = options.rounds >= KEPT_ROUNDS and options.model is not None
     if kept:
         require_green(*GATE)
     where = origin()

@@ -9,7 +9,7 @@ import torch
 from benchmarks import steps
 from prefopt.train.step_values import StepScores
 
-OPTIONS = argparse.Namespace(model=None, name="random", way=None, lengths="trial", windows=1, rounds=2, threads=1)
+OPTIONS = argparse.Namespace(model=None, name="random", way=None, lengths="short-128", windows=1, rounds=2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def test_a_row_for_trl_for_trl_patched_and_for_each_way(method):
     ours = [f"ours-{way}" for way in steps.WAYS[method]]
     assert [row["variant"] for row in rows] == ["trl", "trl-patched", *ours]
     assert {row["ratio"] for row in rows if row["variant"] == "trl-patched"} == {1.0}
-    lengths = list(steps.lengths("trial", 8 if method == "dpo" else 16, 0))
+    lengths = list(steps.lengths("short-128", 8 if method == "dpo" else 16, 0))
     tokens = sum(2 * p + a + b if method == "dpo" else p + a for p, a, b in lengths)
     assert {row["T"] for row in rows} == {tokens} and max(map(sum, lengths)) <= 3 * 128
 
