@@ -4,8 +4,9 @@
     python -m benchmarks.steps --lengths short-128 --windows 1 --rounds 2    a trial on a random model, keeps no row
 
 The policy is the model with a LoRA adapter on every linear layer but the head, the reference the model without it.
-Rows are random words with lognormal lengths, stand-ins for those of a published set or short ones, named in the row. The same windows
-(optimizer steps) are run by every variant in interleaved rounds; the optimizer is left out, the same for all.
+Rows are random words with lognormal lengths, stand-ins for those of a published set or short ones, named in the row.
+The same windows (optimizer steps) are run by every variant in interleaved rounds; the optimizer is left out, the same
+for all.
 """
 
 import argparse
