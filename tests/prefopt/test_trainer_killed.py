@@ -23,7 +23,8 @@ from support.distributed import (
     drifted_world,
     trained,
 )
-from support.rank_scripts import WORLD_SIZE, environment, leave, leave_group
+from support.forked import environment
+from support.rank_scripts import WORLD_SIZE, leave, leave_group
 from support.trainer import data_for, make_trainer
 
 STEPS, SAVED, KILLED = (

@@ -1,8 +1,7 @@
 """Peak extra memory of a forward and a backward of the head operators, each in a process of its own.
 
 ``benchmarks.measure_cpu.extra_bytes_of`` measures: whoever allocates is counted, C++, torch or the libraries below;
-pages that are never touched cost nothing. The processes are forked from one server that has imported torch, so that
-they do not import it once each.
+pages that are never touched cost nothing.
 """
 
 import multiprocessing
@@ -13,6 +12,7 @@ import torch
 from benchmarks.measure_cpu import extra_bytes_of
 from prefopt_kernels import linear_kl, linear_logprob
 from prefopt_kernels.ops.linear_logprob import cpu
+from support.forked import start
 
 T, H, V = 512, 64, 50_000
 MIB = 2**20
@@ -23,11 +23,8 @@ def peak_bytes(step: Callable[..., Callable[[int, int, int], Callable[[], None]]
 
     ``step`` is a function of this module.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, step, arguments))
-    process.start()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = start(_measure, sender, step, arguments)
     sender.close()
     try:
         return receiver.recv()
