@@ -112,8 +112,7 @@ def test_larger_than_every_block(dtype, T, H, V, backend):
     check(made, ours(made, ("hidden",), backend))
 
 
-@pytest.mark.parametrize("hidden_size", [0, 1, 65])
-@pytest.mark.parametrize("vocabulary", [1, 2, 300])
+@pytest.mark.parametrize("hidden_size, vocabulary", [(0, 300), (1, 2), (65, 1), (65, 300)])
 @pytest.mark.parametrize("tokens", ["none", "none_counts"])
 @dtypes
 def test_nothing_to_do(dtype, tokens, vocabulary, hidden_size, backend):

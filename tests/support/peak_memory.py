@@ -74,6 +74,15 @@ def kl_step(dtype, wanted, through, backend):
     return prepare
 
 
+def two_tensors(size):
+    """Two tensors one after the other, of ``size`` bytes and of half of it, whatever T, H, V."""
+
+    def run() -> None:
+        torch.ones(size // 4).sum(), torch.ones(size // 8).sum()
+
+    return lambda T, H, V: run
+
+
 def _operands(T, H, V, dtype, states, wanted) -> dict[str, torch.Tensor]:
     x = {name: torch.randn(T, H, dtype=dtype) for name in states}
     x["weight"] = torch.randn(V, H, dtype=dtype).mul_(H**-0.5)
