@@ -271,6 +271,8 @@ def compile_all(arch: int, dtype: str) -> list[Compiled]:
 def report(archs: list[int], dtypes: list[str]) -> list[Compiled]:
     """One process for each architecture and dtype, as many at a time as there are cores."""
     pairs = [(arch, dtype) for arch in archs for dtype in dtypes]
+    if len(pairs) == 1:
+        return compile_all(*pairs[0])
     with ProcessPoolExecutor(min(len(pairs), os.cpu_count() or 1), get_context("spawn")) as pool:
         return [row for rows in pool.map(compile_all, *zip(*pairs, strict=True)) for row in rows]
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 
 from benchmarks.cases import CASES, GRID, memory_target
 from benchmarks.measure_cpu import exact_logp, interleaved, main, measure, summary
-from benchmarks.rows import ROOT, origin
+from benchmarks.rows import origin
 from benchmarks.variants import make_inputs
+from support.peak_memory import peak_bytes, two_tensors
 
 SMOKE = CASES["smoke"]
 
@@ -41,15 +41,9 @@ def test_percentiles_in_milliseconds():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_peak_counts_what_was_freed_again():
     size = 64 * 2**20
-    code = (
-        "import torch\n"
-        "from benchmarks.measure_cpu import extra_bytes_of\n"
-        f"print(extra_bytes_of(lambda: (torch.ones({size // 4}).sum(), torch.ones({size // 8}).sum())))\n"
-    )
-    # in a process of its own, as the benchmark has it: one that ran other tests has free pages to use again
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    measured = peak_bytes(two_tensors, size)
     # the larger of the two, and not their sum; reused pages and late counters are far below 8 MiB
-    assert abs(int(done.stdout) - size) < 8 * 2**20
+    assert abs(measured - size) < 8 * 2**20
 
 
 def test_exact_logp_is_in_fp64():

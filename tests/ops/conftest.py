@@ -24,6 +24,22 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("backend", names, indirect=True)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Triton's interpreter multiplies bf16 wrongly and the backend refuses it: a case of bf16 is not run there."""
+
+    def refused(item) -> bool:
+        given = getattr(item, "callspec", None)
+        return given is not None and (given.params.get("backend"), given.params.get("dtype")) == (
+            "triton",
+            torch.bfloat16,
+        )
+
+    left_out = [] if ON_GPU else [item for item in items if refused(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not refused(item)]
+
+
 @pytest.fixture
 def backend(request, monkeypatch) -> str:
     """The name of a backend; the C++ one comes once for each instruction set of this machine."""

@@ -163,13 +163,12 @@ def equal_or_flushed(ours, expected):
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 3])
 @dtypes
+@pytest.mark.compiled_only("Triton's logits are in units of log 2: right to one more rounding")
 def test_every_format_is_read_exactly(dtype, vocabulary, backend):
     """A logit that is one product with 1 is what stands in memory, whichever operand has it.
 
     All logits are equal, so lse is the logit plus log V: exactly the logit for V = 1, else within two roundings.
     """
-    if backend == "triton":
-        pytest.skip("its logits are in units of log 2: right to one more rounding")
     values = special_values(dtype)
     ones, targets = torch.ones(vocabulary, 1, dtype=dtype), torch.zeros(len(values)).long()
     log_size, eps = math.log(vocabulary), torch.finfo(torch.float32).eps
@@ -219,10 +218,9 @@ def test_unit_gradients_are_rounded_once(backend):
 
 
 @dtypes
+@pytest.mark.compiled_only("Triton's logits are in units of log 2: right to one more rounding")
 def test_the_largest_values(dtype, backend):
     """Products of the largest fp16 fit fp32. Those of the others do not: no finite number comes out of them."""
-    if backend == "triton":
-        pytest.skip("its logits are in units of log 2: right to one more rounding")
     largest = torch.finfo(dtype).max
     hidden = torch.tensor([[largest], [-largest]], dtype=dtype)
     weight = torch.tensor([[largest], [-largest]], dtype=dtype)

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.linear_logprob import DIFFERENTIABLE, OPERANDS, check, ours, problem
+from support.linear_logprob import DIFFERENTIABLE, OPERANDS, backends, check, ours, problem
 
+# torch divides the work of the reference
+pytestmark = pytest.mark.parametrize("backend", backends()[1:] or ["reference"], indirect=True)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

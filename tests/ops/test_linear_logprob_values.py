@@ -56,6 +56,7 @@ def test_each_gradient_alone_and_together(dtype, bias, through, backend):
 
 
 @pytest.mark.parametrize("outputs", [(), *subsets(OUTPUTS)], ids="+".join)
+@pytest.mark.compiled_only("in bf16, which Triton's interpreter multiplies wrongly")
 def test_each_output_alone_and_together(outputs, backend):
     """What is asked for comes, what is not is None, and neither changes the rest by a bit."""
     made = problem("normal", dtype=torch.bfloat16, bias=True)
@@ -112,8 +113,7 @@ def test_larger_than_every_block(dtype, T, H, V, backend):
     check(made, ours(made, ("hidden",), backend))
 
 
-@pytest.mark.parametrize("hidden_size", [0, 1, 65])
-@pytest.mark.parametrize("vocabulary", [1, 2, 300])
+@pytest.mark.parametrize("hidden_size, vocabulary", [(0, 300), (1, 2), (65, 1), (65, 300)])
 @pytest.mark.parametrize("tokens", ["none", "none_counts"])
 @dtypes
 def test_nothing_to_do(dtype, tokens, vocabulary, hidden_size, backend):

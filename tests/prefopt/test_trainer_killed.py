@@ -14,7 +14,6 @@ if __name__ == "__main__":
     import conftest  # noqa: F401  no network
 
 import pytest
-import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from prefopt.train import PreferenceTrainer
@@ -23,7 +22,8 @@ from support.distributed import (
     drifted_world,
     trained,
 )
-from support.rank_scripts import WORLD_SIZE, environment, leave, leave_group
+from support.forked import environment
+from support.rank_scripts import WORLD_SIZE, leave, leave_group, run_as_ranks
 from support.trainer import data_for, make_trainer
 
 STEPS, SAVED, KILLED = (
@@ -90,9 +90,7 @@ def test_a_killed_process_ends_the_run_and_it_goes_on_from_its_checkpoint(tmp_pa
     assert ended.returncode != 0 and "SIGKILL" in ended.stdout, ended.stdout[-4000:]
     assert took < BOUND, took
 
-    ended = torchrun(tmp_path)
-    assert ended.returncode == 0, ended.stdout[-4000:]
-    seen = torch.load(tmp_path / "rank0.pt")
+    seen, _ = run_as_ranks(__file__, tmp_path)
     assert seen["from"] == "checkpoint-4"
     assert seen["whole"]["logs"][-1]["loss"] != seen["whole"]["logs"][3]["loss"]
     assert_ends_like(seen["resumed"], seen["whole"])

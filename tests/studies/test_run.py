@@ -13,7 +13,7 @@ from studies.bco_stability.pool import read_lines
 from studies.bco_stability.table import plain, share_of
 
 NAIVE = ("value", "weighting", "shift")
-RATE, SEEDS = 0.02, 4
+RATE, SEEDS = 0.02, 2
 
 
 def small_plan():

@@ -1,32 +1,27 @@
 """Gloo processes on this machine, for tests of collectives."""
 
-import functools
-import multiprocessing
 import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from support.rank_scripts import leave_group
+from support.forked import start
+from support.rank_scripts import ended, leave_group
 
 
 def run_ranks(work, folder: Path, world_size: int = 2) -> list:
     """``[work(0), work(1), ...]``, each computed in a process of its own inside one gloo group.
 
-    ``work`` is a function of a helper module, or a partial of one. The processes are forked from a server that has
-    imported that module, so that they do not import torch once each.
+    ``work`` is a function of a helper module, or a partial of one.
     """
-    run = functools.partial(_rank, work, str(folder), world_size)
-    module = getattr(work, "func", work).__module__
-    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "support.gloo_ranks", module])
-    mp.start_processes(run, nprocs=world_size, start_method="forkserver")
+    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
+    place = (str(folder), world_size)
+    ended([start(_rank, work, *place, rank, log=log) for rank, log in enumerate(logs)], logs)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 def _rank(work, folder: str, world_size: int, rank: int) -> None:
-    torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # no name look-up, which fails on isolated machines
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)

@@ -10,7 +10,6 @@ torch.
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -20,17 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from multiprocessing import forkserver
 from pathlib import Path
-from unittest.mock import patch
 
-import torch
 import yaml
 
 import prefopt.report.write
 from prefopt.cli import main as command_line
 from prefopt.train.checkpoint import PARTIAL
-from support.rank_scripts import environment
+from support.forked import start
 from support.tiny_models import make_model, make_rows, make_tokenizer
 
 METHODS = {
@@ -43,8 +39,6 @@ METHODS = {
     },
 }
 STEPS, SAVED = 8, 2
-# Imported once, by the fork server.
-PRELOADED = ["prefopt.recipe.run", "peft", "transformers.models.qwen3.modeling_qwen3"]
 WRITES = os.O_WRONLY | os.O_RDWR
 CHANGES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove")
 PATIENCE = 120  # seconds for one run
@@ -131,12 +125,7 @@ def result_of(run: Path) -> dict:
 
 def _start(recipe: Path, words: list[str], seconds: float = PATIENCE, **hooks) -> int:
     """Run `prefopt train` in a process of its own; its exit code, negative for a signal."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with patch.dict(os.environ, environment({})):
-        forkserver.ensure_running()
-    process = context.Process(target=_child, args=(recipe, words), kwargs=hooks)
-    process.start()
+    process = start(_child, recipe, words, log=recipe.with_name("log.txt"), **hooks)
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -151,10 +140,6 @@ def _child(
     kill: tuple[int, float] | None = None,
     limit: int | None = None,
 ) -> None:
-    log = os.open(recipe.with_name("log.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    torch.set_num_threads(1)
     prefopt.report.write.drawable = lambda run: []  # plots take longer than all the rest
     run, count = str(recipe.with_name("run")), 0
     seen = None if record is None else record.open("w", encoding="utf-8")

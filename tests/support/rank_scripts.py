@@ -4,32 +4,21 @@ pytest finds the tests of such a file; their fixture runs the file as the proces
 """
 
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-TESTS = Path(__file__).resolve().parents[1]
+from support.forked import environment, start
+
 WORLD_SIZE = 2
 PATIENCE = 240  # seconds; a hang is a failure
-
-
-def environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """For processes on this machine that need no network."""
-    paths = (TESTS, TESTS.parent, TESTS.parent / "python")
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",  # no name look-up, which fails on isolated machines
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "PYTHONFAULTHANDLER": "1",  # SIGABRT writes where each thread was
-        **extra,
-    }
 
 
 def run_as_ranks(script: str, folder: Path, **extra: str) -> list[dict]:
@@ -39,16 +28,14 @@ def run_as_ranks(script: str, folder: Path, **extra: str) -> list[dict]:
     processes, logs = [], [folder / f"rank{rank}.log" for rank in range(WORLD_SIZE)]
     for rank, path in enumerate(logs):
         env = environment(extra) | _place(rank, store.port)
-        with path.open("w", encoding="utf-8") as log:
-            command = [sys.executable, script, str(folder)]
-            started = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
-        processes.append(started)
-    codes = _ended(processes)
-    assert codes == [0] * WORLD_SIZE, "\n".join(
-        f"rank {rank} ended with {code}:\n{path.read_text(encoding='utf-8')[-6000:]}"
-        for rank, (code, path) in enumerate(zip(codes, logs, strict=True))
-    )
+        processes.append(start(_run_script, script, str(folder), log=path, env=env))
+    ended(processes, logs)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+def _run_script(script: str, folder: str) -> None:
+    sys.argv = [script, folder]
+    runpy.run_path(script, run_name="__main__")
 
 
 def leave(folder: Path, seen: dict) -> None:
@@ -82,18 +69,29 @@ def _place(rank: int, port: int) -> dict[str, str]:
     }
 
 
-def _ended(processes: list[subprocess.Popen]) -> list[int]:
-    """Their exit codes. When one has failed, or all have had their time, the others are told to say where they are."""
+def ended(processes: list[BaseProcess], logs: list[Path]) -> None:
+    """Wait for the processes of a group, and fail with what they printed if one fails or hangs."""
+    codes = _exit_codes(processes)
+    assert not any(codes), "\n".join(
+        f"rank {rank} ended with {code}:\n{path.read_text(encoding='utf-8')[-6000:]}"
+        for rank, (code, path) in enumerate(zip(codes, logs, strict=True))
+    )
+
+
+def _exit_codes(processes: list[BaseProcess]) -> list[int | None]:
+    """When one has failed, or the time is over, the others get SIGABRT: they print their stacks."""
     until = time.monotonic() + PATIENCE
     try:
-        while any(process.poll() is None for process in processes):
-            if time.monotonic() > until or any(process.poll() for process in processes):
+        while any(process.is_alive() for process in processes):
+            if time.monotonic() > until or any(process.exitcode for process in processes):
                 break
             time.sleep(0.1)
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGABRT)
-        return [process.wait() for process in processes]
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGABRT)
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes]
     finally:  # interrupted
         for process in processes:
             process.kill()

@@ -102,7 +102,7 @@ def tokenize_rows(
 def token_lengths(rows: Dataset, side: str = "") -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each prompt and completion, two (n,) int64 arrays; ``side`` prefixes the columns of a pair."""
     names = [f"{side}prompt_ids", f"{side}completion_ids"]
-    table = rows.select_columns(names).with_format("arrow")[:]
+    table = rows.with_format("arrow", columns=names)[:]
     prompt, completion = (pyarrow.compute.list_value_length(table[name]).to_numpy().astype(np.int64) for name in names)
     return prompt, completion
 
@@ -148,10 +148,14 @@ def _usable(
         raise bad_rows_error(bad, len(encoded), loaded.name)
     if not good:
         raise DataError(f"{loaded.name} has no rows to train on; all {len(bad)} are bad, the first: {bad[0]}", bad)
-    dataset = encoded.select_columns(["prompt_ids", "completion_ids"])
-    for name in ("label", "group", "line"):
-        dataset = dataset.add_column(name, loaded.rows[name][:])
-    dataset = dataset.add_column("row", list(range(len(dataset))))
+    dataset = datasets.concatenate_datasets(
+        [
+            encoded.select_columns(["prompt_ids", "completion_ids"]),
+            loaded.rows.select_columns(["label", "group", "line"]),
+            Dataset.from_dict({"row": range(len(encoded))}),
+        ],
+        axis=1,
+    )
     if bad:
         dataset = dataset.select(good)
     cut = int(np.asarray(encoded["prompt_cut"][:])[good].sum())

@@ -180,17 +180,25 @@ def _settled(config: dict) -> dict:
 
 @contextlib.contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """PEFT's ``disable_adapter``, also for a model sharded by FSDP2.
+    """PEFT's ``disable_adapter`` without its check of every layer at each call, also for a model sharded by FSDP2.
 
     PEFT turns the adapter's ``requires_grad`` off and on again, and FSDP2 has two parameters for each weight, the
     whole one and its shard. Both changes must reach the same one, or the shard stays without a gradient.
     """
+    tuner = model.base_model
+    if not hasattr(tuner, "disable_adapter_layers"):  # prompt learning
+        with model.disable_adapter():
+            yield
+        return
     sharded = [
         module
         for module in model.modules()
         if isinstance(module, FSDPModule) and any(p.requires_grad for p in cast(nn.Module, module).parameters())
     ]
-    with model.disable_adapter():
+    tuner.disable_adapter_layers()
+    try:
         yield
         for module in sharded:
             module.reshard()
+    finally:
+        tuner.enable_adapter_layers()

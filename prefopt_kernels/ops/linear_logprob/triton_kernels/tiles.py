@@ -153,14 +153,15 @@ def final_logits(raw, bias_ptr, cols, V, inner, outer, BIAS: tl.constexpr, SOFTC
 @triton.jit
 def parts_of(tile, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
     """The columns in 1, 2 or 4 equal parts, from left to right."""
-    if PARTS == 1:
+    if PARTS == 1:  # with elif and else: Triton visits what follows an if, although its branch returns
         return (tile,)
-    left, right = halves(tile, BLOCK_T, BLOCK_V)
-    if PARTS == 2:
-        return left, right
-    a, b = halves(left, BLOCK_T, BLOCK_V // 2)
-    c, d = halves(right, BLOCK_T, BLOCK_V // 2)
-    return a, b, c, d
+    elif PARTS == 2:
+        return halves(tile, BLOCK_T, BLOCK_V)
+    else:
+        left, right = halves(tile, BLOCK_T, BLOCK_V)
+        a, b = halves(left, BLOCK_T, BLOCK_V // 2)
+        c, d = halves(right, BLOCK_T, BLOCK_V // 2)
+        return a, b, c, d
 
 
 @triton.jit
