@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from prefopt_kernels.reference_point import MicrobatchKL, WindowKL
+from prefopt_kernels.reference_point import EMAKL, MicrobatchKL, WindowKL
 from support.gloo_ranks import LOG_RATIOS, reference_points, run_ranks
 
 BOTH = pytest.mark.parametrize("estimator", [MicrobatchKL, WindowKL])
@@ -118,6 +118,18 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def test_the_standard_error_is_that_of_the_windows_mean():
+    rows = tensor([1.0, 3.0, 5.0, -2.0])
+    for estimator in (WindowKL(), EMAKL(decay=0.5)):
+        estimator.estimate(rows)
+        torch.testing.assert_close(estimator.standard_error, rows.std() / 2)
+        estimator.estimate(rows[:1])
+        assert estimator.standard_error == 0
+    ema = EMAKL()
+    ema.estimate(torch.cat([rows, tensor([float("nan")])]))  # a row that is not finite is left out
+    torch.testing.assert_close(ema.standard_error, rows.std() / 2)
+
+
 @pytest.mark.parametrize("case", range(len(LOG_RATIOS)))
 def test_two_ranks(two_ranks, case):
     rank_means = [mean(rows) for rows in LOG_RATIOS[case] if rows]
@@ -126,11 +138,11 @@ def test_two_ranks(two_ranks, case):
         "micro-batch": max(0.0, mean(rank_means)) if rank_means else 0.0,
         "window": max(0.0, mean(together)) if together else 0.0,
     }
-    one_packed_all_reduce = [(2,)]
     for rank, results in enumerate(two_ranks):
         own = LOG_RATIOS[case][rank]
         exact["window of this rank"] = max(0.0, mean(own)) if own else 0.0
         for name, value in exact.items():
+            one_packed_all_reduce = [(2,)] if name == "micro-batch" else [(3,)]  # with the squares
             assert results[case][name] == (value, value, one_packed_all_reduce), (rank, name)
 
 

@@ -223,7 +223,7 @@ def in_python():
 
 
 def test_two_ranks(tmp_path):
-    shapes = {"cumulative": (2,), "window": (2, 2), "ema": (2, 2), "kl": (2,)}
+    shapes = {"cumulative": (2,), "window": (2, 2), "ema": (2, 2), "kl": (3,)}
     for results in run_ranks(shifts, tmp_path):
         for window, (row, exact) in enumerate(zip(results, in_python(), strict=True)):
             for name, (value, kept, calls) in row.items():

@@ -14,6 +14,7 @@ class Estimator:
 
     _shapes: dict[str, tuple[int, ...]] = {"value": ()}
     value: Tensor  # 0-dim
+    standard_error: Tensor | float = 0.0  # of the last window's mean, where there is one
 
     def __init__(self, group: "dist.ProcessGroup | None" = None):
         self.group = group

@@ -7,7 +7,6 @@ from prefopt_kernels.reference_point.estimator import (
     AveragingEstimator,
     Estimator,
     checked,
-    sums_and_counts,
 )
 
 
@@ -16,13 +15,27 @@ class _MeanKL(Estimator):
 
     def _mean_over_ranks(self, numerator: Tensor, denominator: int, update: bool) -> Tensor:
         """Sum both over the ranks in one all-reduce, divide, clamp, remember."""
-        packed = torch.stack([numerator, numerator.new_tensor(float(denominator))])  # (2,)
-        packed = self._over_ranks(packed)
+        packed = self._over_ranks(torch.stack([numerator, numerator.new_tensor(float(denominator))]))  # (2,)
+        return self._clamped(packed, update)
+
+    def _clamped(self, packed: Tensor, update: bool) -> Tensor:
         # No row on any rank leaves 0 / 1: a reference point of 0, which is APO-zero's.
         estimate = (packed[0] / packed[1].clamp(min=1.0)).clamp(min=0.0)
         if update:
             self.value = estimate
         return estimate
+
+
+def _moments(log_ratios: Tensor, n: Tensor | int) -> Tensor:
+    """(3,) sum, number ``n`` and sum of squares."""
+    return torch.stack([log_ratios.sum(), torch.as_tensor(n).to(log_ratios), log_ratios.square().sum()])
+
+
+def _standard_error(moments: Tensor) -> Tensor:
+    """Of the mean, 0-dim; 0 for fewer than two rows."""
+    total, n, squares = moments
+    variance = (squares - total * total / n.clamp(min=1.0)) / (n - 1).clamp(min=1.0)
+    return torch.where(n > 1, (variance.clamp(min=0.0) / n.clamp(min=1.0)).sqrt(), 0.0)
 
 
 class MicrobatchKL(_MeanKL):
@@ -71,7 +84,8 @@ class WindowKL(_MeanKL):
 
     Call it once per optimizer step with the log-ratios of all micro-batches, concatenated: accumulation
     over small micro-batches then has the reference point of one large batch, with its smaller variance.
-    Sum and count are reduced separately, so ranks may have different numbers of rows.
+    Sum and count are reduced separately, so ranks may have different numbers of rows. ``standard_error`` is that of the
+    last call's mean before the clamp, 0-dim fp32 in nats; 0 for fewer than two rows.
 
     Args:
         group: as in :class:`MicrobatchKL`.
@@ -79,8 +93,8 @@ class WindowKL(_MeanKL):
     Example:
         >>> import torch
         >>> kl = WindowKL()
-        >>> kl.estimate(torch.tensor([1.0, 3.0, 5.0]))
-        tensor(3.)
+        >>> kl.estimate(torch.tensor([1.0, 3.0, 5.0])), kl.standard_error  # 2 / sqrt(3)
+        (tensor(3.), tensor(1.1547))
         >>> kl.estimate(torch.tensor([9.0]), update=False), kl.value
         (tensor(9.), tensor(3.))
     """
@@ -100,7 +114,9 @@ class WindowKL(_MeanKL):
             TypeError, ValueError: ``log_ratios`` is not floating point or not (n,).
         """
         log_ratios = checked("log_ratios", log_ratios, "nats")
-        return self._mean_over_ranks(log_ratios.sum(), log_ratios.shape[0], update)
+        packed = self._over_ranks(_moments(log_ratios, len(log_ratios)))
+        self.standard_error = _standard_error(packed)
+        return self._clamped(packed, update)
 
 
 class EMAKL(AveragingEstimator):
@@ -109,8 +125,9 @@ class EMAKL(AveragingEstimator):
     .. math:: N \leftarrow \rho N + (1 - \rho) \, \bar r, \quad D \leftarrow \rho D + (1 - \rho), \quad
               z_0 = \max(0, N / D)
 
-    Call it once per optimizer step, as :class:`WindowKL`. D corrects the start, so the first estimate is
-    the first window's mean. Rows that are not finite, and a window without rows, leave the average alone.
+    Call it once per optimizer step, as :class:`WindowKL`; ``standard_error`` is that of the window's mean, too. D
+    corrects the start, so the first estimate is the first window's mean. Rows that are not finite, and a window
+    without rows, leave the average alone.
 
     Args:
         group: as in :class:`MicrobatchKL`.
@@ -144,6 +161,8 @@ class EMAKL(AveragingEstimator):
         log_ratios = checked("log_ratios", log_ratios, "nats")
         self._follow(log_ratios.device)
         if update:
-            sums, counts = self._over_ranks(sums_and_counts(log_ratios, log_ratios.isfinite()))
-            self.value = self._average(sums, counts).clamp(min=0.0)
+            finite = log_ratios.isfinite()
+            packed = self._over_ranks(_moments(torch.where(finite, log_ratios, 0.0), finite.sum()))
+            self.standard_error = _standard_error(packed)
+            self.value = self._average(packed[0], packed[1]).clamp(min=0.0)
         return self.value

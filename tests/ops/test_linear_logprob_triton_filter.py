@@ -122,7 +122,7 @@ def test_the_entropy_gradient_is_never_filtered():
 
 def test_the_filters_are_checked():
     made = flat()
-    with pytest.raises(ValueError, match="grad_filter is 1.5; expected a probability"):
+    with pytest.raises(ValueError, match="grad_filter is 1.5; expected a number in \\[0, 1\\)"):
         triton_results(made, grad_filter=1.5)
     with pytest.raises(TypeError, match="head_grad_filter is a str"):
         triton_results(made, head_grad_filter="a")

@@ -23,6 +23,7 @@ from support.distributed import (
     launch_environment,
     run_case,
     run_resumed,
+    without_kl,
 )
 from support.rank_scripts import leave, leave_group, run_as_ranks
 
@@ -73,7 +74,9 @@ def test_partitions_take_the_steps_of_one_process(ranks, alone, stage, name):
     assert_same_run(first[stage][name], alone[name])
     evaluation = first[stage][name]["evaluation"]
     assert evaluation == second[stage][name]["evaluation"]
-    assert evaluation == pytest.approx(alone[name]["evaluation"], abs=1e-4, rel=0)
+    expected = alone[name]["evaluation"]
+    expected = without_kl(expected) if stage == "zero3" else expected
+    assert evaluation == pytest.approx(expected, abs=1e-4, rel=0)
 
 
 @pytest.mark.slow

@@ -61,10 +61,10 @@ def path_exists(word: str, page: Path) -> bool:
         return (ROOT / word).parent.is_dir() if "/" in word else True
     if any(ROOT.glob(word)) or any(page.parent.glob(word)):
         return True
+    quoted = any(f'"{word}"' in source for source in sources().values())
     if "/" in word:
-        return first == "runs"
-    inside = any(word == p.name for folder in (*OURS, "python", "csrc") for p in (ROOT / folder).rglob(word))
-    return inside or any(f'"{word}"' in source for source in sources().values())
+        return first == "runs" or quoted  # a logged metric
+    return quoted or any(word == p.name for folder in (*OURS, "python", "csrc") for p in (ROOT / folder).rglob(word))
 
 
 # Commands

@@ -138,7 +138,7 @@ class MetricSums:
     ) -> None:
         """Count one estimate of the reference point, in nats, and the rows that had no part in it.
 
-        ``variance``: this rank's part of the squared standard error of the estimate.
+        ``variance``: the squared standard error of the estimate, divided by the number of processes.
         """
         for name, value in (
             ("kl", reference_point),

@@ -138,10 +138,8 @@ class StepScores:
                 if answers:
                     log_ratios[piece] = ratios
         point = self._estimator.estimate(log_ratios, update=mode == "train")
-        variance: Tensor | float = 0.0
-        if mode == "train" and len(found) > 1 and trainer.args.kl_estimator != "microbatch":
-            variance = log_ratios.var() / (len(found) * trainer.accelerator.num_processes**2)
-        trainer._sums[mode].add_estimate(point, without, variance)
+        error = self._estimator.standard_error if mode == "train" else 0.0
+        trainer._sums[mode].add_estimate(point, without, error**2 / trainer.accelerator.num_processes)
         return point
 
     def _chosen(self, found: list[Mismatched]) -> list[Mismatched]:
