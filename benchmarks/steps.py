@@ -38,7 +38,13 @@ BASE = {"kto": {}, "dpo": {}, "enhanced_kto": {"shift": "window", "shift_start":
 PLAIN, EXACT, PREVIOUS = {"share_prompts": "off"}, {"kl_estimator": "exact"}, {"window_values": "previous"}
 # Options, and whether windows are cut again by length. No prompt has two answers in the unpaired rows here.
 WAYS: dict[str, dict[str, tuple[dict, bool]]] = {
-    "kto": {"padded": (PLAIN, False), "cut": ({}, True), "kl_rows-4": ({"kl_rows": 4}, True), "exact": (EXACT, True)},
+    "kto": {
+        "padded": (PLAIN, False),
+        "cut": ({}, True),
+        "kl_rows-4": ({"kl_rows": 4}, True),
+        "exact": (EXACT, True),
+        "exact-previous": (EXACT | PREVIOUS, True),
+    },
     "enhanced_kto": {
         "padded": (PLAIN, False),
         "cut": ({}, True),
@@ -191,6 +197,8 @@ def measure(method: str, options: argparse.Namespace, where: dict) -> list[dict]
             _, runs[f"ours-{name}"] = by_ours(
                 method, extra, recuts, options.model, data, vocabulary, f"{folder}/{name}", options.windows
             )
+        for run in runs.values():  # pages in the weights, which are mapped from a file
+            run()
         peaks = {who: extra_bytes_of(run) for who, run in runs.items()}
         seconds, losses = interleaved(runs, options.rounds)
     ours = [losses[who].item() for who in runs if who.removeprefix("ours-") in SAME_LOSS]
